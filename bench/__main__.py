@@ -1,0 +1,69 @@
+"""`python -m bench [NAME …]`: run benchmarks one after the other, print their figures, write JSON."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from bench import handoff_cost, idle, interference, parity, startup
+from bench.options import Benchmark, Options
+from bench.report import Report
+
+STACK: Final[Mapping[str, Benchmark]] = {
+    "startup": startup.measure,
+    "idle": idle.measure,
+    "handoff_cost": handoff_cost.measure,
+    "interference": interference.measure,
+    "parity": parity.measure,
+}
+# Programs of their own, so that nothing of this process shares their cores' caches or their UCX settings.
+PROGRAMS: Final[Mapping[str, Callable[[Options], list[str]]]] = {
+    "engine": lambda options: ["-m", "bench.engine", str(options.model_dir)],
+    "transport": lambda options: ["-m", "bench.transport"],
+}
+NAMES: Final = (*PROGRAMS, *STACK)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all unless given")
+    parser.add_argument("--quick", action="store_true", help="few samples: a smoke test, no figures to quote")
+    arguments = parser.parse_args()
+    names = arguments.names or list(NAMES)
+    if unknown := [name for name in names if name not in NAMES]:
+        parser.error(f"no benchmark is named {unknown[0]!r}; there are {', '.join(NAMES)}")
+    options = Options.from_environment(arguments.quick)
+    missed = [name for name in names if not run(name, options)]
+    if missed:
+        print(f"\nfailed, or a limit was missed: {', '.join(missed)}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+def run(name: str, options: Options) -> bool:
+    """Whether it ran and its limits hold. One that fails does not keep the others from running."""
+    if name in PROGRAMS:
+        print(f"\n== {name} ==", flush=True)
+        root = Path(__file__).resolve().parent.parent
+        return subprocess.run([sys.executable, *PROGRAMS[name](options)], cwd=root, check=False).returncode == 0
+    try:
+        report = asyncio.run(_measured(name, options))
+    except Exception as error:
+        print(f"\n== {name} ==\n   failed: {type(error).__name__}: {error}", flush=True)
+        return False
+    print(report.render(), flush=True)
+    print(f"   written to {os.path.relpath(report.write())}; repeat: python -m bench {name}", flush=True)
+    return report.holds
+
+
+async def _measured(name: str, options: Options) -> Report:
+    return await STACK[name](options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""One pull as D sees it: which frames came, whether they tile the range, and the verdict. Pure.
+
+`land` runs on the copy lane and is the only user of a `Tiling`; everything else runs on the event loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from kvferry.errors import CorruptFrame, MalformedMessage
+from kvferry.schedule.step import BlockTable, KVFormat, ModelRunner
+from kvferry.wire.flow import Manifest, ManifestCodec
+from kvferry.wire.frame import HEADER_BYTES, KIND_KV, KIND_MANIFEST, FrameHeader, check
+
+MAX_AGAIN: Final = 3  # bad frames of one pull before it counts as failed
+
+
+class Tiling:
+    """Which (layer, token) cells of a range have come. A cell that comes twice is an error, never a rewrite."""
+
+    def __init__(self, kv: KVFormat, token_start: int, token_end: int) -> None:
+        self._kv = kv
+        self._start = token_start
+        self._end = token_end
+        self._come = np.zeros((kv.num_layers, token_end - token_start), dtype=np.bool_)
+
+    @property
+    def complete(self) -> bool:
+        return bool(self._come.all())
+
+    def claim(self, header: FrameHeader) -> None:
+        """Raises `CorruptFrame` if the frame's piece is not a new part of the range in this KV format."""
+        piece, kv = header.piece, self._kv
+        inside = (
+            0 <= piece.layer_start < piece.layer_end <= kv.num_layers
+            and self._start <= piece.token_start < piece.token_end <= self._end
+            and (piece.head_start, piece.head_end) == (0, kv.num_kv_heads)
+        )
+        if not inside or header.dtype != kv.dtype:
+            raise CorruptFrame("range", str(piece))
+        if header.payload_bytes != piece.num_bytes(kv.head_dim, kv.dtype):
+            raise CorruptFrame("size", f"{header.payload_bytes} bytes for {piece}")
+        cells = self._come[
+            piece.layer_start : piece.layer_end, piece.token_start - self._start : piece.token_end - self._start
+        ]
+        if cells.any():
+            raise CorruptFrame("twice", str(piece))
+        cells[:] = True
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """What a good frame was."""
+
+    header: FrameHeader
+    manifest: Manifest | None
+    complete: bool  # all KV of the range has come
+
+
+def land(
+    runner: ModelRunner,
+    tiling: Tiling,
+    block_table: BlockTable,
+    view: memoryview,
+    received: int,
+    pull_id: int,
+    frame: int,
+) -> Landed:
+    """Check a frame and scatter it into the sequence's blocks. Raises `CorruptFrame`; then nothing was written."""
+    header = check(view, received)
+    if (header.pull_id, header.frame) != (pull_id, frame):
+        raise CorruptFrame("identity", f"frame {header.frame} of pull {header.pull_id}")
+    manifest = None
+    payload = view[HEADER_BYTES:received]
+    if header.kind == KIND_KV:
+        tiling.claim(header)
+        runner.scatter(header.piece, block_table, payload)
+    elif header.kind == KIND_MANIFEST:
+        try:
+            manifest = ManifestCodec().decode(payload)
+        except MalformedMessage as error:
+            raise CorruptFrame("manifest", str(error)) from None
+    return Landed(header, manifest, tiling.complete)
+
+
+@dataclass(slots=True)
+class Incoming:
+    """State of one pull after Fetch. Every posted receive is a credit, and P uses up every credit."""
+
+    pull_id: int
+    from_token: int
+    num_posted: int = 0
+    num_good: int = 0  # KV frames
+    num_bad: int = 0
+    complete: bool = False
+    manifest: Manifest | None = None
+    manifest_frame: int = 0
+    over: bool = False  # verified, aborted or failed: no more credits
+
+    def post(self) -> int:
+        """The number of the next frame to post a receive for."""
+        frame = self.num_posted
+        self.num_posted += 1
+        return frame
+
+    def good(self, landed: Landed) -> bool:
+        """Take a good frame. True if its slot should be posted again with a new credit."""
+        if landed.header.kind == KIND_KV:
+            self.num_good += 1
+        elif landed.manifest is not None:
+            self.manifest = landed.manifest
+            self.manifest_frame = landed.header.frame
+        self.complete = self.complete or landed.complete
+        return landed.header.kind == KIND_KV and self.manifest is None and not self.over
+
+    def bad(self, frame: int) -> bool:
+        """Take a bad frame. True if it should be asked for again, False if the pull has failed."""
+        self.num_bad += 1
+        return self.num_bad <= MAX_AGAIN
+
+    @property
+    def whole(self) -> bool:
+        return self.complete and self.manifest is not None
+
+    def fault(self, kv_format_id: str, hash_from: bytes, hash_end: bytes) -> str | None:
+        """What is wrong with a whole pull, or None: then the sequence may run."""
+        manifest = self.manifest
+        assert manifest is not None
+        if manifest.kv_format_id != kv_format_id:
+            return "kv_format"
+        if manifest.num_frames != self.manifest_frame:
+            return "frame_count"
+        if manifest.hash_from != hash_from or manifest.hash_end != hash_end:
+            return "chain_hash"
+        return None

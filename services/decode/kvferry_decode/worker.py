@@ -1,0 +1,104 @@
+"""A decode worker. The life of a request here:
+
+1. `DecodeRequest` arrives on the bus, is checked and queued. With a prefill address D opens the hand-off at
+   once; without one the prompt is computed here, in chunks beside the running batch.
+2. P's progress tells when to reserve: prompt + 1, a cached prefix among it. Then D fetches what it lacks.
+3. Each frame is checked and scattered; when all have come and the manifest fits, the sequence may run.
+4. D acknowledges, repeats token 0 to the gateway, and decodes with continuous batching.
+5. The end goes to the gateway, again and again until it is confirmed.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from kvferry.runtime import now
+from kvferry.schedule.sequence import Dropped, Emission, Key, Sequence
+from kvferry.transport.base import Connection
+from kvferry.transport.pool import ConnectionPool
+from kvferry.wire.messages import DecodeRequest, EndReason, PrefillRequest, RejectReason, Role
+from kvferry.worker.worker import Parts, Worker, kv_memory, model_limits
+from kvferry_decode.puller import Puller
+from kvferry_decode.scheduler import DecodeDecision, DecodeScheduler
+from kvferry_decode.settings import DecodeSettings
+
+
+class DecodeWorker(Worker[DecodeScheduler]):
+    role: ClassVar[Role] = "decode"
+
+    def __init__(self, settings: DecodeSettings, parts: Parts) -> None:
+        scheduler = DecodeScheduler(kv_memory(parts.runner), model_limits(parts.runner), settings.policy)
+        super().__init__(settings, parts, scheduler)
+        self._connections = ConnectionPool(parts.transport)
+        self._puller = Puller(
+            self._connections,
+            parts.runner,
+            parts.slots,
+            self.copy_lane,
+            self.tasks,
+            self.metrics,
+            self.digests,
+            settings.pull_policy,
+            pin=scheduler.memory.pin,
+            unpin=self.unpin,
+            due=self._due,
+            fetched=self._fetched,
+            failed=self._failed,
+        )
+
+    def attach(self, connection: Connection) -> None:
+        """KV flows only from P to D: nobody has a reason to connect here."""
+        connection.abort()
+
+    async def disconnect(self) -> None:
+        await self._connections.close()
+
+    def accept(self, request: PrefillRequest | DecodeRequest, sequence: Sequence) -> RejectReason | None:
+        assert isinstance(request, DecodeRequest)
+        address = request.prefill
+        reason = self.scheduler.add(sequence, pull=address is not None)
+        if reason is None and address is not None:
+            if len(address.shards) != 1:
+                self.scheduler.cancel(sequence.key)
+                return "malformed"
+            self._puller.open(sequence, address)
+        return reason
+
+    def decide(self, moment: float) -> DecodeDecision:
+        decision = self.scheduler.plan(moment)
+        for sequence in decision.fetch:
+            self._puller.fetch(sequence)
+        return decision
+
+    def stepped(self, emissions: list[Emission]) -> None:
+        for emission in emissions:
+            if emission.first:
+                self.outbox.cached(emission.sequence.work, emission.sequence.cached_tokens)
+
+    def released(self, sequence: Sequence, reason: str) -> None:
+        self._puller.drop(sequence.key)
+
+    def tick(self, moment: float) -> None:
+        self._puller.tick(moment)
+
+    def _due(self, key: Key) -> None:
+        self.scheduler.due(key)
+        self.wake()
+
+    def _fetched(self, sequence: Sequence, token: int, cached_tokens: int) -> None:
+        emission = self.scheduler.fetched(sequence.key, token, now())
+        if emission is not None:
+            self.outbox.cached(sequence.work, max(cached_tokens, sequence.cached_tokens))
+            self.emit(emission)
+            self.wake()
+
+    def _failed(self, key: Key, reason: EndReason | None, detail: str) -> None:
+        """A pull is given up. Without a reason the gateway knows already."""
+        sequence = self.scheduler.cancel(key)
+        if sequence is None:
+            return
+        if reason is None:
+            self.forget(sequence.work)
+        else:
+            self.drop(Dropped(sequence, reason, detail))
+        self.wake()

@@ -1,0 +1,41 @@
+"""Settings of the gateway. Each limit stands in `docs/protocol.md`, too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from kvferry.config import Port, ServiceSettings
+
+Positive = Annotated[int, Field(ge=1)]
+Duration = Annotated[float, Field(gt=0, le=24 * 3600)]
+
+
+class GatewaySettings(ServiceSettings):
+    """One gateway: one HTTP port, one model."""
+
+    role: ClassVar[str] = "gateway"
+
+    port: Port = Field(8000, description="HTTP port; 0: any free one.")
+    model: str = Field("", description="Model directory in Hugging Face form: tokenizer, template, context length.")
+    served_model_name: str = Field("", description="Name of the model in requests; the directory's name unless given.")
+    api_key_file: Path | None = Field(
+        None, description="File of bearer keys, one a line; read again when it changes. Without it no key is asked for."
+    )
+    cors_origins: tuple[str, ...] = Field((), description="Origins whose pages may call this gateway; * is any.")
+    max_body_bytes: Positive = Field(4 << 20, description="Largest request body in bytes; above it 413.")
+    max_requests: Positive = Field(1024, description="Requests under way at once; one more is refused with 429.")
+    max_backlog_bytes: Positive = Field(
+        1 << 20, description="Bytes that may wait for a slow client before its stream is cancelled."
+    )
+    local_prefill_threshold: Annotated[int, Field(ge=0)] = Field(
+        32, description="Prompts with fewer tokens are prefilled on the decode worker itself; 0: never by choice."
+    )
+    accept_timeout: Duration = Field(0.3, description="Seconds that a worker has to accept a request; asked twice.")
+    replace_wait: Duration = Field(60.0, description="Seconds that a stream waits for capacity after losing a worker.")
+    failure_budget: Positive = Field(3, description="Failures that end a request.")
+    sse_comment_interval: Duration = Field(15.0, description="Seconds of silence after which an SSE comment is sent.")
+    request_deadline: Duration = Field(600.0, description="Seconds that a request may take in all.")
+    drain_grace: Duration = Field(20.0, description="Seconds that requests under way have to end after SIGTERM.")

@@ -1,0 +1,81 @@
+"""Where the stack is seen from: shows it on the terminal and tells the bus who is gone."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+import httpx
+
+from kvferry.bus.base import Bus
+from kvferry.errors import BusUnavailable
+from kvferry.log import get_logger
+from kvferry.runtime import now
+from kvferry.wire.messages import Codecs, ExitNotice
+from kvferry.wire.subjects import beat_subject
+from kvferry_local.plan import ready_message
+from kvferry_local.process import Report
+from kvferry_local.settings import UpSettings
+from kvferry_local.supervision import Announce, Restarting
+from kvferry_local.supervisor import Audience
+from kvferry_local.terminal import Terminal
+
+# All children are up: what is missing is a heartbeat, which comes every 250 ms.
+PROBE_INTERVAL_S: Final = 0.05
+PROBE_TIMEOUT_S: Final = 15.0
+
+log = get_logger(__name__)
+
+
+class Stage(Audience):
+    def __init__(self, settings: UpSettings, model: str, url: str, terminal: Terminal, bus: Bus, began: float) -> None:
+        self._settings = settings
+        self._model = model
+        self._url = url
+        self._terminal = terminal
+        self._bus = bus
+        self._began = began  # on the loop's clock
+        self._codecs = Codecs()
+
+    def report(self, name: str, report: Report) -> None:
+        self._terminal.report(name, report)
+
+    def line(self, name: str, line: str) -> None:
+        self._terminal.child_line(name, line)
+
+    def restarting(self, event: Restarting) -> None:
+        log.warning(
+            "child ended; starting it again",
+            child=event.name, cause=event.cause, returncode=event.returncode, delay=event.delay,
+        )  # fmt: skip
+
+    async def announce(self, event: Announce) -> None:
+        subject = beat_subject(self._settings.cluster, event.role, event.name, event.incarnation)
+        try:
+            await self._bus.publish(subject, self._codecs.beat.encode(ExitNotice(event.incarnation, event.cause)))
+        except BusUnavailable:
+            # Its silence will tell, only later.
+            log.warning("exit not announced: the bus is down", child=event.name)
+
+    async def all_ready(self) -> None:
+        """Show the address once the first gateway has a usable pair."""
+        if not await self._usable_pair():
+            log.error("the gateway sees no usable pair of workers", waited_s=PROBE_TIMEOUT_S)
+            return
+        settings = self._settings
+        self._terminal.end()
+        self._terminal.result(
+            ready_message(self._url, self._model, settings.prefill, settings.decode, now() - self._began)
+        )
+
+    async def _usable_pair(self) -> bool:
+        async with httpx.AsyncClient(base_url=self._url, trust_env=False) as http:
+            deadline = now() + PROBE_TIMEOUT_S
+            while now() < deadline:
+                try:
+                    if (await http.get("/ready")).is_success:
+                        return True
+                except httpx.TransportError as error:
+                    log.debug("gateway not reached", error=repr(error))
+                await asyncio.sleep(PROBE_INTERVAL_S)
+        return False

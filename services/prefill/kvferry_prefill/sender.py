@@ -1,0 +1,407 @@
+"""The data plane of a prefill worker: answers Opens, streams KV into open pulls, pads, and hears Acks.
+
+    Open ──> parked (unknown yet, at most 1 s) ──> open ──Fetch──> sending ──Ack──> gone
+                                                    │                └─ Abort, drop, connection lost ─> gone
+                                                    └── Progress after each step of its sequence
+
+KV is gathered into a staging slot on the copy lane, one slot ahead of the one that is being sent. The
+sequence is pinned while a gather reads its blocks, and only then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from kvferry.errors import WireError
+from kvferry.log import get_logger
+from kvferry.runtime import Lane, TaskSet, now
+from kvferry.schedule.sequence import Key, Sequence
+from kvferry.schedule.step import ModelRunner
+from kvferry.transport.base import Connection
+from kvferry.transport.slots import SlotPool
+from kvferry.wire.flow import (
+    Abort,
+    Aborted,
+    Ack,
+    Credit,
+    Fetch,
+    Flow,
+    FlowCodec,
+    Manifest,
+    ManifestCodec,
+    Open,
+    Progress,
+    Unknown,
+)
+from kvferry.wire.frame import (
+    HEADER_BYTES,
+    KIND_KV,
+    KIND_MANIFEST,
+    KIND_PAD,
+    NO_PIECE,
+    FrameHeader,
+    Piece,
+    frame_tag,
+    seal,
+)
+from kvferry.worker.digests import Digests, digest_tokens
+from kvferry.worker.metrics import WorkerMetrics
+from kvferry_prefill.outgoing import MANIFEST, PAD, Content, Outgoing
+from kvferry_prefill.scheduler import PrefillScheduler
+
+log = get_logger(__name__)
+PARK_S: Final = 1.0
+MAX_PARKED: Final = 1024
+MAX_CREDITS_HELD: Final = 256
+
+AbortReason = Literal["asked", "expired", "cancelled", "reclaimed", "superseded", "draining", "ended", "refused"]
+
+
+@dataclass(slots=True)
+class _Pull:
+    """One Open on one connection."""
+
+    link: _Link
+    pull_id: int
+    key: Key
+    sequence: Sequence | None = None  # None while parked
+    parked_until: float = 0.0
+    outgoing: Outgoing | None = None  # from Fetch on
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: bool = False  # P has said Aborted unasked; D's Abort or Ack confirms that no credit follows
+
+
+@dataclass(slots=True)
+class _Link:
+    """One connection and its pulls."""
+
+    connection: Connection
+    pulls: dict[int, _Pull] = field(default_factory=dict)
+
+
+class Sender:
+    """Serves the pulls of all decode workers. Only the event loop calls it."""
+
+    def __init__(
+        self,
+        scheduler: PrefillScheduler,
+        runner: ModelRunner,
+        slots: SlotPool,
+        copy_lane: Lane,
+        tasks: TaskSet,
+        metrics: WorkerMetrics,
+        digests: Digests,
+        unpin: Callable[[Sequence], None],
+        acknowledged: Callable[[Sequence], None],
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._slots = slots
+        self._copy_lane = copy_lane
+        self._tasks = tasks
+        self._metrics = metrics
+        self._digests = digests
+        self._unpin = unpin
+        self._acknowledged = acknowledged
+        self._codec = FlowCodec()
+        self._manifests = ManifestCodec()
+        self._by_key: dict[Key, _Pull] = {}
+        self._parked: list[_Pull] = []
+        self._computed_at: dict[Key, float] = {}
+        scheduler.has_open = self.has_open
+
+    def has_open(self, key: Key) -> bool:
+        return key in self._by_key
+
+    # -- connections -----------------------------------------------------------------------------------------
+
+    def attach(self, connection: Connection) -> None:
+        """Serve a new, authenticated connection."""
+        link = _Link(connection)
+        connection.on_message(lambda message: self._on_message(link, message))
+        connection.on_closed(lambda: self._on_closed(link))
+
+    def _on_message(self, link: _Link, payload: memoryview) -> None:
+        try:
+            message = self._codec.decode(payload)
+        except WireError as error:
+            self._metrics.wire_errors.labels("data", error.kind).inc()
+            link.connection.abort()
+            return
+        match message:
+            case Open():
+                self._on_open(link, message)
+            case Fetch() | Credit() | Abort() | Ack():
+                pull = link.pulls.get(message.pull_id)
+                # A pull that P has ended meanwhile: its Aborted is on the way.
+                if pull is not None:
+                    self._on_pull(pull, message)
+            case _:
+                self._metrics.wire_errors.labels("data", "unexpected").inc()
+                link.connection.abort()
+
+    def _on_closed(self, link: _Link) -> None:
+        for pull in list(link.pulls.values()):
+            self._forget(pull)
+            self._scheduler.hold_again(pull.key, now())
+
+    # -- a pull's messages -----------------------------------------------------------------------------------
+
+    def _on_open(self, link: _Link, message: Open) -> None:
+        pull = _Pull(link, message.pull_id, (message.ticket, message.attempt))
+        if message.pull_id in link.pulls:
+            self._metrics.wire_errors.labels("data", "reused_pull").inc()
+            link.connection.abort()
+            return
+        sequence = self._scheduler.sequences.get(pull.key)
+        if sequence is None:
+            if len(self._parked) >= MAX_PARKED:
+                self._unknown(pull)
+                return
+            pull.parked_until = now() + PARK_S
+            self._parked.append(pull)
+            link.pulls[pull.pull_id] = pull
+            return
+        link.pulls[pull.pull_id] = pull
+        self._bind(pull, sequence)
+
+    def arrived(self, sequence: Sequence) -> None:
+        """A request was accepted: an Open may be parked for it."""
+        for pull in self._parked:
+            if pull.key == sequence.key:
+                self._parked.remove(pull)
+                self._bind(pull, sequence)
+                return
+
+    def tick(self, moment: float) -> None:
+        """Refuse Opens that have been parked too long; keep the others informed."""
+        for pull in [pull for pull in self._parked if moment >= pull.parked_until]:
+            self._unknown(pull)
+        for pull in self._by_key.values():
+            self._progress(pull)
+
+    def _bind(self, pull: _Pull, sequence: Sequence) -> None:
+        older = self._by_key.get(pull.key)
+        if older is not None:
+            self._abort(older, "superseded")
+        pull.sequence = sequence
+        self._by_key[pull.key] = pull
+        self._progress(pull)
+
+    def _unknown(self, pull: _Pull) -> None:
+        self._metrics.transfer_failures.labels("unknown_ticket").inc()
+        self._forget(pull)
+        self._send(pull, Unknown(pull.pull_id))
+
+    def _on_pull(self, pull: _Pull, message: Fetch | Credit | Abort | Ack) -> None:
+        if pull.ended:
+            self._on_ended_pull(pull, message)
+            return
+        if pull.sequence is None and not isinstance(message, Abort):
+            self._refuse(pull)
+            return
+        match message:
+            case Fetch(_, from_token, credits):
+                self._on_fetch(pull, from_token, credits)
+            case Credit(_, credits, again):
+                outgoing = pull.outgoing
+                if outgoing is None or outgoing.credits + credits > MAX_CREDITS_HELD or not outgoing.ask_again(again):
+                    self._refuse(pull)
+                    return
+                outgoing.credits += credits
+                pull.wake.set()
+            case Abort():
+                self._abort(pull, "asked")
+            case Ack():
+                self._on_ack(pull)
+
+    def _on_ended_pull(self, pull: _Pull, message: Fetch | Credit | Abort | Ack) -> None:
+        """Credits that crossed P's Aborted: pad them."""
+        match message:
+            case Fetch(_, from_token, credits) if pull.outgoing is None and pull.sequence is not None:
+                pull.outgoing = Outgoing(pull.pull_id, from_token, credits, stopped=True)
+                self._tasks.spawn(self._pump(pull, pull.outgoing), "pump")
+            case Credit(_, credits, _) if pull.outgoing is not None:
+                pull.outgoing.credits = min(MAX_CREDITS_HELD, pull.outgoing.credits + credits)
+                pull.wake.set()
+            case Abort() | Ack():
+                self._forget(pull, padding=True)
+
+    def _on_fetch(self, pull: _Pull, from_token: int, credits: int) -> None:
+        sequence = pull.sequence
+        assert sequence is not None
+        aligned = from_token % sequence.block_size == 0 or from_token == sequence.num_context
+        if pull.outgoing is not None or not aligned or from_token > sequence.num_context:
+            self._refuse(pull)
+            return
+        pull.outgoing = Outgoing(pull.pull_id, from_token, credits)
+        pull.outgoing.computed(min(sequence.num_computed, sequence.num_context), self._runner.kv_format, self._room)
+        self._tasks.spawn(self._pump(pull, pull.outgoing), "pump")
+
+    def _on_ack(self, pull: _Pull) -> None:
+        sequence = pull.sequence
+        if sequence is None or pull.outgoing is None or not pull.outgoing.manifest_sent:
+            self._refuse(pull)
+            return
+        self._metrics.pulls.labels("sent").inc()
+        self._forget(pull, padding=True)
+        self._computed_at.pop(pull.key, None)
+        if self._digests.enabled:
+            self._keep_digests(sequence, pull.outgoing.from_token)
+        self._acknowledged(sequence)
+
+    def _keep_digests(self, sequence: Sequence, from_token: int) -> None:
+        self._scheduler.memory.pin(sequence)
+        table = sequence.block_table.copy()
+
+        async def digest() -> None:
+            try:
+                rows = await self._copy_lane.run(digest_tokens, self._runner, table, from_token, sequence.num_context)
+                self._digests.keep(sequence.work.ticket, rows)
+            finally:
+                self._unpin(sequence)
+
+        self._tasks.spawn(digest(), "digest")
+
+    # -- what the worker tells -------------------------------------------------------------------------------
+
+    def stepped(self, sequence: Sequence) -> None:
+        """A step of this sequence has ended."""
+        pull = self._by_key.get(sequence.key)
+        if sequence.state == "held":
+            self._computed_at[sequence.key] = now()
+        if pull is None:
+            return
+        if pull.outgoing is None:
+            self._progress(pull)
+            return
+        pull.outgoing.computed(sequence.num_computed, self._runner.kv_format, self._room)
+        pull.wake.set()
+
+    def drop(self, key: Key, reason: AbortReason) -> None:
+        """The scheduler gave the sequence up: end its pull."""
+        self._computed_at.pop(key, None)
+        pull = self._by_key.get(key)
+        if pull is not None:
+            self._abort(pull, reason)
+
+    # -- sending ---------------------------------------------------------------------------------------------
+
+    @property
+    def _room(self) -> int:
+        return self._slots.slot_bytes - HEADER_BYTES
+
+    async def _pump(self, pull: _Pull, outgoing: Outgoing) -> None:
+        """Use the pull's credits until it is over and all are used."""
+        sequence = pull.sequence
+        assert sequence is not None
+        while True:
+            finished = pull.key in self._scheduler.first_tokens
+            item = outgoing.next(finished)
+            if item is None:
+                if outgoing.stopped and pull.link.pulls.get(pull.pull_id) is not pull:
+                    return
+                pull.wake.clear()
+                await pull.wake.wait()
+                continue
+            await self._send_frame(pull, sequence, *item)
+
+    async def _send_frame(self, pull: _Pull, sequence: Sequence, frame: int, content: Content) -> None:
+        slot = await self._slots.acquire(f"send {pull.pull_id}/{frame}")
+        header = FrameHeader(KIND_PAD, pull.pull_id, frame, NO_PIECE, self._runner.kv_format.dtype, 0)
+        try:
+            if isinstance(content, Piece) and sequence.key in self._scheduler.sequences:
+                size = await self._pack(slot.view, header, sequence, content)
+            elif content == MANIFEST and sequence.key in self._scheduler.sequences:
+                payload = self._manifests.encode(self._manifest(pull, sequence, frame))
+                slot.view[HEADER_BYTES : HEADER_BYTES + len(payload)] = payload
+                sealed = FrameHeader(KIND_MANIFEST, pull.pull_id, frame, NO_PIECE, header.dtype, len(payload))
+                size = seal(slot.view, sealed)
+            else:
+                # Its blocks are gone while this frame waited for a slot: the credit is still used up.
+                assert content == PAD or sequence.key not in self._scheduler.sequences
+                size = seal(slot.view, header)
+        except BaseException:
+            self._slots.release(slot)
+            raise
+        self._slots.lend(slot, pull.link.connection.send(frame_tag(pull.pull_id, frame), slot.view[:size]))
+        self._slots.release(slot)  # free when the send has completed
+
+    async def _pack(self, view: memoryview, header: FrameHeader, sequence: Sequence, piece: Piece) -> int:
+        kv = self._runner.kv_format
+        num_bytes = piece.num_bytes(kv.head_dim, kv.dtype)
+        sealed = FrameHeader(KIND_KV, header.pull_id, header.frame, piece, header.dtype, num_bytes)
+        self._scheduler.memory.pin(sequence)
+        try:
+            size = await self._copy_lane.run(_gather, self._runner, view, sealed, sequence.block_table.copy())
+        finally:
+            self._unpin(sequence)
+        self._metrics.kv_bytes.labels("sent").inc(num_bytes)
+        if piece.layer_start == 0:
+            self._metrics.kv_tokens.labels("sent").inc(piece.num_tokens)
+        return size
+
+    def _manifest(self, pull: _Pull, sequence: Sequence, frame: int) -> Manifest:
+        assert pull.outgoing is not None
+        return Manifest(
+            num_frames=frame,
+            kv_format_id=self._runner.kv_format.format_id,
+            hash_from=sequence.chain_hash(pull.outgoing.from_token),
+            hash_end=sequence.chain_hash(sequence.num_context),
+            first_tokens=((sequence.work.choice, self._scheduler.first_tokens[sequence.key]),),
+            cached_tokens=sequence.cached_tokens,
+            elapsed_s=max(0.0, now() - self._computed_at.get(sequence.key, now())),
+        )
+
+    def _progress(self, pull: _Pull) -> None:
+        sequence = pull.sequence
+        if sequence is None:
+            return
+        holds = sequence.state in ("computing", "held")
+        expected = self._scheduler.expected_s(sequence)
+        self._send(pull, Progress(pull.pull_id, holds, sequence.num_computed, sequence.num_context, expected))
+
+    # -- ends ------------------------------------------------------------------------------------------------
+
+    def _refuse(self, pull: _Pull) -> None:
+        """The peer broke the protocol on this pull."""
+        self._metrics.wire_errors.labels("data", "refused").inc()
+        self._abort(pull, "refused")
+        if pull.sequence is not None:
+            self._scheduler.hold_again(pull.key, now())
+
+    def _abort(self, pull: _Pull, reason: AbortReason) -> None:
+        self._forget(pull, padding=True)
+        if reason != "asked":
+            pull.ended = True
+            pull.link.pulls[pull.pull_id] = pull
+        last = pull.outgoing.next_frame if pull.outgoing else 0
+        self._send(pull, Aborted(pull.pull_id, last, reason))
+        if reason == "asked":
+            self._scheduler.hold_again(pull.key, now())
+
+    def _forget(self, pull: _Pull, padding: bool = False) -> None:
+        """Take the pull off all tables. With `padding` its pump first uses up the credits that it has."""
+        pull.link.pulls.pop(pull.pull_id, None)
+        if pull in self._parked:
+            self._parked.remove(pull)
+        if self._by_key.get(pull.key) is pull:
+            del self._by_key[pull.key]
+        if pull.outgoing is not None:
+            pull.outgoing.stopped = True
+            if not padding:
+                pull.outgoing.credits = 0
+            pull.wake.set()
+
+    def _send(self, pull: _Pull, message: Flow) -> None:
+        pull.link.connection.send_message(self._codec.encode(message))
+
+
+def _gather(runner: ModelRunner, view: memoryview, header: FrameHeader, block_table: object) -> int:
+    """On the copy lane: pack a piece and seal it."""
+    payload = view[HEADER_BYTES : HEADER_BYTES + header.payload_bytes]
+    runner.gather(header.piece, block_table, payload)  # type: ignore[arg-type]
+    return seal(view, header)

@@ -1,0 +1,262 @@
+"""Settings: one frozen object per service, filled from four layers.
+
+    defaults  <  run file  <  YAML file  <  environment (KVFERRY_<FIELD>)  <  flags (--field)
+
+A field is written once, in its settings class: its description is the flag's `--help` text and its row in
+the README's table, its type and bounds are what every layer is checked against. A wrong value raises
+`SettingError` with the setting's name as the user wrote it: flag, variable or YAML key.
+
+Secrets (`SecretStr`) have no flag, because a command line is visible to every user of the machine.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
+
+import click
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from kvferry.errors import SettingError
+from kvferry.runfile import RunFile
+
+ENV_PREFIX: Final = "KVFERRY_"
+DATA_KEY_BYTES: Final = 32
+MAX_CONFIG_BYTES: Final = 1 << 20
+JOIN_FLAG: Final = "--join"
+
+SubjectName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Port = Annotated[int, Field(ge=0, le=65535)]
+LogFormat = Literal["auto", "console", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+S = TypeVar("S", bound="Settings")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Settings(BaseModel):
+    """Base of every settings object. `role` names its command and its section in the documents."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    role: ClassVar[str]
+
+
+class ServiceSettings(Settings):
+    """What every service needs. Services subclass it and set `role`."""
+
+    role: ClassVar[str] = "service"
+
+    cluster: SubjectName = Field("dev", description="Cluster that this process belongs to: 1 to 64 of A-Z a-z 0-9 _ -.")
+    name: SubjectName = Field("", description="Name of this process in subjects and logs; its role unless given.")
+    nats_url: str = Field("nats://127.0.0.1:4222", description="NATS server of the control plane.")
+    nats_user: str = Field("", description="NATS user.")
+    nats_password: SecretStr = Field(SecretStr(""), description="NATS password.")
+    nats_token: SecretStr = Field(SecretStr(""), description="NATS token, instead of user and password.")
+    nats_tls_ca: str = Field("", description="PEM file of the authority that signed the NATS server's certificate.")
+    data_key: SecretStr = Field(
+        SecretStr(""), description="The cluster's data-plane key: 64 hexadecimal digits, the same on all workers."
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    advertise_host: str = Field("127.0.0.1", description="Address that others are told to connect to.")
+    log_level: LogLevel = Field("info", description="Least severe log lines to write.")
+    log_format: LogFormat = Field("auto", description="Log lines: console on a terminal, else JSON.")
+    run_file: Path | None = Field(
+        None,
+        description="Join the stack that wrote this run file; without a value, the one of `kvferry up`.",
+        json_schema_extra={"flag": JOIN_FLAG},
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_defaults_to_role(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not values.get("name"):
+            return {**values, "name": cls.role}
+        return values
+
+    @property
+    def data_key_bytes(self) -> bytes:
+        """The data key, 32 bytes. Raises `SettingError` when it is unset or malformed."""
+        setting = env_name("data_key")
+        text = self.data_key.get_secret_value()
+        if not text:
+            raise SettingError(setting, "is not set; join a run file with --join or give the cluster's key")
+        try:
+            key = bytes.fromhex(text)
+        except ValueError:
+            raise SettingError(setting, "is not hexadecimal") from None
+        if len(key) != DATA_KEY_BYTES:
+            raise SettingError(setting, f"has {len(key)} bytes, must have {DATA_KEY_BYTES}")
+        return key
+
+
+def env_name(field: str) -> str:
+    return ENV_PREFIX + field.upper()
+
+
+def flag_name(cls: type[Settings], field: str) -> str:
+    extra = cls.model_fields[field].json_schema_extra
+    if isinstance(extra, dict) and "flag" in extra:
+        return str(extra["flag"])
+    return "--" + field.replace("_", "-")
+
+
+def load_settings(
+    cls: type[S],
+    *,
+    config_file: Path | None,
+    environ: Mapping[str, str],
+    flags: Mapping[str, object],
+    run_file: RunFile | None = None,
+) -> S:
+    """Merge the layers, validate, freeze. `flags` holds only what was given. Raises `SettingError`."""
+    layers: list[tuple[Mapping[str, object], Callable[[str], str]]] = [
+        (_from_run_file(cls, run_file), lambda field: f"run file's {field}"),
+        (_from_yaml(cls, config_file), lambda field: f"{field} in {config_file}"),
+        (
+            {field: environ[env_name(field)] for field in cls.model_fields if env_name(field) in environ},
+            env_name,
+        ),
+        (
+            {field: value for field, value in flags.items() if value is not None},
+            lambda field: flag_name(cls, field),
+        ),
+    ]
+    values: dict[str, object] = {}
+    written: dict[str, str] = {}  # field -> its name as the user wrote it
+    for layer, spell in layers:
+        for field, value in layer.items():
+            values[field] = _listed(cls.model_fields[field], value)
+            written[field] = spell(field)
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise _named(cls, error, values, written) from None
+
+
+def _from_run_file(cls: type[Settings], run_file: RunFile | None) -> dict[str, object]:
+    if run_file is None:
+        return {}
+    return {
+        field: getattr(run_file, field)
+        for field in RunFile.model_fields
+        if field in cls.model_fields and getattr(run_file, field)
+    }
+
+
+def _from_yaml(cls: type[Settings], path: Path | None) -> dict[str, object]:
+    if path is None:
+        return {}
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+        if len(text) > MAX_CONFIG_BYTES:
+            raise SettingError("--config", f"{path} is larger than {MAX_CONFIG_BYTES} bytes")
+        document = yaml.safe_load(text)
+    except OSError as error:
+        raise SettingError("--config", f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise SettingError("--config", f"{path} is not YAML{where}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise SettingError("--config", f"{path} must be a mapping of settings")
+    for key in document:
+        if key not in cls.model_fields:
+            raise SettingError(f"{key} in {path}", f"unknown setting of the {cls.role}")
+    # `port:` with nothing behind it leaves the setting at its default, as YAML users expect.
+    return {key: value for key, value in document.items() if value is not None}
+
+
+def _listed(field: FieldInfo, value: object) -> object:
+    """Flags and variables write a list with commas."""
+    if isinstance(value, str) and typing.get_origin(_plain(field.annotation)) in (tuple, list, frozenset):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _plain(annotation: Any) -> Any:
+    """The annotation without `None` and without constraints."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        annotation = next(arm for arm in typing.get_args(annotation) if arm is not types.NoneType)
+    if typing.get_origin(annotation) is Annotated:
+        annotation = typing.get_args(annotation)[0]
+    return annotation
+
+
+def _named(
+    cls: type[Settings], error: ValidationError, values: Mapping[str, object], written: Mapping[str, str]
+) -> SettingError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    # A validator of the whole object has no field; its message names what it compares.
+    if not first["loc"]:
+        return SettingError(cls.role, first["msg"].removeprefix("Value error, "))
+    field = str(first["loc"][0])
+    problem = first["msg"].removeprefix("Value error, ")
+    problem = problem[:1].lower() + problem[1:]
+    if field in values and not is_secret(cls.model_fields[field]):
+        problem += f", not {values[field]!r}"
+    return SettingError(written.get(field, flag_name(cls, field)), problem)
+
+
+def is_secret(field: FieldInfo) -> bool:
+    return _plain(field.annotation) is SecretStr
+
+
+def metavar(field: FieldInfo) -> str:
+    """What stands for the value in `--help` and in the documents."""
+    kind = _plain(field.annotation)
+    if typing.get_origin(kind) is Literal:
+        return "|".join(str(choice) for choice in typing.get_args(kind))
+    if typing.get_origin(kind) in (tuple, list, frozenset):
+        return "A,B,…"
+    return {int: "N", float: "NUMBER", Path: "PATH"}.get(kind, "TEXT")
+
+
+def shown_default(field: FieldInfo) -> str:
+    """The default as a user would write it; empty when there is none to show."""
+    default = field.get_default(call_default_factory=False)
+    if default is None or isinstance(default, SecretStr):
+        return ""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, (tuple, list, frozenset)):
+        return ",".join(str(part) for part in default)
+    return str(default)
+
+
+def settings_options(cls: type[Settings]) -> Callable[[F], F]:
+    """A click decorator with one flag per field, `--config` included. Values stay text: `load_settings` checks them.
+
+    The command gets `config_file: Path | None` and every field by name, None where no flag was given.
+    """
+
+    def decorate(command: F) -> F:
+        for field, spec in reversed(cls.model_fields.items()):
+            if not is_secret(spec):
+                command = _option(flag_name(cls, field), field, spec)(command)
+        return click.option(
+            "--config",
+            "config_file",
+            type=click.Path(path_type=Path),
+            help="YAML file of settings, by their names with underscores.",
+        )(command)
+
+    return decorate
+
+
+def _option(flag: str, field: str, spec: FieldInfo) -> Callable[[F], F]:
+    shown = shown_default(spec)
+    text = f"{spec.description}  [{f'default: {shown}; ' if shown else ''}env: {env_name(field)}]"
+    if flag == JOIN_FLAG:
+        # The value is optional: alone it means the run file that `kvferry up` writes by default.
+        return click.option(flag, field, is_flag=False, flag_value="", default=None, metavar="[RUNFILE]", help=text)
+    if _plain(spec.annotation) is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", field, default=None, help=text)
+    return click.option(flag, field, type=str, default=None, metavar=metavar(spec), help=text)

@@ -1,0 +1,104 @@
+"""The paged KV cache of a torch runner: one tensor per layer, and the copies to and from frames.
+
+A layer is `[2 * num_kv_heads, num_slots, head_dim]`, keys' heads first. Slot `block * block_size + offset`
+holds one position. Heads come before slots so that one `index_select` over slots yields keys and values
+as contiguous matrices per head, which is what a batched matrix product reads.
+
+Two blocks follow the pool's own:
+- the null block is zero for ever. Padding reads it: memory of another sequence, or NaN in a reused block,
+  can't reach a row through `0 * NaN`;
+- the scratch block takes what a warm-up writes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvferry.engine.limits import Slots, slots_of
+from kvferry.schedule.step import BlockTable, KVFormat
+from kvferry.wire.frame import Piece
+
+Rows = npt.NDArray[np.void]  # each item one head vector
+
+
+class KVCache:
+    def __init__(self, kv_format: KVFormat, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.num_blocks = num_blocks
+        self.null_block = num_blocks
+        self.scratch_block = num_blocks + 1
+        self._format = kv_format
+        self._num_heads = kv_format.num_kv_heads
+        self._num_slots = (num_blocks + 2) * kv_format.block_size
+        # each [2 * num_kv_heads, num_slots, head_dim]
+        shape = (2 * self._num_heads, self._num_slots, kv_format.head_dim)
+        self.layers = [_zeros(shape, dtype, device) for _ in range(kv_format.num_layers)]
+        # On a CPU, whole head vectors are copied as raw bytes: several times the speed of torch's index_copy_.
+        self._row: np.dtype[np.void] = np.dtype((np.void, kv_format.head_dim * dtype.itemsize))
+        self._host = [_as_rows(layer, self._row) for layer in self.layers] if device.type == "cpu" else []
+
+    def close(self) -> None:
+        """Free the memory."""
+        self.layers.clear()
+        self._host.clear()
+
+    def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store rows: `keys` and `values` [num_rows, num_kv_heads, head_dim] at `slots` [num_rows]."""
+        cache = self.layers[layer]
+        cache[: self._num_heads].index_copy_(1, slots, keys.transpose(0, 1))
+        cache[self._num_heads :].index_copy_(1, slots, values.transpose(0, 1))
+
+    def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values at `slots` [num_slots], each contiguous [num_kv_heads, num_slots, head_dim]."""
+        both = self.layers[layer].index_select(1, slots)
+        return both[: self._num_heads], both[self._num_heads :]
+
+    def gather(self, piece: Piece, block_table: BlockTable, out: memoryview) -> None:
+        """Copy a checked piece to `out` as [layers, 2, tokens, kv_heads, head_dim]."""
+        rows = self._rows(piece, block_table)
+        frame = np.frombuffer(out, self._row).reshape(piece.num_layers, len(rows))
+        for index, layer in enumerate(range(piece.layer_start, piece.layer_end)):
+            if self._host:
+                # The rows are checked; any other mode than "clip" would go through a buffer.
+                np.take(self._host[layer], rows, out=frame[index], mode="clip")
+            else:
+                source = self.layers[layer].view(-1, self._format.head_dim)
+                picked = source.index_select(0, torch.from_numpy(rows).to(source.device))
+                frame[index] = _as_rows(picked.cpu(), self._row)
+
+    def scatter(self, piece: Piece, block_table: BlockTable, payload: memoryview) -> None:
+        """The reverse of `gather`."""
+        rows = self._rows(piece, block_table)
+        frame = np.frombuffer(payload, self._row).reshape(piece.num_layers, len(rows))
+        for index, layer in enumerate(range(piece.layer_start, piece.layer_end)):
+            if self._host:
+                self._host[layer][rows] = frame[index]
+            else:
+                target = self.layers[layer].view(-1, self._format.head_dim)
+                values = torch.from_numpy(frame[index].view(np.uint8).copy()).to(target.device)
+                where = torch.from_numpy(rows).to(target.device)
+                target.index_copy_(0, where, values.view(target.dtype).view(-1, self._format.head_dim))
+
+    def _rows(self, piece: Piece, block_table: BlockTable) -> Slots:
+        """Rows of a layer viewed as [2 * num_kv_heads * num_slots] head vectors, in the frame's order."""
+        slots = slots_of(block_table, piece.token_start, piece.token_end, self._format.block_size)
+        heads = np.arange(piece.head_start, piece.head_end, dtype=np.int64)
+        kinds = np.arange(2, dtype=np.int64)[:, None, None] * self._num_heads  # keys, values
+        rows: Slots = ((kinds + heads) * self._num_slots + slots[:, None]).reshape(-1)
+        return rows  # [2 * tokens * kv_heads]
+
+
+def _as_rows(tensor: torch.Tensor, row: np.dtype[np.void]) -> Rows:
+    """A contiguous CPU tensor [..., head_dim] as head vectors of raw bytes, without a copy."""
+    return tensor.view(torch.uint8).numpy().reshape(-1).view(row)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeroed memory. On a CPU it comes from calloc, whose pages take no RAM until they are written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)

@@ -1,0 +1,88 @@
+"""Weights from a checkpoint in the form that the model computes with: merged, converted, packed.
+
+Tensors are read one by one and freed when they are packed, so that the peak is the packed model and one
+merged projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from kvferry.engine.checkpoint import Checkpoint, expected_shapes, open_checkpoint
+from kvferry.engine.config import ModelConfig
+from kvferry.engine.linear import Linear, linear_class
+from kvferry.engine.model import Layer, Weights
+
+Progress = Callable[[float], None]  # share of the weights that is loaded, 0 to 1
+
+
+def load_weights(
+    directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress
+) -> Weights:
+    """Raises `CheckpointError`, naming file and tensor, before any memory is taken for weights."""
+    with open_checkpoint(directory, expected_shapes(config)) as checkpoint:
+        return _Loader(checkpoint, config, dtype, device, progress).load()
+
+
+class _Loader:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._config = config
+        self._dtype = dtype
+        self._device = device
+        self._progress = progress
+        self._linear_class = linear_class(device, dtype)
+
+    def load(self) -> Weights:
+        config = self._config
+        layers = []
+        embedding = self._vector("model.embed_tokens.weight")
+        for index in range(config.num_layers):
+            layers.append(self._layer(f"model.layers.{index}"))
+            self._progress((index + 1) / (config.num_layers + 1))
+        # A tied head is packed from the embedding, which stays for the lookup.
+        head = self._linear_class(embedding, None) if config.tie_word_embeddings else self._linear(["lm_head"])
+        self._progress(1.0)
+        return Weights(embedding, tuple(layers), self._vector("model.norm.weight"), head)
+
+    def _layer(self, prefix: str) -> Layer:
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        config = self._config
+        qk_norm = None
+        if config.qk_norm:
+            query, key = self._vector(f"{attention}.q_norm.weight"), self._vector(f"{attention}.k_norm.weight")
+            qk_norm = torch.cat(
+                (query.expand(config.num_heads, -1), key.expand(config.num_kv_heads, -1))
+            )  # [num_heads + num_kv_heads, head_dim]
+        return Layer(
+            input_norm=self._vector(f"{prefix}.input_layernorm.weight"),
+            qkv=self._linear([f"{attention}.{name}_proj" for name in "qkv"], config.qkv_bias),
+            qk_norm=qk_norm,
+            output=self._linear([f"{attention}.o_proj"], config.output_bias),
+            post_norm=self._vector(f"{prefix}.post_attention_layernorm.weight"),
+            gate_up=self._linear([f"{mlp}.gate_proj", f"{mlp}.up_proj"], config.mlp_bias),
+            down=self._linear([f"{mlp}.down_proj"], config.mlp_bias),
+        )
+
+    def _vector(self, name: str) -> torch.Tensor:
+        """A copy: what the checkpoint gives is backed by the file, which may be replaced under us."""
+        return self._checkpoint.tensor(name).to(device=self._device, dtype=self._dtype, copy=True).contiguous()
+
+    def _linear(self, names: list[str], bias: bool = False) -> Linear:
+        """One projection out of several with the same input."""
+        weight = self._merged([f"{name}.weight" for name in names])
+        return self._linear_class(weight, self._merged([f"{name}.bias" for name in names]) if bias else None)
+
+    def _merged(self, names: list[str]) -> torch.Tensor:
+        parts = [self._checkpoint.tensor(name).to(device=self._device, dtype=self._dtype) for name in names]
+        return torch.cat(parts) if len(parts) > 1 else parts[0].clone()

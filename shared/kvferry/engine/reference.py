@@ -1,0 +1,186 @@
+"""The reference pass of the level `fast`: is every token of a finished text one that the model could draw?
+
+One teacher-forced pass over prompt and generated tokens gives the logits before every generated token. A
+token's gap is the smallest ε such that the draw can give it when logits move by so little that no difference
+of two of them changes by more than ε (each moves by at most ε / 2). The text passes if every gap is at most
+`EPSILON`.
+
+Greedy: the gap is (largest logit - the token's logit).
+
+Seeded: with the same uniform u, the token t is drawn when (mass before t) <= u x total < (mass before and
+of t), tokens in the sampler's order, within what the filters keep. `accepts` bounds both sides over all such
+moves. Let l be logits and T the temperature.
+
+- Surely before t: l > l(t) + ε. Possibly before: l >= l(t) - ε. Between the two the order is open.
+- Every weight exp(l / T) changes by a factor within exp(±ε / 2T).
+- All filters keep a prefix of the order, so what stands before a kept token is kept. Which tokens behind it
+  are kept is bounded by the shortest and the longest prefix that min_p, top_k and top_p can leave.
+- The mass before t is smallest when only the sure ones stand before it, shrunk, and everything else that may
+  be kept grows; the mass up to t is largest the other way round. Accepted if u lies between those two.
+
+The bounds may be wider than what one single move reaches, never narrower: a right worker is never accused.
+They are tight enough that, with the filters off, a token further than ε from what u points at is refused
+unless its neighbours in the CDF close in by less than ε.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvferry.engine.philox import uniform
+from kvferry.engine.sampler import Logits, is_greedy
+from kvferry.engine.torch_runner import TorchRunner
+from kvferry.schedule.step import SequenceStep, StepPlan
+from kvferry.wire.messages import Sampling
+
+EPSILON: Final = 0.5  # logit
+MAX_GAP: Final = 64.0  # larger gaps are reported as infinite
+CHUNK: Final = 256  # rows of a teacher-forced step: bounds the memory of their logits
+_BISECTIONS: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    gaps: tuple[float, ...]  # logit, one per generated token
+
+    @property
+    def largest_gap(self) -> float:
+        return max(self.gaps, default=0.0)
+
+    @property
+    def accepted(self) -> bool:
+        return self.largest_gap <= EPSILON
+
+
+class ReferencePass:
+    """Judges texts with a runner of its own (whose cache it uses from block 0 on)."""
+
+    def __init__(self, runner: TorchRunner) -> None:
+        self._runner = runner
+
+    def check(self, prompt: Sequence[int], generated: Sequence[int], sampling: Sampling, choice: int) -> Verdict:
+        """`generated` is the whole text of the choice, from generated index 0.
+
+        Raises RuntimeError if the text does not fit the runner's cache.
+        """
+        tokens = np.asarray([*prompt, *generated], np.uint32)[:-1]  # the last one is only drawn
+        block_size = self._runner.kv_format.block_size
+        table = np.arange(-(-len(tokens) // block_size), dtype=np.int32)
+        first = len(prompt) - 1  # the row before generated index 0
+        gaps: list[float] = []
+        for start in range(0, len(tokens), CHUNK):
+            chunk = tokens[start : start + CHUNK]
+            plan = StepPlan((SequenceStep(0, chunk, start, table),))
+            for row, logits in enumerate(self._runner.logits(plan)[0][max(first - start, 0) :]):
+                index = max(start, first) + row - first
+                wide = logits.float().cpu().numpy()
+                gaps.append(gap(wide, generated[index], sampling, choice, index))
+        return Verdict(tuple(gaps))
+
+
+def gap(logits: Logits, token: int, sampling: Sampling, choice: int, index: int) -> float:
+    """The smallest ε (to 1e-5 of it) that lets the draw give `token`; infinite above `MAX_GAP`."""
+    if is_greedy(sampling):
+        return float(logits.max() - logits[token])
+    drawn = _Draw(logits, token, sampling, uniform(sampling.seed, choice, index))
+    if drawn.accepts(0.0):
+        return 0.0
+    low, high = 0.0, EPSILON if drawn.accepts(EPSILON) else MAX_GAP
+    if not drawn.accepts(high):
+        return math.inf
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if drawn.accepts(middle) else (middle, high)
+    return high
+
+
+class _Draw:
+    """One seeded draw, judged in fp64 over logits / temperature, sorted falling.
+
+    `before(x)` and such count tokens, so that a count is also an index into the cumulated mass.
+    """
+
+    def __init__(self, logits: Logits, token: int, sampling: Sampling, u: float) -> None:
+        scaled = (logits.astype(np.float64) - float(logits.max())) / sampling.temperature
+        self._own = float(scaled[token])
+        self._rising = np.sort(scaled)
+        falling: npt.NDArray[np.float64] = self._rising[::-1]
+        self._falling = falling
+        self._mass = np.concatenate(([0.0], np.cumsum(np.exp(falling))))  # of the n largest
+        self._sampling = sampling
+        self._u = u
+
+    def accepts(self, epsilon: float) -> bool:
+        """Whether the token can be drawn when no difference of two logits changes by more than `epsilon`."""
+        margin = epsilon / self._sampling.temperature
+        # Sums in fp32 (the sampler) and fp64 (here) differ; u itself is a multiple of 2**-24.
+        slack = 1e-5
+        grow, shrink = math.exp(margin / 2), math.exp(-margin / 2)
+        surely, possibly = self._above(self._own + margin), self._at_least(self._own - margin)
+        shortest, longest = self._kept(margin)
+        if surely >= longest:
+            return False
+        before = self._mass[surely] * shrink
+        around = (self._mass[longest] - self._mass[surely]) * grow
+        upto = self._mass[possibly] * grow
+        behind = max(self._mass[shortest] - self._mass[possibly], 0.0) * shrink
+        lowest, highest = before / (before + around), upto / (upto + behind)
+        return bool(lowest - slack <= self._u < highest + slack)
+
+    def _above(self, value: float) -> int:
+        """How many tokens lie above a value."""
+        return len(self._rising) - int(np.searchsorted(self._rising, value, side="right"))
+
+    def _at_least(self, value: float) -> int:
+        return len(self._rising) - int(np.searchsorted(self._rising, value, side="left"))
+
+    def _kept(self, margin: float) -> tuple[int, int]:
+        """Lengths of the shortest and the longest prefix that the filters can leave."""
+        shortest = longest = len(self._falling)
+        sampling = self._sampling
+        if sampling.min_p > 0:
+            floor = math.log(sampling.min_p)
+            shortest = min(shortest, self._at_least(floor + margin))
+            longest = min(longest, self._at_least(floor - margin))
+        if 0 < sampling.top_k < len(self._falling):
+            # Out of reach: as many as k others are larger by more than the margin. Safe: fewer than k
+            # others can overtake.
+            shortest = min(shortest, self._above(float(self._falling[sampling.top_k]) + margin))
+            longest = min(longest, self._at_least(float(self._falling[sampling.top_k - 1]) - margin))
+        if sampling.top_p < 1:
+            shortest, longest = self._nucleus(margin, shortest, longest)
+        return max(shortest, 1), max(longest, 1)
+
+    def _nucleus(self, margin: float, shortest: int, longest: int) -> tuple[int, int]:
+        """top_p keeps a token if the mass before it, in what min_p and top_k left, is below top_p."""
+        grow, shrink = math.exp(margin / 2), math.exp(-margin / 2)
+        shortest = max(shortest, 1)
+
+        def surely_kept(place: int) -> bool:
+            before = min(self._at_least(float(self._falling[place]) - margin) - 1, shortest)
+            mass = self._mass[before] * grow
+            rest = (self._mass[shortest] - self._mass[before]) * shrink
+            return bool(mass < self._sampling.top_p * (mass + rest))
+
+        def possibly_kept(place: int) -> bool:
+            before = self._above(float(self._falling[place]) + margin)
+            mass = self._mass[before] * shrink
+            rest = (self._mass[longest] - self._mass[before]) * grow
+            return bool(mass <= self._sampling.top_p * (mass + rest) * (1 + 1e-5))
+
+        return _prefix(surely_kept, shortest), _prefix(possibly_kept, longest)
+
+
+def _prefix(holds: Callable[[int], bool], length: int) -> int:
+    """The number of leading places where `holds`, which is true up to some place and false from it on."""
+    low, high = 0, length
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if holds(middle) else (low, middle)
+    return low

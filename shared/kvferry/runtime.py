@@ -1,0 +1,179 @@
+"""What a process takes from outside itself: randomness, ids, threads, blocking clocks, signals.
+
+Everything else gets time from its event loop (`loop.time()`) and the rest from a `Runtime`, so that a
+whole cluster can run in one process on a virtual clock, from one seed (`tests/simulation`). A lint rule
+keeps `time`, `random`, `uuid`, `secrets` and `to_thread` inside this file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import random
+import secrets
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Lane(ABC):
+    """A queue of blocking calls that run one after the other, off the event loop."""
+
+    @abstractmethod
+    def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
+        """Run `call` after all calls given before it. Awaiting the result is optional."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Wait for what runs, then end the thread."""
+
+
+class Runtime(ABC):
+    """Randomness, ids and threads of one process."""
+
+    @abstractmethod
+    def random_bytes(self, count: int) -> bytes: ...
+
+    @abstractmethod
+    def uniform(self) -> float:
+        """In [0, 1): for jitter, never for ids."""
+
+    @abstractmethod
+    def lane(self, name: str) -> Lane: ...
+
+    def random_u64(self) -> int:
+        return int.from_bytes(self.random_bytes(8), "little")
+
+
+class SystemRuntime(Runtime):
+    """The real one."""
+
+    def __init__(self) -> None:
+        self._jitter = random.Random(secrets.randbits(64))  # noqa: S311 - jitter only
+
+    def random_bytes(self, count: int) -> bytes:
+        return secrets.token_bytes(count)
+
+    def uniform(self) -> float:
+        return self._jitter.random()
+
+    def lane(self, name: str) -> Lane:
+        return ThreadLane(name)
+
+
+class ThreadLane(Lane):
+    """One thread."""
+
+    def __init__(self, name: str) -> None:
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=name)
+
+    def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
+        future = self._pool.submit(call, *args, **kwargs)
+        return asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class SeededRuntime(Runtime):
+    """Deterministic: draws from one seed, runs lanes on the event loop. For simulation and tests."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)  # noqa: S311 - determinism is the point
+
+    def random_bytes(self, count: int) -> bytes:
+        return self._random.randbytes(count)
+
+    def uniform(self) -> float:
+        return self._random.random()
+
+    def lane(self, name: str) -> Lane:
+        return InlineLane()
+
+
+class InlineLane(Lane):
+    """Runs each call at once, on the loop; its result is a finished future."""
+
+    def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        try:
+            future.set_result(call(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def close(self) -> None:
+        pass
+
+
+def now() -> float:
+    """The running loop's clock, seconds."""
+    return asyncio.get_running_loop().time()
+
+
+def blocking_clock() -> float:
+    """Monotonic seconds for threads that have no event loop (the engine thread times its steps)."""
+    return time.perf_counter()
+
+
+def wall_clock() -> float:
+    """Unix seconds: the `created` field of API objects, the arrival order of requests, nothing else."""
+    return time.time()
+
+
+def blocking_sleep(seconds: float) -> None:
+    """For threads and plain programs without an event loop."""
+    time.sleep(seconds)
+
+
+class TaskSet:
+    """Background tasks of one owner: references kept, cancelled in creation order, failures reported."""
+
+    def __init__(self, on_failure: Callable[[str, BaseException], None]) -> None:
+        self._tasks: dict[asyncio.Task[Any], None] = {}
+        self._on_failure = on_failure
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(coroutine, name=name)
+        self._tasks[task] = None
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.pop(task, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._on_failure(task.get_name(), error)
+
+    async def cancel(self) -> None:
+        """Cancel all and wait until they have ended."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def stop_signals(loop: asyncio.AbstractEventLoop) -> Iterator[asyncio.Event]:
+    """SIGINT and SIGTERM set the event; a second one ends the process as by default."""
+    stop = asyncio.Event()
+
+    def handle(number: signal.Signals) -> None:
+        stop.set()
+        loop.remove_signal_handler(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, handle, number)
+    try:
+        yield stop
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)

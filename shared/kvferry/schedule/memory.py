@@ -1,0 +1,112 @@
+"""KV memory of one worker: who gets blocks, and when they are free again.
+
+The rules are those of `docs/protocol.md`, "Memory rules":
+- a queued sequence holds nothing; the prefix hit is taken in the reservation (2);
+- a reservation is all or nothing (3);
+- blocks are released only when no step, gather or scatter uses them: `pin` and `unpin` bracket each use.
+"""
+
+from __future__ import annotations
+
+from kvferry.errors import PoolExhausted
+from kvferry.kv.ledger import BlockState, Ledger
+from kvferry.kv.pool import BlockPool
+from kvferry.schedule.sequence import Sequence
+
+
+class KVMemory:
+    """The block pool and its ledger, in terms of sequences."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.pool = BlockPool(num_blocks, block_size)
+        self.ledger = Ledger(self.pool)
+        self.block_size = block_size
+        self.hit_tokens = 0
+        self.queried_tokens = 0
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def reserve(
+        self,
+        sequence: Sequence,
+        num_tokens: int,
+        max_hit: int,
+        state: BlockState,
+        now: float,
+        deadline: float | None = None,
+        watermark: int = 0,
+    ) -> bool:
+        """Give the sequence blocks for `num_tokens`, a cached prefix of at most `max_hit` tokens among them.
+
+        All or nothing: False leaves pool, ledger and sequence as they were. `watermark` blocks stay free.
+        On success `num_computed` and `cached_tokens` are the hit.
+        """
+        hashes = sequence.hashes[: max_hit // self.block_size]
+        hits = self.pool.match(hashes, sequence.context)
+        fresh = self.blocks_for(num_tokens) - len(hits)
+        if not self.pool.fits(hits, fresh + watermark):
+            return False
+        self.pool.acquire(hits)
+        blocks = hits + self.pool.allocate(fresh)
+        self.ledger.hold(sequence.key, blocks, state, deadline=deadline, now=now)
+        sequence.append_blocks(blocks)
+        sequence.num_computed = sequence.cached_tokens = len(hits) * self.block_size
+        sequence.num_published = len(hits)
+        self.hit_tokens += sequence.cached_tokens
+        self.queried_tokens += sequence.num_context
+        return True
+
+    def grow(self, sequence: Sequence) -> bool:
+        """A block for the next token, if it needs one. False when the pool is out of blocks."""
+        wanted = self.blocks_for(sequence.num_tokens) - sequence.num_blocks
+        if wanted <= 0:
+            return True
+        try:
+            blocks = self.pool.allocate(wanted)
+        except PoolExhausted:
+            return False
+        self.ledger.extend(sequence.key, blocks)
+        sequence.append_blocks(blocks)
+        return True
+
+    def publish(self, sequence: Sequence, num_tokens: int) -> None:
+        """Make the full blocks among the first `num_tokens` tokens findable."""
+        full = min(num_tokens // self.block_size, len(sequence.hashes))
+        for index in range(sequence.num_published, full):
+            tokens = sequence.tokens[index * self.block_size : (index + 1) * self.block_size]
+            self.pool.publish(int(sequence.block_table[index]), sequence.hashes[index], tokens.tobytes())
+        sequence.num_published = max(sequence.num_published, full)
+
+    def move(self, sequence: Sequence, state: BlockState, now: float, deadline: float | None = None) -> None:
+        self.ledger.move(sequence.key, state, deadline=deadline, now=now)
+
+    def pin(self, sequence: Sequence) -> None:
+        """A step or copy begins to use the sequence's blocks."""
+        sequence.pins += 1
+
+    def unpin(self, sequence: Sequence) -> bool:
+        """It has ended. True if this freed a sequence that `free` had to leave."""
+        sequence.pins -= 1
+        if sequence.doomed and sequence.pins == 0:
+            self._release(sequence)
+            return True
+        return False
+
+    def free(self, sequence: Sequence) -> bool:
+        """Give the blocks back, now or when the last user unpins. True if now (or if there are none)."""
+        if sequence.pins:
+            sequence.doomed = True
+            return False
+        self._release(sequence)
+        return True
+
+    def _release(self, sequence: Sequence) -> None:
+        sequence.doomed = False
+        if sequence.num_blocks:
+            self.pool.release(self.ledger.drop(sequence.key))
+            sequence.num_blocks = 0
+
+    def check_integrity(self) -> None:
+        self.pool.check_integrity()
+        self.ledger.check_integrity()

@@ -1,0 +1,186 @@
+"""One sequence on one worker: its tokens, its block table, how far it is computed, and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from kvferry.kv.hashing import block_hashes, chain_hash, root_hash
+from kvferry.schedule.step import BlockTable, Draw, SequenceStep
+from kvferry.wire.messages import EndReason, SequenceState, Work, unpack_tokens
+
+Key = tuple[bytes, int]  # (ticket, attempt)
+FinalReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What ends a sequence, apart from its own sampling fields."""
+
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+
+
+class Sequence:
+    """Tokens are prompt + generated; both buffers are append-only, so views of them may cross to the engine thread.
+
+    `num_computed` counts the tokens whose KV is in the blocks. A sequence decodes when all but its last
+    token are computed, and prefills otherwise.
+    """
+
+    __slots__ = (
+        "_table",
+        "_tokens",
+        "block_size",
+        "blocked_since",
+        "cached_tokens",
+        "deadline",
+        "doomed",
+        "hashes",
+        "num_blocks",
+        "num_computed",
+        "num_context",
+        "num_published",
+        "num_tokens",
+        "pins",
+        "root",
+        "sequence_id",
+        "state",
+        "work",
+    )
+
+    def __init__(
+        self, sequence_id: int, work: Work, kv_format_id: str, block_size: int, max_model_len: int, now: float
+    ) -> None:
+        prompt, generated = unpack_tokens(work.prompt), unpack_tokens(work.generated)
+        self.sequence_id = sequence_id
+        self.work = work
+        self.block_size = block_size
+        self.num_context = len(prompt) + len(generated)  # tokens that were there when the attempt began
+        self.num_tokens = self.num_context
+        remaining = max(0, work.sampling.max_tokens - len(generated))
+        capacity = min(self.num_context + remaining, max(max_model_len, self.num_context)) + 1
+        self._tokens = np.empty(capacity, dtype=np.uint32)
+        self._tokens[: len(prompt)] = prompt
+        self._tokens[len(prompt) : self.num_context] = generated
+        self._table = np.zeros(-(-capacity // block_size) + 1, dtype=np.int32)
+        self.num_blocks = 0
+        self.num_computed = 0
+        self.num_published = 0  # blocks that the prefix cache can find
+        self.cached_tokens = 0
+        self.root = root_hash(kv_format_id, "", work.salt)
+        self.hashes: list[bytes] = block_hashes(self.root, self.context, block_size)
+        self.state: SequenceState = "waiting"
+        self.blocked_since: float | None = None
+        self.deadline = None if work.deadline is None else now + work.deadline
+        # Engine steps and copies that use the blocks right now; freeing waits for them.
+        self.pins = 0
+        self.doomed = False
+
+    @property
+    def key(self) -> Key:
+        return self.work.key
+
+    @property
+    def order(self) -> tuple[int, float, bytes]:
+        return self.work.order
+
+    @property
+    def tokens(self) -> npt.NDArray[np.uint32]:
+        """u32 [num_tokens]"""
+        return self._tokens[: self.num_tokens]
+
+    @property
+    def context(self) -> npt.NDArray[np.uint32]:
+        """u32 [num_context]: the tokens whose KV a prefill computes."""
+        return self._tokens[: self.num_context]
+
+    @property
+    def block_table(self) -> BlockTable:
+        """i32 [num_blocks]"""
+        return self._table[: self.num_blocks]
+
+    @property
+    def next_index(self) -> int:
+        """Generated index, over all attempts, of the token that is drawn next."""
+        return len(self.work.generated) // 4 + self.num_tokens - self.num_context
+
+    @property
+    def decoding(self) -> bool:
+        return self.num_tokens > self.num_context and self.num_computed == self.num_tokens - 1
+
+    def append_blocks(self, blocks: list[int]) -> None:
+        self._table[self.num_blocks : self.num_blocks + len(blocks)] = blocks
+        self.num_blocks += len(blocks)
+
+    def append_token(self, token: int) -> None:
+        self._tokens[self.num_tokens] = token
+        self.num_tokens += 1
+        if self.num_tokens % self.block_size == 0:
+            parent = self.hashes[-1] if self.hashes else self.root
+            block = self._tokens[self.num_tokens - self.block_size : self.num_tokens]
+            self.hashes.extend(block_hashes(parent, block, self.block_size))
+
+    def chain_hash(self, end: int) -> bytes:
+        """Chain hash of the first `end` tokens; the partial tail counts as a shorter block."""
+        full = end // self.block_size
+        parent = self.hashes[full - 1] if full else self.root
+        tail = self._tokens[full * self.block_size : end]
+        return chain_hash(parent, tail, self.block_size, len(tail))
+
+    def step(self, num_rows: int) -> SequenceStep:
+        """The next `num_rows` tokens as rows of a step; draws when they reach the end."""
+        end = self.num_computed + num_rows
+        draw = None
+        if end == self.num_tokens:
+            draw = Draw(self.work.sampling, self.work.choice, self.next_index)
+        rows = self._tokens[self.num_computed : end]
+        return SequenceStep(self.sequence_id, rows, self.num_computed, self.block_table, draw)
+
+    def end_reason(self, token: int, limits: ModelLimits) -> FinalReason | None:
+        """Why the sequence ends with `token`, which `append_token` has just added."""
+        if token in limits.eos_token_ids and not self.work.sampling.ignore_eos:
+            return "stop"
+        if self.next_index >= self.work.sampling.max_tokens or self.num_tokens >= limits.max_model_len:
+            return "length"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """One drawn token of one sequence; `reason` if it is the last."""
+
+    sequence: Sequence
+    index: int
+    token: int
+    reason: FinalReason | None
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the first of this attempt."""
+        return self.index * 4 == len(self.sequence.work.generated)
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A sequence that this worker gives up; the gateway places it again or ends it."""
+
+    sequence: Sequence
+    reason: EndReason
+    detail: str = ""
+
+
+def pick_alone(sequences: Iterable[Sequence], turn: int) -> list[Sequence]:
+    """The sequences of the next step, where one that must run alone gets every other step to itself."""
+    everyone = list(sequences)
+    alone = [sequence for sequence in everyone if sequence.work.alone]
+    if not alone:
+        return everyone
+    others = [sequence for sequence in everyone if not sequence.work.alone]
+    if others and turn % 2:
+        return others
+    return [alone[turn // 2 % len(alone)]]

@@ -1,0 +1,121 @@
+"""The engine's boundary: an immutable `StepPlan` in, a `StepResult` out.
+
+`ModelRunner` is implemented by `engine/torch_runner.py` (torch) and `engine/memory.py` (the in-memory twin,
+numpy alone). One call of `execute` is one engine step with any mix of prefill chunks and decoding
+sequences; it runs on the engine thread. `gather` and `scatter` move KV between blocks and staging slots
+and may run on another thread at the same time, on blocks that the running step does not write.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kvferry.wire.frame import DTYPE_BYTES, Piece
+from kvferry.wire.messages import Sampling
+
+BlockTable: TypeAlias = npt.NDArray[np.int32]  # [num_blocks of the sequence]: block ids, by position
+
+
+@dataclass(frozen=True, slots=True)
+class KVFormat:
+    """Shape and meaning of KV in blocks and frames. `format_id` is what P and D compare."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str  # "bfloat16" | "float16" | "float32"
+    block_size: int
+    format_id: str  # names weights, dtype, KV dtype, RoPE and block size
+
+    @property
+    def token_bytes(self) -> int:
+        """KV bytes of one token over all layers."""
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Sample one token after the last row of a sequence's chunk.
+
+    The uniform is Philox4x32-10 with key = seed and counter = (choice, index).
+    """
+
+    sampling: Sampling
+    choice: int
+    index: int  # generated index of the token that is drawn
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStep:
+    """One sequence's rows in a step: `tokens` at positions `start`, `start + 1`, …
+
+    KV of the positions before `start` is in the blocks already; KV of these rows is written by the step.
+    """
+
+    sequence_id: int
+    tokens: npt.NDArray[np.uint32]  # [num_rows]
+    start: int
+    block_table: BlockTable
+    draw: Draw | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    steps: tuple[SequenceStep, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(step.tokens) for step in self.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    tokens: tuple[int | None, ...]  # drawn token of each SequenceStep, in plan order; None without a draw
+    seconds: float  # spent inside the runner
+
+
+class ModelRunner(Protocol):
+    """A model with its paged KV cache. Not thread-safe but where the module docstring says so."""
+
+    @property
+    def kv_format(self) -> KVFormat: ...
+
+    @property
+    def numerics_id(self) -> str:
+        """Names what the bits of a result depend on: engine version, kernels, instruction set, dtype, shards."""
+
+    @property
+    def exact(self) -> bool:
+        """True if a row's bits depend on that row alone, whatever the batch, chunk or cached prefix."""
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]: ...
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step. Raises RuntimeError for a plan outside the cache; the cache is then undefined only
+        in the blocks that the plan names."""
+
+    def gather(self, piece: Piece, block_table: BlockTable, out: memoryview) -> None:
+        """Copy KV of a piece from blocks to `out` (exactly `piece.num_bytes(...)` long) in the frame's layout."""
+
+    def scatter(self, piece: Piece, block_table: BlockTable, payload: memoryview) -> None:
+        """The reverse of `gather`."""
+
+    def warm_up(self) -> None:
+        """Run what makes the first real step as fast as the later ones. Uses no block that is in use."""
+
+    def close(self) -> None:
+        """Free the model's memory. Nothing may be called afterwards."""

@@ -1,0 +1,306 @@
+"""Messages of the control plane (NATS). Who sends what to whom stands in `docs/protocol.md`.
+
+Ids:
+    ticket       16 random bytes, one for each (unit, attempt)
+    attempt      u32, counted per gateway and never reused, so that one number fences all older placements
+    stream_id    u32 that a gateway gives each (request, choice, attempt)
+    incarnation  u64 drawn at each process start
+Token ids travel as little-endian u32 in a `bin` field. Durations are seconds; no instant crosses
+the wire but `arrival`, which is only an ordering key.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from msgspec import Meta
+
+from kvferry.wire.codec import Codec, Message
+
+MAX_TOKEN_BYTES: Final = 4 * (1 << 20)
+MAX_NAME_CHARS: Final = 128
+MAX_ROWS: Final = 1 << 16
+MAX_SHARDS: Final = 64
+
+U16 = Annotated[int, Meta(ge=0, le=(1 << 16) - 1)]
+U32 = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
+# msgpack integers reach 2**64 - 1, msgspec's bounds only 2**63 - 1: the lower bound is enough here.
+U64 = Annotated[int, Meta(ge=0)]
+Ticket = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Tokens = Annotated[bytes, Meta(max_length=MAX_TOKEN_BYTES)]
+Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
+Text = Annotated[str, Meta(max_length=1024)]
+Seconds = Annotated[float, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=0, le=1 << 40)]
+
+TokenArray: TypeAlias = npt.NDArray[np.uint32]
+Role = Literal["gateway", "prefill", "decode"]
+WORKER_ROLES: Final = ("prefill", "decode")
+
+
+def pack_tokens(tokens: TokenArray | list[int] | tuple[int, ...]) -> bytes:
+    return np.asarray(tokens, dtype="<u4").tobytes()
+
+
+def unpack_tokens(column: bytes) -> TokenArray:
+    """Read-only view, u32 [num_tokens]. The caller has checked that the length is a multiple of 4."""
+    return np.frombuffer(column, dtype="<u4")
+
+
+class Sampling(Message, frozen=True):
+    """How the tokens of one sequence are drawn and when they end."""
+
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Count = 0  # 0: no limit
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    seed: U64 = 0
+    max_tokens: Annotated[int, Meta(ge=1, le=1 << 32)] = 16  # of the whole choice, over all attempts
+    ignore_eos: bool = False
+
+
+class Work(Message, frozen=True):
+    """One attempt at one unit: what both workers of a pair are asked to do."""
+
+    gateway: Name  # bus subject that answers and tokens go to
+    gateway_incarnation: U64
+    ticket: Ticket
+    attempt: U32
+    stream_id: U32
+    choice: U32
+    request_id: Name  # label for logs, never a key
+    model: Name
+    prompt: Tokens
+    generated: Tokens
+    sampling: Sampling
+    priority: int
+    arrival: float  # ordering key: (priority, arrival, ticket)
+    salt: Annotated[bytes, Meta(max_length=32)]  # root of the prefix cache's hash chain
+    alone: bool = False  # runs in steps of its own: its last two workers crashed under it
+    deadline: Seconds | None = None  # seconds left
+    unit: U64 = 0  # gateway's number of the unit: a newer attempt at it cancels older ones on a worker
+
+    @property
+    def key(self) -> tuple[bytes, int]:
+        return (self.ticket, self.attempt)
+
+    @property
+    def order(self) -> tuple[int, float, bytes]:
+        """Oldest first. Unchanged by re-placement only up to the ticket, which breaks ties."""
+        return (self.priority, self.arrival, self.ticket)
+
+
+class WorkerAddress(Message, frozen=True):
+    """Where the shards of a worker listen on the data plane, rank by rank."""
+
+    incarnation: U64
+    shards: Annotated[tuple[Annotated[str, Meta(max_length=2048)], ...], Meta(max_length=MAX_SHARDS)]
+
+
+class PrefillRequest(Message, frozen=True, tag="prefill"):
+    """Gateway -> P, answered `Accepted` or `Rejected`. Idempotent by (ticket, attempt)."""
+
+    work: Work
+
+
+class DecodeRequest(Message, frozen=True, tag="decode"):
+    """Gateway -> D, answered `Accepted` or `Rejected`. Without `prefill`, D computes the prompt itself."""
+
+    work: Work
+    prefill: WorkerAddress | None = None
+
+
+RejectReason = Literal[
+    "queue_full", "draining", "wrong_model", "too_long", "stale_attempt", "cancelled", "not_ready", "malformed"
+]
+
+
+class Accepted(Message, frozen=True, tag="accepted"):
+    ticket: Ticket
+    attempt: U32
+
+
+class Rejected(Message, frozen=True, tag="rejected"):
+    ticket: Ticket
+    attempt: U32
+    reason: RejectReason
+    retry_after: Seconds = 1.0
+
+
+class Cancel(Message, frozen=True, tag="cancel"):
+    """Gateway -> worker: this attempt is over. For an unknown one it leaves a tombstone."""
+
+    ticket: Ticket
+    attempt: U32
+
+
+class Fence(Message, frozen=True, tag="fence"):
+    """Gateway -> worker: drop all of this gateway's attempts up to and including `highest_attempt`."""
+
+    worker_incarnation: U64
+    gateway_incarnation: U64
+    highest_attempt: U32
+
+
+class Resend(Message, frozen=True, tag="resend"):
+    """Gateway -> worker: publish these streams' tokens again, from these indices."""
+
+    gateway_incarnation: U64
+    streams: Annotated[tuple[tuple[U32, U32], ...], Meta(max_length=MAX_ROWS)]  # (stream_id, next index)
+
+
+class EndAck(Message, frozen=True, tag="end_ack"):
+    """Gateway -> worker: these streams' ends have arrived; their tokens may be forgotten."""
+
+    gateway_incarnation: U64
+    stream_ids: Annotated[tuple[U32, ...], Meta(max_length=MAX_ROWS)]
+
+
+class Ping(Message, frozen=True, tag="ping"):
+    """Anyone -> worker, answered `Pong`."""
+
+    nonce: U64
+
+
+class Pong(Message, frozen=True, tag="pong"):
+    nonce: U64
+    incarnation: U64
+
+
+class Drain(Message, frozen=True, tag="drain"):
+    """Operator -> worker: take no more, finish or hand over, exit within the grace time."""
+
+    worker_incarnation: U64
+
+
+EndReason = Literal[
+    "stop",  # EOS
+    "length",  # max_tokens or the context length
+    "preempted",  # memory went to an older request: place it again; no failure
+    "draining",  # the worker shuts down: place it again; no failure
+    "expired",  # held KV's lease ran out: place it again; no failure
+    "transfer_failed",  # twice: a failure
+    "prefill_lost",  # the data-plane peer is gone: a failure
+    "deadline",  # the request's own deadline passed in a queue
+    "error",  # the engine failed on it: a failure
+]
+
+
+class End(Message, frozen=True):
+    """The end of one stream on one worker. It is repeated until `EndAck`."""
+
+    stream_id: U32
+    index: U32  # generated index that would have come next
+    reason: EndReason
+    detail: Text = ""
+
+
+class TokenBatch(Message, frozen=True, tag="tokens"):
+    """Worker -> gateway, one per step: the new tokens of all that gateway's sequences, as columns.
+
+    `stream_ids`, `indices` and `tokens` are little-endian u32 columns of equal length, one row per token.
+    `index` counts the generated tokens of the choice over all attempts. A gap in `batch_seq`
+    (per worker incarnation and gateway) makes the gateway ask `Resend`.
+    """
+
+    incarnation: U64
+    batch_seq: U32
+    stream_ids: Tokens
+    indices: Tokens
+    tokens: Tokens
+    ends: Annotated[tuple[End, ...], Meta(max_length=MAX_ROWS)] = ()
+    cached: Annotated[tuple[tuple[U32, U32], ...], Meta(max_length=MAX_ROWS)] = ()  # (stream_id, cached tokens)
+
+
+class WorkerRecord(Message, frozen=True):
+    """What a worker is: fixed for one incarnation, sent with each heartbeat."""
+
+    role: Role
+    name: Name
+    incarnation: U64
+    pid: U32
+    subject: Text
+    model: Name
+    transport: Name
+    address: WorkerAddress
+    kv_format_id: Name  # P and D pair only if equal
+    numerics_id: Name  # names what a result's bits depend on
+    max_model_len: Count
+    block_size: U32
+    num_blocks: U32
+    kv_token_bytes: U32  # KV bytes of one token, all layers
+    debug_port: U16 = 0
+
+
+WorkerState = Literal["loading", "ready", "draining", "wedged"]
+SequenceState = Literal["waiting", "computing", "held", "opening", "fetching", "running", "ended"]
+
+
+class Load(Message, frozen=True):
+    """What a worker is doing, for placement and for operators."""
+
+    num_waiting: Count = 0
+    num_running: Count = 0
+    waiting_tokens: Count = 0  # uncomputed prompt tokens, queued or under way
+    free_blocks: Count = 0  # free or evictable
+    prefill_tokens_per_s: Seconds = 0.0  # this worker's own measured rate, 0 when unknown
+    decode_step_s: Seconds = 0.0  # mean step time of late, 0 when unknown
+    steps: Count = 0  # engine steps ended since start
+
+
+class Held(Message, frozen=True):
+    """One sequence of one gateway on this worker."""
+
+    stream_id: U32
+    state: SequenceState
+    next_index: U32
+
+
+class Heartbeat(Message, frozen=True, tag="heartbeat"):
+    """Worker -> all gateways, every 250 ms; liveness is judged by it."""
+
+    beat: U32
+    state: WorkerState
+    record: WorkerRecord
+    load: Load
+    sequences: Annotated[
+        dict[Name, Annotated[tuple[Held, ...], Meta(max_length=MAX_ROWS)]], Meta(max_length=1024)
+    ] = {}  # noqa: RUF012 - msgspec copies it; keyed by gateway subject
+
+
+class GatewayHeartbeat(Message, frozen=True, tag="gateway_heartbeat"):
+    """Gateway -> all workers, every 250 ms. A worker whose stream is missing from it cancels that stream."""
+
+    beat: U32
+    name: Name
+    incarnation: U64
+    subject: Text
+    pid: U32
+    live: Annotated[
+        tuple[tuple[U64, Annotated[tuple[U32, ...], Meta(max_length=MAX_ROWS)]], ...], Meta(max_length=4096)
+    ] = ()  # (worker incarnation, live stream ids)
+
+
+class ExitNotice(Message, frozen=True, tag="exit"):
+    """Supervisor -> all: this incarnation's process ended."""
+
+    incarnation: U64
+    cause: Literal["crashed", "killed", "stopped"]
+
+
+ToWorker = PrefillRequest | DecodeRequest | Cancel | Fence | Resend | EndAck | Ping | Drain
+ToGateway = TokenBatch
+Answer = Accepted | Rejected | Pong
+Beat = Heartbeat | GatewayHeartbeat | ExitNotice
+
+
+class Codecs:
+    """The codecs of the control plane. One instance per event loop."""
+
+    def __init__(self) -> None:
+        self.to_worker: Codec[ToWorker] = Codec(ToWorker)
+        self.to_gateway: Codec[ToGateway] = Codec(ToGateway)
+        self.answer: Codec[Answer] = Codec(Answer)
+        self.beat: Codec[Beat] = Codec(Beat)

@@ -1,0 +1,102 @@
+"""The small HTTP port of a worker: /health, /ready, /metrics, /debug/blocks, /debug/digests.
+
+It binds the worker's `host`; `/debug` answers loopback clients only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from kvferry.errors import SettingError
+from kvferry.worker.worker import Worker
+
+
+def debug_app(worker: Worker[Any]) -> Starlette:
+    async def health(_: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(_: Request) -> Response:
+        return JSONResponse({"state": worker.state}, status_code=200 if worker.state == "ready" else 503)
+
+    async def metrics(_: Request) -> Response:
+        worker.refresh_metrics()
+        return Response(worker.metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def blocks(request: Request) -> Response:
+        if not _is_local(request):
+            return JSONResponse({"error": "only from this machine"}, status_code=403)
+        worker.check_integrity()
+        return JSONResponse(worker.blocks())
+
+    async def digests(request: Request) -> Response:
+        if not _is_local(request):
+            return JSONResponse({"error": "only from this machine"}, status_code=403)
+        return JSONResponse(worker.digests.rows())
+
+    return Starlette(
+        routes=[
+            Route("/health", health),
+            Route("/ready", ready),
+            Route("/metrics", metrics),
+            Route("/debug/blocks", blocks),
+            Route("/debug/digests", digests),
+        ]
+    )
+
+
+def _is_local(request: Request) -> bool:
+    if request.client is None:
+        return False
+    try:
+        return ipaddress.ip_address(request.client.host).is_loopback
+    except ValueError:
+        return False
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the service."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class DebugServer:
+    """Serves a worker's debug port until `stop`."""
+
+    def __init__(self, host: str, port: int) -> None:
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self._socket = socket.socket(family, socket.SOCK_STREAM)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.bind((host, port))
+        except OSError as error:
+            raise SettingError("--debug-port", f"cannot listen on {host}:{port}: {error.strerror}") from None
+        self.port: int = self._socket.getsockname()[1]
+        self._server: _Server | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self, worker: Worker[Any]) -> None:
+        config = uvicorn.Config(
+            debug_app(worker), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1
+        )
+        self._server = _Server(config)
+        self._task = asyncio.get_running_loop().create_task(self._server.serve([self._socket]), name="debug port")
+
+    async def stop(self) -> None:
+        if self._server is not None and self._task is not None:
+            self._server.should_exit = True
+            await self._task
+        self._socket.close()

@@ -1,0 +1,170 @@
+"""Tokens and ends on their way to gateways: batched per step, repeated until confirmed. Pure.
+
+One `TokenBatch` per gateway and flush. A stream's tokens are kept until its end is acknowledged (or its
+gateway has forgotten it), so that `Resend` can be served.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from kvferry.wire.messages import End, EndReason, Held, TokenBatch, Work, pack_tokens
+
+REPEAT_END_S: Final = 0.5
+MAX_BATCH_ROWS: Final = 1 << 16
+
+
+@dataclass(slots=True)
+class _Stream:
+    work: Work
+    first_index: int
+    tokens: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
+    end: End | None = None
+    repeat_at: float = 0.0
+
+
+@dataclass(slots=True)
+class _Mailbox:
+    """What waits for one gateway."""
+
+    subject: str
+    incarnation: int
+    batch_seq: int = 0
+    streams: dict[int, _Stream] = field(default_factory=dict)
+    stream_ids: list[int] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    ends: list[End] = field(default_factory=list)
+    cached: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self.tokens or self.ends or self.cached)
+
+
+class Outbox:
+    def __init__(self, incarnation: int) -> None:
+        self._incarnation = incarnation
+        self._mailboxes: dict[int, _Mailbox] = {}  # by gateway incarnation
+
+    def __len__(self) -> int:
+        return sum(len(box.streams) for box in self._mailboxes.values())
+
+    def open(self, work: Work) -> None:
+        box = self._mailboxes.get(work.gateway_incarnation)
+        if box is None:
+            box = self._mailboxes[work.gateway_incarnation] = _Mailbox(work.gateway, work.gateway_incarnation)
+        box.streams[work.stream_id] = _Stream(work, len(work.generated) // 4)
+
+    def token(self, work: Work, index: int, token: int) -> None:
+        found = self._find(work)
+        if found is None:
+            return
+        box, stream = found
+        assert index == stream.first_index + len(stream.tokens), "tokens come in order"
+        stream.tokens.append(token)
+        box.stream_ids.append(work.stream_id)
+        box.indices.append(index)
+        box.tokens.append(token)
+
+    def cached(self, work: Work, num_tokens: int) -> None:
+        """How many prompt tokens came from a prefix cache: for the usage figures."""
+        found = self._find(work)
+        if found is not None:
+            box, stream = found
+            stream.cached_tokens = num_tokens
+            box.cached.append((work.stream_id, num_tokens))
+
+    def end(self, work: Work, reason: EndReason, detail: str, now: float) -> None:
+        found = self._find(work)
+        if found is None or found[1].end is not None:
+            return
+        box, stream = found
+        stream.end = End(work.stream_id, stream.first_index + len(stream.tokens), reason, detail[:1024])
+        stream.repeat_at = now + REPEAT_END_S
+        box.ends.append(stream.end)
+
+    def close(self, work: Work) -> None:
+        """The gateway wants nothing more of this stream."""
+        found = self._find(work)
+        if found is not None:
+            del found[0].streams[work.stream_id]
+
+    def acknowledge(self, gateway_incarnation: int, stream_ids: tuple[int, ...]) -> None:
+        box = self._mailboxes.get(gateway_incarnation)
+        for stream_id in stream_ids if box else ():
+            assert box is not None
+            if (stream := box.streams.get(stream_id)) is not None and stream.end is not None:
+                del box.streams[stream_id]
+
+    def resend(self, gateway_incarnation: int, streams: tuple[tuple[int, int], ...]) -> None:
+        """Put tokens from the given indices on, and ends, into the next batch once more."""
+        box = self._mailboxes.get(gateway_incarnation)
+        for stream_id, index in streams if box else ():
+            assert box is not None
+            stream = box.streams.get(stream_id)
+            if stream is None:
+                continue
+            start = max(0, index - stream.first_index)
+            for offset, token in enumerate(stream.tokens[start:], start):
+                box.stream_ids.append(stream_id)
+                box.indices.append(stream.first_index + offset)
+                box.tokens.append(token)
+            if stream.end is not None:
+                box.ends.append(stream.end)
+            if stream.cached_tokens:
+                box.cached.append((stream_id, stream.cached_tokens))
+
+    def repeat_ends(self, now: float) -> None:
+        """Queue ends that have waited too long for their acknowledgement."""
+        for box in self._mailboxes.values():
+            for stream in box.streams.values():
+                if stream.end is not None and now >= stream.repeat_at:
+                    stream.repeat_at = now + REPEAT_END_S
+                    box.ends.append(stream.end)
+
+    def take(self) -> list[tuple[str, TokenBatch]]:
+        """(gateway subject, batch) for all that waits. A batch that gets lost leaves a gap in `batch_seq`."""
+        batches: list[tuple[str, TokenBatch]] = []
+        for box in self._mailboxes.values():
+            while box.waiting:
+                batch = TokenBatch(
+                    self._incarnation,
+                    box.batch_seq,
+                    pack_tokens(box.stream_ids[:MAX_BATCH_ROWS]),
+                    pack_tokens(box.indices[:MAX_BATCH_ROWS]),
+                    pack_tokens(box.tokens[:MAX_BATCH_ROWS]),
+                    tuple(box.ends[:MAX_BATCH_ROWS]),
+                    tuple(box.cached[:MAX_BATCH_ROWS]),
+                )
+                for column in (box.stream_ids, box.indices, box.tokens, box.ends, box.cached):
+                    del column[:MAX_BATCH_ROWS]
+                box.batch_seq = (box.batch_seq + 1) & 0xFFFFFFFF
+                batches.append((box.subject, batch))
+        return batches
+
+    def ended(self, gateway_incarnation: int) -> list[Work]:
+        """Streams that have ended and wait for their acknowledgement."""
+        box = self._mailboxes.get(gateway_incarnation)
+        return [stream.work for stream in box.streams.values() if stream.end is not None] if box else []
+
+    def held(self) -> dict[str, list[Held]]:
+        """Ended streams as rows of a heartbeat, by gateway subject."""
+        rows: dict[str, list[Held]] = {}
+        for box in self._mailboxes.values():
+            for stream_id, stream in box.streams.items():
+                if stream.end is not None:
+                    rows.setdefault(box.subject, []).append(Held(stream_id, "ended", stream.end.index))
+        return rows
+
+    def forget_gateway(self, gateway_incarnation: int) -> None:
+        self._mailboxes.pop(gateway_incarnation, None)
+
+    def _find(self, work: Work) -> tuple[_Mailbox, _Stream] | None:
+        box = self._mailboxes.get(work.gateway_incarnation)
+        stream = box.streams.get(work.stream_id) if box else None
+        if box is None or stream is None or stream.work.key != work.key:
+            return None
+        return box, stream

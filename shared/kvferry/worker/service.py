@@ -1,0 +1,162 @@
+"""One worker process, from settings to exit: load, warm up, join, serve, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from kvferry import ready
+from kvferry.bus.base import BusSettings
+from kvferry.bus.nats import NatsBus
+from kvferry.errors import SettingError
+from kvferry.log import get_logger
+from kvferry.runtime import Runtime, SystemRuntime, now, stop_signals
+from kvferry.schedule.step import ModelRunner
+from kvferry.transport.base import TransportSettings
+from kvferry.transport.factory import open_transport
+from kvferry.transport.slots import SlotPool
+from kvferry.wire.subjects import inbox_prefix
+from kvferry.worker.debug import DebugServer
+from kvferry.worker.settings import WorkerSettings
+from kvferry.worker.worker import MakeWorker, Parts
+
+log = get_logger(__name__)
+EXIT_WEDGED = 70
+
+
+async def serve_worker(settings: WorkerSettings, make_worker: MakeWorker) -> None:
+    """Run one worker until SIGTERM, SIGINT, a Drain message, or a wedged engine.
+
+    Raises `SettingError`, `CheckpointError`, `BusUnavailable` or `TransportUnavailable` if it cannot start.
+    """
+    _pin(settings.cpus)
+    runtime = SystemRuntime()
+    incarnation = runtime.random_u64()
+    debug = DebugServer(settings.host, settings.debug_port)
+    with stop_signals(asyncio.get_running_loop()) as stop:
+        began = now()
+        loading = runtime.lane("load")
+        runner = await _unless(stop, loading.run(_load, settings))
+        loading.close()
+        if runner is None:
+            return
+        log.info("model ready", seconds=round(now() - began, 2), blocks=runner.num_blocks, numerics=runner.numerics_id)
+        worker = make_worker(settings, await _parts(settings, runtime, incarnation, runner))
+        worker.debug_port = debug.port
+        await worker.transport.start(worker.attach)
+        await worker.start()
+        await debug.start(worker)
+        ready.report("ready", incarnation=incarnation)
+        log.info("serving", incarnation=f"{incarnation:016x}", transport=worker.transport.scheme, debug_port=debug.port)
+        await _first(stop, worker.draining, worker.wedged)
+        if worker.wedged.is_set():
+            # The engine thread may never return: nothing can be waited for.
+            log.error("wedged: exiting")
+            os._exit(EXIT_WEDGED)
+        await worker.drain()
+        await debug.stop()
+        await worker.stop()
+        runner.close()
+
+
+async def _parts(settings: WorkerSettings, runtime: Runtime, incarnation: int, runner: ModelRunner) -> Parts:
+    transport = open_transport(
+        settings.transport,
+        TransportSettings(
+            incarnation=incarnation,
+            data_key=settings.data_key_bytes,
+            host=settings.host,
+            advertise_host=settings.advertise_host,
+            port=settings.data_port,
+            net_devices=settings.ucx_net_devices,
+        ),
+        runtime,
+    )
+    bus = NatsBus(
+        BusSettings(
+            url=settings.nats_url,
+            name=settings.name,
+            inbox_prefix=inbox_prefix(settings.cluster, settings.role),
+            user=settings.nats_user,
+            password=settings.nats_password.get_secret_value(),
+            token=settings.nats_token.get_secret_value(),
+            tls_ca=settings.nats_tls_ca,
+            min_payload=runner.max_model_len * 4 + (1 << 20),
+        ),
+        runtime,
+    )
+    await bus.start()
+    return Parts(
+        runtime=runtime,
+        bus=bus,
+        transport=transport,
+        slots=SlotPool(settings.num_slots, settings.slot_kb << 10),
+        runner=runner,
+        incarnation=incarnation,
+        model_name=settings.served_model_name or Path(settings.model).name,
+        pid=os.getpid(),
+    )
+
+
+def _load(settings: WorkerSettings) -> ModelRunner:
+    """Import torch, load the model, warm it up. Blocking; runs on a lane."""
+    if not settings.model:
+        raise SettingError("--model", "is not set; give a model directory, or join a run file with --join")
+    ready.report("import")
+    from kvferry.engine.torch_runner import EngineSettings, TorchRunner
+
+    ready.report("load")
+    runner = TorchRunner(
+        EngineSettings(
+            model_dir=Path(settings.model),
+            device=settings.device,
+            dtype=settings.dtype,
+            num_blocks=settings.num_blocks or None,
+            kv_cache_bytes=settings.kv_memory_mb << 20,
+            block_size=settings.block_size,
+            max_model_len=settings.max_model_len or None,
+            threads=settings.threads,
+        ),
+        progress=lambda share: ready.report("load", share=share),
+    )
+    ready.report("warm-up")
+    runner.warm_up()
+    return runner
+
+
+def _pin(cpus: str) -> None:
+    """Keep this process on the given cores, as `0,2` or `0-3`."""
+    if not cpus:
+        return
+    if sys.platform != "linux":
+        raise SettingError("--cpus", "pinning needs Linux")
+    try:
+        cores: set[int] = set()
+        for part in cpus.split(","):
+            first, _, last = part.partition("-")
+            cores.update(range(int(first), int(last or first) + 1))
+        os.sched_setaffinity(0, cores)
+    except (ValueError, OSError):
+        raise SettingError("--cpus", f"{cpus!r} does not name cores of this machine") from None
+
+
+async def _first(*events: asyncio.Event) -> None:
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+
+
+async def _unless(stop: asyncio.Event, awaitable: Any) -> ModelRunner | None:
+    """The runner, or None when a signal came while it was loading."""
+    loading = asyncio.ensure_future(awaitable)
+    stopped = asyncio.ensure_future(stop.wait())
+    await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not loading.done():
+        await asyncio.wait((loading,))  # a load cannot be interrupted; it takes seconds
+    runner: ModelRunner = loading.result()
+    return None if stop.is_set() else runner

@@ -1,0 +1,579 @@
+"""The shell of a worker: what prefill and decode have in common. I/O is here, decisions are in the scheduler.
+
+    start -> serve -> drain -> stop
+
+Threads: the event loop (this file, the bus, every decision), the engine lane (`ModelRunner.execute`), the copy
+lane (gather, scatter, checksums), and the data plane's own where it has one. Only the event loop changes
+scheduler, pool and ledger; the engine lane gets immutable `StepPlan`s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, Generic, TypeVar, get_args
+
+from kvferry.bus.base import Bus, BusMessage, Subscription
+from kvferry.bus.liveness import BEAT_INTERVAL, Liveness
+from kvferry.errors import BusError, WireError
+from kvferry.log import get_logger
+from kvferry.runtime import Lane, Runtime, TaskSet, now
+from kvferry.schedule.memory import KVMemory
+from kvferry.schedule.sequence import Dropped, Emission, Key, ModelLimits, Sequence
+from kvferry.schedule.step import ModelRunner, StepPlan, StepResult
+from kvferry.transport.base import Connection, Transport
+from kvferry.transport.slots import SlotPool, SlotState
+from kvferry.wire.codec import WIRE_VERSION
+from kvferry.wire.messages import (
+    Accepted,
+    Cancel,
+    Codecs,
+    DecodeRequest,
+    Drain,
+    EndAck,
+    EndReason,
+    Fence,
+    GatewayHeartbeat,
+    Heartbeat,
+    Held,
+    Load,
+    Ping,
+    Pong,
+    PrefillRequest,
+    Rejected,
+    RejectReason,
+    Resend,
+    Role,
+    Work,
+    WorkerAddress,
+    WorkerRecord,
+    WorkerState,
+    unpack_tokens,
+)
+from kvferry.wire.subjects import beat_subject, process_subject, role_beats
+from kvferry.worker.digests import Digests
+from kvferry.worker.fences import Fences
+from kvferry.worker.gateways import Gateways
+from kvferry.worker.metrics import WorkerMetrics
+from kvferry.worker.outbox import Outbox
+from kvferry.worker.scheduler import Decision, Scheduler
+from kvferry.worker.settings import WorkerSettings
+
+log = get_logger(__name__)
+S = TypeVar("S", bound=Scheduler)
+STEP_SMOOTHING: Final = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a worker is made of; a simulation gives in-memory twins."""
+
+    runtime: Runtime
+    bus: Bus
+    transport: Transport
+    slots: SlotPool
+    runner: ModelRunner
+    incarnation: int
+    model_name: str
+    pid: int
+
+
+class Worker(ABC, Generic[S]):
+    """One worker process. Subclasses add what their phase does with a request and with the data plane."""
+
+    role: ClassVar[Role]
+
+    def __init__(self, settings: WorkerSettings, parts: Parts, scheduler: S) -> None:
+        self.settings = settings
+        self.runtime = parts.runtime
+        self.bus = parts.bus
+        self.transport = parts.transport
+        self.slots = parts.slots
+        self.runner = parts.runner
+        self.incarnation = parts.incarnation
+        self.model_name = parts.model_name
+        self.scheduler = scheduler
+        self.metrics = WorkerMetrics()
+        self.state: WorkerState = "loading"
+        self.subject = process_subject(settings.cluster, self.role, settings.name, parts.incarnation)
+        self.draining = asyncio.Event()  # asked for over the bus
+        self.wedged = asyncio.Event()
+        self.digests = Digests(enabled=settings.debug_digests)
+        self.outbox = Outbox(parts.incarnation)
+        self.tasks = TaskSet(self._task_failed)
+        self.copy_lane: Lane = parts.runtime.lane("copy")
+        self.debug_port = 0
+        self._pid = parts.pid
+        self._engine_lane: Lane = parts.runtime.lane("engine")
+        self._codecs = Codecs()
+        self._fences = Fences()
+        self._subscriptions: list[Subscription] = []
+        self._work = asyncio.Event()
+        self._mail = asyncio.Event()
+        self._beaten = asyncio.Event()
+        self._sequence_ids = 0
+        self._steps = 0
+        self._step_s = 0.0
+        self._step_began: float | None = None
+        self._beat = 0
+        self._bus_lost: float | None = None
+        self._cancelled_at: dict[int, float] = {}  # sequence id -> when, while its blocks are in use
+
+    # -- life cycle ------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Begin to serve: bus, data plane and model are up already."""
+        self._gateways = Gateways(self.incarnation, Liveness(now()))
+        subscribe = self.bus.subscribe
+        self.bus.on_change(self._bus_changed)
+        self._subscriptions.append(await subscribe(self.subject, self._on_message))
+        beats = role_beats(self.settings.cluster, "gateway")
+        self._subscriptions.append(await subscribe(beats, self._on_gateway_beat))
+        self.state = "ready"
+        self.tasks.spawn(self._engine_loop(), "engine")
+        self.tasks.spawn(self._publish_loop(), "publish")
+        self.tasks.spawn(self._beat_loop(), "beat")
+
+    async def drain(self) -> None:
+        """Take no more; let what runs finish within the grace time, hand the rest back to the gateways."""
+        if self.state == "draining":
+            return
+        self.state = "draining"
+        log.info("draining", sequences=len(self.scheduler.sequences))
+        self._drop(self.scheduler.drain())
+        deadline = now() + self.settings.drain_grace
+        while (self.scheduler.sequences or len(self.outbox)) and now() < deadline and self.bus.connected:
+            self._beaten.clear()
+            await self._beaten.wait()  # each heartbeat looks again
+        self._drop(self.scheduler.hand_over())
+        await self._flush()
+
+    async def stop(self) -> None:
+        """End everything; afterwards no task, thread, subscription or endpoint of this worker is left."""
+        self._work.clear()
+        await self.tasks.cancel()
+        for subscription in self._subscriptions:
+            await subscription.close()
+        self._engine_lane.close()
+        await self.disconnect()
+        await self.transport.close()
+        self.copy_lane.close()
+        await self.bus.close()
+
+    # -- what a phase adds -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def accept(self, request: PrefillRequest | DecodeRequest, sequence: Sequence) -> RejectReason | None:
+        """Queue a checked request, or say why not."""
+
+    @abstractmethod
+    def decide(self, moment: float) -> Decision:
+        """Ask the scheduler for the next step and carry out what it decided besides."""
+
+    @abstractmethod
+    def stepped(self, emissions: list[Emission]) -> None:
+        """A step has ended and its tokens are in the outbox."""
+
+    @abstractmethod
+    def released(self, sequence: Sequence, reason: str) -> None:
+        """The sequence is gone from the scheduler, dropped for a reason or "cancelled": end its pull."""
+
+    @abstractmethod
+    def tick(self, moment: float) -> None:
+        """Every heartbeat: deadlines of the phase."""
+
+    @abstractmethod
+    def attach(self, connection: Connection) -> None:
+        """A peer has connected on the data plane and proved the data key."""
+
+    async def disconnect(self) -> None:
+        """End what the phase has open on the data plane. The default has nothing."""
+        return
+
+    # -- the engine ------------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Something changed that may give the engine work."""
+        self._work.set()
+
+    def mail(self) -> None:
+        """Something waits in the outbox."""
+        self._mail.set()
+
+    async def _engine_loop(self) -> None:
+        while True:
+            decision = self.decide(now())
+            self._drop(decision.dropped)
+            if decision.plan is None:
+                self._work.clear()
+                await self._work.wait()
+                continue
+            await self._step(decision.plan)
+
+    async def _step(self, plan: StepPlan) -> None:
+        began = self._step_began = now()
+        try:
+            result = await self._engine_lane.run(self.runner.execute, plan)
+        except Exception as error:
+            # A step that fails must cost its own sequences and nobody else's; their gateways count the failure.
+            log.exception("engine step failed", num_tokens=plan.num_tokens)
+            self._drop(self.scheduler.abandon_step(type(error).__name__))
+            return
+        finally:
+            self._step_began = None
+        self._account(plan, result, now() - began)
+        emissions = self.scheduler.finish(plan, result, now())
+        for emission in emissions:
+            self.emit(emission)
+        self.stepped(emissions)
+
+    def emit(self, emission: Emission) -> None:
+        """Put a token, and the end it may be, into the outbox."""
+        work = emission.sequence.work
+        self.outbox.token(work, emission.index, emission.token)
+        if emission.reason is not None:
+            self._end(emission.sequence, emission.reason, "")
+        self.mail()
+
+    def _account(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        self._steps += 1
+        self._step_s += (seconds - self._step_s) * (STEP_SMOOTHING if self._step_s else 1.0)
+        drawn = sum(token is not None for token in result.tokens)
+        self.metrics.steps.observe(seconds)
+        self.metrics.batch.set(len(plan.steps))
+        self.metrics.tokens.labels("drawn").inc(drawn)
+        self.metrics.tokens.labels("prefill").inc(sum(len(s.tokens) for s in plan.steps if len(s.tokens) > 1))
+
+    # -- ends ------------------------------------------------------------------------------------------------
+
+    def drop(self, dropped: Dropped) -> None:
+        """Tell the gateway that this worker gave a sequence up (the scheduler has forgotten it)."""
+        self._drop((dropped,))
+
+    def _drop(self, dropped: tuple[Dropped, ...] | list[Dropped]) -> None:
+        for item in dropped:
+            if item.reason == "preempted":
+                self.metrics.preemptions.inc()
+            elif item.reason == "expired":
+                self.metrics.lease_expiries.inc()
+            log.info(
+                "sequence dropped",
+                request_id=item.sequence.work.request_id,
+                attempt=item.sequence.work.attempt,
+                reason=item.reason,
+                detail=item.detail,
+            )
+            self._end(item.sequence, item.reason, item.detail)
+            self.released(item.sequence, item.reason)
+        if dropped:
+            self.mail()
+            self.wake()
+
+    def _end(self, sequence: Sequence, reason: EndReason, detail: str) -> None:
+        self.outbox.end(sequence.work, reason, detail, now())
+        self._fences.forget(sequence.work, now())
+
+    def cancel(self, key: Key) -> bool:
+        """The gateway wants nothing more of an attempt: forget it in whatever phase it is."""
+        sequence = self.scheduler.cancel(key)
+        if sequence is None:
+            return False
+        self.metrics.cancels.inc()
+        if sequence.doomed:
+            self._cancelled_at[sequence.sequence_id] = now()
+        else:
+            self.metrics.cancel_seconds.observe(0.0)
+        self.forget(sequence.work)
+        self.released(sequence, "cancelled")
+        self.wake()
+        return True
+
+    def forget(self, work: Work) -> None:
+        """Nothing more of this attempt will be said."""
+        self.outbox.close(work)
+        self._fences.forget(work, now())
+
+    def unpin(self, sequence: Sequence) -> None:
+        """A gather or scatter has ended."""
+        if self.scheduler.memory.unpin(sequence):
+            if (since := self._cancelled_at.pop(sequence.sequence_id, None)) is not None:
+                self.metrics.cancel_seconds.observe(now() - since)
+            self.wake()
+
+    # -- messages from the bus -------------------------------------------------------------------------------
+
+    def _on_message(self, message: BusMessage) -> None:
+        try:
+            request = self._codecs.to_worker.decode(message.payload)
+        except WireError as error:
+            self.metrics.wire_errors.labels("bus", error.kind).inc()
+            log.warning("message dropped", kind=error.kind, bytes=len(message.payload), version=WIRE_VERSION)
+            return
+        match request:
+            case PrefillRequest() | DecodeRequest():
+                self._answer(message, self._on_request(request))
+            case Cancel(ticket, attempt):
+                if not self.cancel((ticket, attempt)):
+                    self._fences.bury((ticket, attempt), now())
+            case Fence(worker, gateway, highest) if worker == self.incarnation:
+                self._fences.fence(gateway, highest)
+                for work in self._works_of(gateway):
+                    if work.attempt <= highest:
+                        self.cancel(work.key)
+            case Resend(gateway, streams):
+                self.outbox.resend(gateway, streams)
+                self.mail()
+            case EndAck(gateway, streams):
+                self.outbox.acknowledge(gateway, streams)
+            case Ping(nonce):
+                self._answer(message, Pong(nonce, self.incarnation))
+            case Drain(worker) if worker == self.incarnation:
+                self.draining.set()
+
+    def _answer(self, message: BusMessage, answer: Accepted | Rejected | Pong) -> None:
+        self.tasks.spawn(self._respond(message, self._codecs.answer.encode(answer)), "respond")
+
+    async def _respond(self, message: BusMessage, payload: bytes) -> None:
+        try:
+            await message.respond(payload)
+        except BusError:
+            return  # the gateway asks again: answers are idempotent
+
+    def _on_request(self, request: PrefillRequest | DecodeRequest) -> Accepted | Rejected:
+        work = request.work
+        if self._fences.is_repeat(work):
+            return Accepted(work.ticket, work.attempt)
+        reason = self._refuse(request) or self._fences.check(work)
+        if reason is None:
+            self._sequence_ids += 1
+            kv_format = self.runner.kv_format
+            sequence = Sequence(
+                self._sequence_ids,
+                work,
+                kv_format.format_id,
+                kv_format.block_size,
+                self.runner.max_model_len,
+                now(),
+            )
+            self.outbox.open(work)
+            reason = self.accept(request, sequence)
+        if reason is not None:
+            self.outbox.close(work)
+            return Rejected(work.ticket, work.attempt, reason, self._retry_after())
+        self._gateways.seen(work.gateway_incarnation, now())
+        older = self._fences.accept(work, now())
+        if older is not None:
+            self.cancel(older)
+        self.wake()
+        return Accepted(work.ticket, work.attempt)
+
+    def _refuse(self, request: PrefillRequest | DecodeRequest) -> RejectReason | None:
+        work = request.work
+        if self.state != "ready":
+            return "draining" if self.state == "draining" else "not_ready"
+        if work.model != self.model_name:
+            return "wrong_model"
+        if isinstance(request, PrefillRequest) != (self.role == "prefill"):
+            return "malformed"
+        if len(work.prompt) % 4 or len(work.generated) % 4 or not work.prompt:
+            return "malformed"
+        for column in (work.prompt, work.generated):
+            if column and int(unpack_tokens(column).max()) >= self.runner.vocab_size:
+                return "malformed"
+        return None
+
+    def _retry_after(self) -> float:
+        rate = self.scheduler.chunk.tokens_per_s
+        return min(30.0, max(1.0, self.scheduler.waiting_tokens / rate)) if rate else 1.0
+
+    def _works_of(self, gateway_incarnation: int) -> list[Work]:
+        sequences = self.scheduler.sequences.values()
+        return [s.work for s in sequences if s.work.gateway_incarnation == gateway_incarnation]
+
+    # -- gateways --------------------------------------------------------------------------------------------
+
+    def _on_gateway_beat(self, message: BusMessage) -> None:
+        try:
+            beat = self._codecs.beat.decode(message.payload)
+        except WireError as error:
+            self.metrics.wire_errors.labels("bus", error.kind).inc()
+            return
+        if not isinstance(beat, GatewayHeartbeat):
+            return
+        works = self._works_of(beat.incarnation) + self.outbox.ended(beat.incarnation)
+        for work in self._gateways.observe(beat, works, now()):
+            if not self.cancel(work.key):
+                self.outbox.close(work)
+
+    def _bus_changed(self, connected: bool) -> None:
+        liveness = self._gateways.liveness
+        if connected:
+            liveness.bus_up(now())
+            self._bus_lost = None
+            self.mail()
+        else:
+            liveness.bus_down(now())
+            self._bus_lost = now()
+
+    def _judge_gateways(self, moment: float) -> None:
+        self._gateways.liveness.tick(moment)
+        for incarnation in self._gateways.gone(moment):
+            works = self._works_of(incarnation)
+            log.warning("gateway gone", incarnation=f"{incarnation:016x}", sequences=len(works))
+            for work in works:
+                self.cancel(work.key)
+            self.outbox.forget_gateway(incarnation)
+            self._fences.forget_gateway(incarnation)
+        if self._bus_lost is not None and moment - self._bus_lost >= self.settings.bus_grace:
+            for key in list(self.scheduler.sequences):
+                self.cancel(key)
+
+    # -- publishing ------------------------------------------------------------------------------------------
+
+    async def _publish_loop(self) -> None:
+        while True:
+            await self._mail.wait()
+            self._mail.clear()
+            await self._flush()
+
+    async def _flush(self) -> None:
+        for subject, batch in self.outbox.take():
+            try:
+                await self.bus.publish(subject, self._codecs.to_gateway.encode(batch))
+            except BusError:
+                continue  # the gap in batch_seq makes the gateway ask again
+
+    async def _beat_loop(self) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            moment = loop.time()
+            self._judge_gateways(moment)
+            self._fences.expire(moment)
+            self._drop(self.scheduler.expire(moment))
+            self._watch_step(moment)
+            self.tick(moment)
+            self.outbox.repeat_ends(moment)
+            self.mail()
+            await self._publish_beat()
+            self._beaten.set()
+            due = max(due + BEAT_INTERVAL, loop.time())
+            await asyncio.sleep(due - loop.time())
+
+    def _watch_step(self, moment: float) -> None:
+        if self._step_began is not None and moment - self._step_began > self.settings.step_timeout:
+            if self.state != "wedged":
+                log.error("wedged: no engine step ended", seconds=round(moment - self._step_began, 1))
+            self.state = "wedged"
+            self.wedged.set()
+
+    async def _publish_beat(self) -> None:
+        self._beat = (self._beat + 1) & 0xFFFFFFFF
+        beat = Heartbeat(self._beat, self.state, self.record(), self.load(), self._held())
+        subject = beat_subject(self.settings.cluster, self.role, self.settings.name, self.incarnation)
+        try:
+            await self.bus.publish(subject, self._codecs.beat.encode(beat))
+        except BusError:
+            return  # the next one is 250 ms away
+
+    def _held(self) -> dict[str, tuple[Held, ...]]:
+        rows = self.outbox.held()
+        for sequence in self.scheduler.sequences.values():
+            row = Held(sequence.work.stream_id, sequence.state, sequence.next_index)
+            rows.setdefault(sequence.work.gateway, []).append(row)
+        return {subject: tuple(held) for subject, held in rows.items()}
+
+    # -- what others see -------------------------------------------------------------------------------------
+
+    def record(self) -> WorkerRecord:
+        kv_format = self.runner.kv_format
+        return WorkerRecord(
+            role=self.role,
+            name=self.settings.name,
+            incarnation=self.incarnation,
+            pid=self._pid,
+            subject=self.subject,
+            model=self.model_name,
+            transport=self.transport.scheme,
+            address=WorkerAddress(self.incarnation, (self.transport.address,)),
+            kv_format_id=kv_format.format_id,
+            numerics_id=self.runner.numerics_id,
+            max_model_len=self.runner.max_model_len,
+            block_size=kv_format.block_size,
+            num_blocks=self.runner.num_blocks,
+            kv_token_bytes=kv_format.token_bytes,
+            debug_port=self.debug_port,
+        )
+
+    def load(self) -> Load:
+        scheduler = self.scheduler
+        return Load(
+            num_waiting=scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            waiting_tokens=scheduler.waiting_tokens,
+            free_blocks=scheduler.memory.pool.num_free,
+            prefill_tokens_per_s=scheduler.chunk.tokens_per_s,
+            decode_step_s=self._step_s,
+            steps=self._steps,
+        )
+
+    def refresh_metrics(self) -> None:
+        """Bring gauges up to date before they are read."""
+        memory = self.scheduler.memory
+        self.metrics.queue.set(self.scheduler.num_waiting)
+        self.metrics.running.set(self.scheduler.num_running)
+        for state, count in memory.ledger.counts().items():
+            self.metrics.blocks.labels(state.value).set(count)
+        slots = self._slot_counts()
+        for name in get_args(SlotState):
+            self.metrics.slots.labels(name).set(slots.get(name, 0))
+        _raise_to(self.metrics.prefix_hits, memory.hit_tokens)
+        _raise_to(self.metrics.prefix_queries, memory.queried_tokens)
+
+    def blocks(self) -> dict[str, Any]:
+        """The ledger, for `GET /debug/blocks`."""
+        memory = self.scheduler.memory
+        return {
+            "role": self.role,
+            "incarnation": f"{self.incarnation:016x}",
+            "num_blocks": memory.pool.num_blocks,
+            "counts": {state.value: count for state, count in memory.ledger.counts().items()},
+            "holdings": memory.ledger.rows(now()),
+            "slots": self._slot_counts(),
+            "sequences": len(self.scheduler.sequences),
+            "streams": len(self.outbox),
+        }
+
+    def _slot_counts(self) -> dict[str, int]:
+        return dict(Counter(record.state for record in self.slots.snapshot()))
+
+    def check_integrity(self) -> None:
+        """Pool, ledger, slots and sequences agree. For tests and `/debug/blocks`."""
+        self.scheduler.memory.check_integrity()
+        self.slots.check_integrity()
+
+    def _task_failed(self, name: str, error: BaseException) -> None:
+        log.error("task failed", task=name, exc_info=error)
+        if name in ("engine", "publish", "beat"):
+            # Without one of these the worker would look alive and do nothing.
+            self.state = "wedged"
+            self.wedged.set()
+
+
+def model_limits(runner: ModelRunner) -> ModelLimits:
+    return ModelLimits(runner.max_model_len, runner.eos_token_ids)
+
+
+def kv_memory(runner: ModelRunner) -> KVMemory:
+    return KVMemory(runner.num_blocks, runner.kv_format.block_size)
+
+
+def _raise_to(counter: Any, value: float) -> None:
+    """Set a counter that is kept as a plain number on the hot path."""
+    counter.inc(value - counter._value.get())
+
+
+MakeWorker = Callable[[Any, Parts], Worker[Any]]

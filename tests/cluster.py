@@ -1,0 +1,292 @@
+"""A whole cluster in one process: real workers over in-memory bus, transport and model, on a virtual clock.
+
+The engine lane takes as many virtual seconds as the runner says that a step took. A scripted gateway speaks
+the bus protocol by hand, so that a test decides every message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
+
+from kvferry.bus.base import BusMessage, BusSettings
+from kvferry.bus.memory import MemoryBroker, MemoryBus
+from kvferry.engine.memory import MemoryRunner, MemorySettings, continuation
+from kvferry.runtime import InlineLane, Lane, SeededRuntime, TaskSet, now
+from kvferry.schedule.step import StepResult
+from kvferry.transport.base import TransportSettings
+from kvferry.transport.memory import MemoryNetwork, MemoryTransport
+from kvferry.transport.slots import SlotPool
+from kvferry.wire.messages import (
+    Accepted,
+    Cancel,
+    Codecs,
+    DecodeRequest,
+    End,
+    EndAck,
+    GatewayHeartbeat,
+    PrefillRequest,
+    Rejected,
+    Sampling,
+    TokenBatch,
+    ToWorker,
+    Work,
+    WorkerAddress,
+    pack_tokens,
+    unpack_tokens,
+)
+from kvferry.wire.subjects import beat_subject, inbox_prefix, process_subject
+from kvferry.worker.worker import Parts, Worker
+from kvferry_decode.settings import DecodeSettings
+from kvferry_decode.worker import DecodeWorker
+from kvferry_prefill.settings import PrefillSettings
+from kvferry_prefill.worker import PrefillWorker
+
+P = ParamSpec("P")
+T = TypeVar("T")
+DATA_KEY = b"k" * 32
+MODEL = MemorySettings(num_blocks=64, seconds_per_step=0.004, seconds_per_token=0.001)
+
+
+class VirtualEngineLane(InlineLane):
+    """Runs a step at once; its future is done when the step's own virtual seconds have passed."""
+
+    def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def settle(result: T) -> None:
+            if not future.cancelled():
+                future.set_result(result)
+
+        try:
+            result = call(*args, **kwargs)
+        except Exception as error:
+            future.set_exception(error)
+            return future
+        loop.call_later(result.seconds if isinstance(result, StepResult) else 0.0, settle, result)
+        return future
+
+
+class SimulationRuntime(SeededRuntime):
+    def lane(self, name: str) -> Lane:
+        return VirtualEngineLane() if name == "engine" else InlineLane()
+
+
+@dataclass
+class Cluster:
+    """In-memory planes and the processes on them."""
+
+    runtime: SimulationRuntime = field(default_factory=lambda: SimulationRuntime(1))
+    workers: list[Worker[Any]] = field(default_factory=list)
+    gateways: list[ScriptedGateway] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.broker = MemoryBroker(self.runtime)
+        self.network = MemoryNetwork()
+
+    async def prefill(self, name: str = "prefill-0", model: MemorySettings = MODEL, **settings: Any) -> PrefillWorker:
+        made = PrefillSettings(name=name, model="memory", debug_digests=True, **settings)
+        worker = PrefillWorker(made, await self._parts(made, "prefill", model))
+        await self._start(worker)
+        return worker
+
+    async def decode(self, name: str = "decode-0", model: MemorySettings = MODEL, **settings: Any) -> DecodeWorker:
+        settings = {"watermark_blocks": 1, **settings}
+        made = DecodeSettings(name=name, model="memory", debug_digests=True, **settings)
+        worker = DecodeWorker(made, await self._parts(made, "decode", model))
+        await self._start(worker)
+        return worker
+
+    async def gateway(self, name: str = "gateway-0") -> ScriptedGateway:
+        gateway = ScriptedGateway(self, name)
+        await gateway.start()
+        self.gateways.append(gateway)
+        return gateway
+
+    async def stop(self) -> None:
+        """Stop everything; afterwards every book must add up."""
+        for gateway in self.gateways:
+            await gateway.stop()
+        for worker in self.workers:
+            await worker.stop()
+        for worker in self.workers:
+            check_clean(worker)
+
+    def kill(self, worker: Worker[Any]) -> None:
+        """As SIGKILL does: no goodbye on either plane."""
+        self.workers.remove(worker)
+        self.broker.cut(worker.bus)  # type: ignore[arg-type]
+        self.network.kill(worker.settings.name)
+        for task in list(worker.tasks._tasks):
+            task.cancel()
+
+    def bus(self, name: str, role: str) -> MemoryBus:
+        return MemoryBus(self.broker, BusSettings("memory://", name, inbox_prefix("dev", role)), self.runtime)
+
+    async def _parts(self, settings: Any, role: str, model: MemorySettings) -> Parts:
+        incarnation = self.runtime.random_u64()
+        bus = self.bus(settings.name, role)
+        await bus.start()
+        transport_settings = TransportSettings(incarnation=incarnation, data_key=DATA_KEY)
+        return Parts(
+            runtime=self.runtime,
+            bus=bus,
+            transport=MemoryTransport(transport_settings, self.runtime, self.network, settings.name),
+            slots=SlotPool(8, 64 << 10),
+            runner=MemoryRunner(model),
+            incarnation=incarnation,
+            model_name="memory",
+            pid=len(self.workers) + 1,
+        )
+
+    async def _start(self, worker: Worker[Any]) -> None:
+        await worker.transport.start(worker.attach)
+        await worker.start()
+        self.workers.append(worker)
+
+
+class ScriptedGateway:
+    """Speaks the gateway's side of the bus, one message at a time."""
+
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self.incarnation = cluster.runtime.random_u64()
+        self.subject = process_subject("dev", "gateway", name, self.incarnation)
+        self.tokens: dict[int, dict[int, int]] = {}  # stream_id -> index -> token
+        self.ends: dict[int, End] = {}
+        self.cached: dict[int, int] = {}
+        self.beating = True
+        self.acks = True
+        self._name = name
+        self._cluster = cluster
+        self._bus = cluster.bus(name, "gateway")
+        self._codecs = Codecs()
+        self._changed = asyncio.Event()
+        self._failures: list[BaseException] = []
+        self._tasks = TaskSet(lambda _, error: self._failures.append(error))
+        self._attempt = 0
+        self._live: dict[int, set[int]] = {}
+
+    async def start(self) -> None:
+        await self._bus.start()
+        await self._bus.subscribe(self.subject, self._on_batch)
+        self._tasks.spawn(self._beat(), "beat")
+
+    async def stop(self) -> None:
+        await self._tasks.cancel()
+        await self._bus.close()
+        assert not self._failures, self._failures
+
+    def work(self, prompt: list[int], generated: list[int] | None = None, **fields: Any) -> Work:
+        self._attempt += 1
+        sampling = fields.pop("sampling", Sampling(temperature=0.0, max_tokens=8))
+        made: dict[str, Any] = {
+            "gateway": self.subject,
+            "gateway_incarnation": self.incarnation,
+            "ticket": self._cluster.runtime.random_bytes(16),
+            "attempt": self._attempt,
+            "stream_id": self._attempt,
+            "choice": 0,
+            "request_id": f"r{self._attempt}",
+            "model": "memory",
+            "prompt": pack_tokens(prompt),
+            "generated": pack_tokens(generated or []),
+            "sampling": sampling,
+            "priority": 0,
+            "arrival": now(),
+            "salt": b"",
+            "unit": self._attempt,
+            **fields,
+        }
+        return Work(**made)
+
+    async def place(
+        self, work: Work, decode: DecodeWorker, prefill: PrefillWorker | None
+    ) -> list[Accepted | Rejected]:
+        """Ask both workers at the same moment, as a gateway does."""
+        address = None
+        asked: list[Awaitable[Accepted | Rejected]] = []
+        if prefill is not None:
+            address = WorkerAddress(prefill.incarnation, (prefill.transport.address,))
+            asked.append(self.ask(prefill, PrefillRequest(work)))
+            self._live.setdefault(prefill.incarnation, set()).add(work.stream_id)
+        asked.append(self.ask(decode, DecodeRequest(work, address)))
+        self._live.setdefault(decode.incarnation, set()).add(work.stream_id)
+        return list(await asyncio.gather(*asked))
+
+    async def ask(self, worker: Worker[Any], message: ToWorker) -> Any:
+        answer = await self._bus.request(worker.subject, self._codecs.to_worker.encode(message), 0.3)
+        return self._codecs.answer.decode(answer)
+
+    async def tell(self, worker: Worker[Any], message: ToWorker) -> None:
+        await self._bus.publish(worker.subject, self._codecs.to_worker.encode(message))
+
+    async def cancel(self, work: Work, *workers: Worker[Any]) -> None:
+        for worker in workers:
+            await self.tell(worker, Cancel(work.ticket, work.attempt))
+
+    async def until(self, condition: Callable[[], bool], limit: float = 60.0) -> None:
+        """Wait until something that arrives makes the condition true."""
+        async with asyncio.timeout(limit):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def ended(self, work: Work, limit: float = 60.0) -> End:
+        await self.until(lambda: work.stream_id in self.ends, limit)
+        return self.ends[work.stream_id]
+
+    def text(self, work: Work) -> list[int]:
+        """Tokens of a stream, in order, from the first index of its attempt."""
+        rows = self.tokens.get(work.stream_id, {})
+        start = len(work.generated) // 4
+        assert sorted(rows) == list(range(start, start + len(rows))), "a gap"
+        return [rows[index] for index in sorted(rows)]
+
+    def _on_batch(self, message: BusMessage) -> None:
+        batch = self._codecs.to_gateway.decode(message.payload)
+        assert isinstance(batch, TokenBatch)
+        columns = (unpack_tokens(column).tolist() for column in (batch.stream_ids, batch.indices, batch.tokens))
+        for stream_id, index, token in zip(*columns, strict=True):
+            held = self.tokens.setdefault(stream_id, {}).setdefault(index, token)
+            assert held == token, "two tokens for one index"
+        for end in batch.ends:
+            self.ends.setdefault(end.stream_id, end)
+        self.cached.update(dict(batch.cached))
+        if self.acks and batch.ends:
+            ack = EndAck(self.incarnation, tuple(end.stream_id for end in batch.ends))
+            for worker in self._cluster.workers:
+                if worker.incarnation == batch.incarnation:
+                    self._tasks.spawn(self.tell(worker, ack), "ack")
+        self._changed.set()
+
+    async def _beat(self) -> None:
+        subject = beat_subject("dev", "gateway", self._name, self.incarnation)
+        beat = 0
+        while True:
+            if self.beating:
+                beat += 1
+                live = tuple((worker, tuple(sorted(ids))) for worker, ids in self._live.items())
+                message = GatewayHeartbeat(beat, self._name, self.incarnation, self.subject, 1, live)
+                await self._bus.publish(subject, self._codecs.beat.encode(message))
+            self._changed.set()
+            await asyncio.sleep(0.25)
+
+
+def check_clean(worker: Worker[Any]) -> None:
+    """After a worker's last request: every block is free or cached, every slot free, nothing is remembered."""
+    worker.check_integrity()
+    memory = worker.scheduler.memory
+    assert not worker.scheduler.sequences, worker.scheduler.sequences
+    assert memory.pool.num_free == memory.pool.num_blocks, memory.ledger.rows(now())
+    assert not memory.ledger.rows(now())
+    assert worker.slots.num_free == worker.slots.num_slots, worker.slots.snapshot()
+    assert len(worker.outbox) == 0
+    assert len(worker.tasks) == 0
+
+
+def expected(prompt: list[int], sampling: Sampling, count: int, model: MemorySettings = MODEL) -> list[int]:
+    """What any right run must produce."""
+    return continuation(model, prompt, sampling, 0, count)

@@ -1,0 +1,221 @@
+"""What every ModelRunner must do: the torch engine on a tiny checkpoint in fp32, and the in-memory twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from checkpoints import SHAPES, build
+
+from kvferry.engine.memory import MemoryRunner, MemorySettings
+from kvferry.engine.torch_runner import EngineSettings, TorchRunner
+from kvferry.schedule.step import Draw, ModelRunner, SequenceStep, StepPlan
+from kvferry.wire.frame import Piece
+from kvferry.wire.messages import Sampling
+
+GREEDY = Sampling(temperature=0)
+SEEDED = Sampling(temperature=1.0, top_p=0.95, seed=1234)
+PROMPT = np.random.default_rng(0).integers(0, 190, 75).astype(np.uint32)
+MakeRunner = Callable[[], ModelRunner]
+
+
+@pytest.fixture(scope="module", params=["torch", "memory"])
+def make_runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MakeRunner:
+    if request.param == "memory":
+        return lambda: MemoryRunner(MemorySettings(num_blocks=32, vocab_size=199, max_model_len=256))
+    directory = build(SHAPES[0], tmp_path_factory.mktemp("checkpoint"))
+    return lambda: TorchRunner(EngineSettings(directory, num_blocks=32, threads=1))
+
+
+@pytest.fixture
+def runner(make_runner: MakeRunner) -> Iterator[ModelRunner]:
+    runner = make_runner()
+    yield runner
+    runner.close()
+
+
+def table(*blocks: int) -> np.ndarray:
+    return np.asarray(blocks, np.int32)
+
+
+def prefill(runner: ModelRunner, blocks: np.ndarray, tokens: np.ndarray, size: int, draw: Draw) -> int | None:
+    drawn: int | None = None
+    for start in range(0, len(tokens), size):
+        chunk = tokens[start : start + size]
+        last = start + size >= len(tokens)
+        plan = StepPlan((SequenceStep(0, chunk, start, blocks, draw if last else None),))
+        (drawn,) = runner.execute(plan).tokens
+        assert (drawn is not None) == last
+    return drawn
+
+
+def generate(
+    runner: ModelRunner, blocks: np.ndarray, sampling: Sampling, count: int, size: int = 512, choice: int = 0
+) -> list[int]:
+    tokens: list[int] = []
+    for index in range(count):
+        draw = Draw(sampling, choice, index)
+        if index == 0:
+            drawn = prefill(runner, blocks, PROMPT, size, draw)
+        else:
+            step = SequenceStep(0, np.asarray(tokens[-1:], np.uint32), len(PROMPT) + index - 1, blocks, draw)
+            (drawn,) = runner.execute(StepPlan((step,))).tokens
+        assert drawn is not None
+        assert 0 <= drawn < runner.vocab_size
+        tokens.append(drawn)
+    return tokens
+
+
+def all_of(runner: ModelRunner, start: int, end: int) -> Piece:
+    return Piece(0, runner.kv_format.num_layers, start, end, 0, runner.kv_format.num_kv_heads)
+
+
+def slot_for(runner: ModelRunner, piece: Piece) -> bytearray:
+    return bytearray(piece.num_bytes(runner.kv_format.head_dim, runner.kv_format.dtype))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_tokens_do_not_depend_on_chunks_or_blocks(runner: ModelRunner, sampling: Sampling) -> None:
+    whole = generate(runner, table(0, 1, 2, 3, 4, 5), sampling, 12)
+    assert generate(runner, table(31, 7, 30, 9, 2, 8), sampling, 12, size=16) == whole
+    assert generate(runner, table(5, 4, 3, 2, 1, 0), sampling, 12, size=11) == whole
+
+
+def test_seed_and_choice_change_seeded_tokens_but_not_greedy_ones(runner: ModelRunner) -> None:
+    blocks = table(0, 1, 2, 3, 4, 5)
+    seeded = generate(runner, blocks, SEEDED, 12)
+    assert generate(runner, blocks, SEEDED, 12, choice=1) != seeded
+    assert generate(runner, blocks, Sampling(temperature=1.0, top_p=0.95, seed=1235), 12) != seeded
+    greedy = generate(runner, blocks, GREEDY, 12)
+    assert generate(runner, blocks, Sampling(temperature=0, seed=99), 12, choice=1) == greedy
+
+
+def test_tokens_do_not_depend_on_the_batch(runner: ModelRunner) -> None:
+    alone = generate(runner, table(0, 1, 2, 3, 4, 5), SEEDED, 2)
+    other = table(10, 11, 12, 13)
+    own = table(20, 21, 22, 23, 24, 25)
+    draws = [Draw(SEEDED, 0, 0), Draw(SEEDED, 0, 1)]
+    first = StepPlan((SequenceStep(1, PROMPT[5:25], 0, other), SequenceStep(0, PROMPT, 0, own, draws[0])))
+    nothing, token = runner.execute(first).tokens
+    assert nothing is None
+    second = StepPlan(
+        (
+            SequenceStep(0, np.asarray([token], np.uint32), 75, own, draws[1]),
+            SequenceStep(1, PROMPT[25:26], 20, other, draws[0]),
+        )
+    )
+    assert [token, runner.execute(second).tokens[0]] == alone
+
+
+def test_a_handed_off_sequence_goes_on_as_if_it_had_stayed(make_runner: MakeRunner) -> None:
+    source, target = make_runner(), make_runner()
+    assert source.kv_format == target.kv_format
+    assert source.numerics_id == target.numerics_id
+    here, there = table(9, 1, 5, 3, 7, 0), table(2, 30, 4, 6, 1, 12)
+    expected = generate(source, here, GREEDY, 8)
+    # In pieces of one layer and 20 tokens, in reverse order.
+    for layer in reversed(range(source.kv_format.num_layers)):
+        for start in (60, 40, 20, 0):
+            piece = Piece(layer, layer + 1, start, min(start + 20, 75), 0, source.kv_format.num_kv_heads)
+            slot = slot_for(source, piece)
+            source.gather(piece, here, memoryview(slot))
+            target.scatter(piece, there, memoryview(slot))
+    tokens = expected[:1]
+    for index in range(1, 8):
+        step = SequenceStep(0, np.asarray(tokens[-1:], np.uint32), 74 + index, there, Draw(GREEDY, 0, index))
+        (token,) = target.execute(StepPlan((step,))).tokens
+        assert token is not None
+        tokens.append(token)
+    assert tokens == expected
+    piece = all_of(source, 0, 75)
+    sent, got = slot_for(source, piece), slot_for(source, piece)
+    source.gather(piece, here, memoryview(sent))
+    target.gather(piece, there, memoryview(got))
+    assert sent == got
+    assert any(sent)
+
+
+def test_scatter_writes_its_piece_and_nothing_else(runner: ModelRunner) -> None:
+    blocks = table(9, 1, 5)
+    before, after = slot_for(runner, everything := all_of(runner, 0, 48)), slot_for(runner, all_of(runner, 0, 48))
+    runner.execute(StepPlan((SequenceStep(0, PROMPT[:48], 0, blocks),)))
+    runner.gather(everything, blocks, memoryview(before))
+    piece = Piece(1, 2, 15, 33, 1, 2)
+    mark = np.full(len(slot_for(runner, piece)), 0x3C, np.uint8)
+    runner.scatter(piece, blocks, memoryview(mark.tobytes()))  # read-only is fine
+    runner.gather(everything, blocks, memoryview(after))
+    kv_format = runner.kv_format
+    shape = (kv_format.num_layers, 2, 48, kv_format.num_kv_heads, -1)
+    old = np.frombuffer(before, np.uint8).reshape(shape).copy()
+    old[1:2, :, 15:33, 1:2] = 0x3C
+    assert np.array_equal(old, np.frombuffer(after, np.uint8).reshape(shape))
+
+
+def test_a_step_writes_only_its_own_rows(runner: ModelRunner) -> None:
+    blocks = table(9, 1, 5)
+    runner.execute(StepPlan((SequenceStep(0, PROMPT[:40], 0, blocks),)))
+    piece = all_of(runner, 0, 40)
+    before, after = slot_for(runner, piece), slot_for(runner, piece)
+    runner.gather(piece, blocks, memoryview(before))
+    runner.execute(
+        StepPlan((SequenceStep(0, PROMPT[40:41], 40, blocks), SequenceStep(1, PROMPT, 0, table(2, 3, 4, 6, 7))))
+    )
+    runner.gather(piece, blocks, memoryview(after))
+    assert before == after
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        SequenceStep(0, PROMPT[:0], 0, table(0)),
+        SequenceStep(0, PROMPT[:17], 0, table(0)),
+        SequenceStep(0, PROMPT[:1], 16, table(0)),
+        SequenceStep(0, PROMPT[:1], 0, table(32)),
+        SequenceStep(0, PROMPT[:1], 0, table(-1)),
+        SequenceStep(0, PROMPT[:1], 256, table(*range(32))),
+        SequenceStep(0, np.asarray([199], np.uint32), 0, table(0)),
+    ],
+    ids=["no tokens", "table too short", "start behind the table", "block too high", "block negative",
+         "over max_model_len", "token outside the vocabulary"],
+)  # fmt: skip
+def test_a_plan_outside_the_cache_is_refused_before_anything_is_written(
+    runner: ModelRunner, step: SequenceStep
+) -> None:
+    good = SequenceStep(1, PROMPT[:16], 0, table(3))
+    piece = all_of(runner, 0, 16)
+    before, after = slot_for(runner, piece), slot_for(runner, piece)
+    runner.gather(piece, table(3), memoryview(before))
+    with pytest.raises(RuntimeError):
+        runner.execute(StepPlan((good, step)))
+    runner.gather(piece, table(3), memoryview(after))
+    assert before == after
+
+
+@pytest.mark.parametrize(
+    ("piece", "extra"),
+    [
+        (Piece(0, 1, 0, 8, 0, 1), 1), (Piece(0, 1, 0, 8, 0, 1), -1), (Piece(0, 1, 8, 40, 0, 1), 0),
+        (Piece(0, 9, 0, 8, 0, 1), 0), (Piece(0, 1, 0, 8, 0, 9), 0), (Piece(1, 1, 0, 8, 0, 1), 0),
+        (Piece(0, 1, 8, 8, 0, 1), 0), (Piece(0, 1, 0, 8, 2, 1), 0),
+    ],
+)  # fmt: skip
+def test_a_piece_or_buffer_that_does_not_fit_is_refused(runner: ModelRunner, piece: Piece, extra: int) -> None:
+    size = max(piece.num_bytes(runner.kv_format.head_dim, runner.kv_format.dtype) + extra, 0)
+    for move in (runner.gather, runner.scatter):
+        with pytest.raises(RuntimeError):
+            move(piece, table(0, 1), memoryview(bytearray(size)))
+
+
+def test_warm_up_changes_no_block(runner: ModelRunner) -> None:
+    every_block = np.arange(32, dtype=np.int32)
+    piece = all_of(runner, 0, 512)
+    runner.scatter(piece, every_block, memoryview(bytearray(b"\x11" * len(slot_for(runner, piece)))))
+    runner.warm_up()
+    after = slot_for(runner, piece)
+    runner.gather(piece, every_block, memoryview(after))
+    assert set(after) == {0x11}
+
+
+def test_an_empty_plan_is_a_step_without_tokens(runner: ModelRunner) -> None:
+    assert runner.execute(StepPlan(())).tokens == ()

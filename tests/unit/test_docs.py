@@ -1,0 +1,83 @@
+"""The documents say what the code is."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from docs_tables import ROOT, tables, with_tables
+
+README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+PACKAGES = ("kvferry", "kvferry_gateway", "kvferry_prefill", "kvferry_decode", "kvferry_local")
+
+
+def quoted(text: str) -> set[str]:
+    return set(re.findall(r"`([^`\n]+)`", text))
+
+
+def missing_names(text: str) -> list[str]:
+    """Paths and modules of ours that the text names and the tree lacks."""
+    return [name for name in sorted(quoted(text)) if not _exists(name)]
+
+
+def _exists(name: str) -> bool:
+    if re.fullmatch(r"kvferry(_[a-z]+)?(\.[a-z_]+)+", name):
+        try:
+            return importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:
+            return False
+    if re.fullmatch(r"(\.ci|bench|deploy|docs|services|shared|tests)/[\w./-]*", name):
+        return (ROOT / name).exists()
+    return True  # no name of ours
+
+
+@pytest.mark.parametrize("text", [README, ARCHITECTURE], ids=["README", "architecture"])
+def test_no_document_names_what_does_not_exist(text: str) -> None:
+    assert missing_names(text) == []
+
+
+def test_the_check_finds_a_name_that_does_not_exist() -> None:
+    assert missing_names("`kvferry.wires.codec` `tests/nothing.py` `kvferry.wire.codec` `docs/architecture.md`") == [
+        "kvferry.wires.codec",
+        "tests/nothing.py",
+    ]
+
+
+def packages() -> list[str]:
+    found = []
+    for folder in (ROOT / "shared", *(ROOT / "services").iterdir()):
+        for package in PACKAGES:
+            for init in sorted((folder / package).rglob("__init__.py")):
+                found.append(".".join(init.parent.relative_to(folder).parts))
+    return found
+
+
+def test_the_architecture_names_every_package() -> None:
+    assert len(packages()) > len(PACKAGES)
+    assert [package for package in packages() if package not in quoted(ARCHITECTURE)] == []
+
+
+def test_the_settings_tables_are_those_of_the_code() -> None:
+    assert with_tables(README) == README, "run: python tests/docs_tables.py"
+    for name, table in tables().items():
+        assert f"<!-- table {name} -->\n{table}\n<!-- end -->" in README
+
+
+def test_a_changed_table_is_noticed() -> None:
+    changed = README.replace("`KVFERRY_PORT`", "`KVFERRY_PROT`")
+    assert changed != README
+    assert with_tables(changed) == README
+
+
+@pytest.mark.parametrize("target", ["run", "setup", "check", "test", "bench"])
+def test_the_readme_explains_every_make_target(target: str) -> None:
+    assert f"make {target}" in README
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_no_document_names_a_private_path() -> None:
+    for path in (ROOT / "README.md", *Path(ROOT / "docs").glob("*.md"), ROOT / "CHANGELOG.md"):
+        assert not re.search(r"/(root|work|home)/", path.read_text()), path

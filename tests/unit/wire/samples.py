@@ -1,0 +1,131 @@
+"""One full sample of every message, every optional field set, and the codec that carries it.
+
+`python tests/unit/wire/samples.py` records the bytes of messages that `golden_v1.json` lacks. Recorded bytes
+are never changed: what version 1 once wrote, later versions read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kvferry.wire import flow, messages
+from kvferry.wire.codec import Codec, Message
+from kvferry.wire.messages import pack_tokens
+
+GOLDEN = Path(__file__).with_name("golden_v1.json")
+TICKET = bytes(range(16))
+INCARNATION = 0xFEED_FACE_CAFE_F00D
+U32_MAX = (1 << 32) - 1
+
+WORK = messages.Work(
+    gateway="kvferry.c1.gateway.g0.00000000000000aa",
+    gateway_incarnation=0xAA,
+    ticket=TICKET,
+    attempt=7,
+    stream_id=U32_MAX,
+    choice=1,
+    request_id="req-é",
+    model="smollm2",
+    prompt=pack_tokens([1, 2, 49151]),
+    generated=pack_tokens([3]),
+    sampling=messages.Sampling(0.7, 0.9, 40, 0.05, (1 << 64) - 1, 128, True),
+    priority=-1,
+    arrival=1234.5,
+    salt=bytes(16),
+    alone=True,
+    deadline=2.5,
+)
+ADDRESS = messages.WorkerAddress(INCARNATION, ("ucx://00ff", "tcp://127.0.0.1:4000"))
+RECORD = messages.WorkerRecord(
+    role="decode",
+    name="d0",
+    incarnation=INCARNATION,
+    pid=4242,
+    subject="kvferry.c1.decode.d0.feedfacecafef00d",
+    model="smollm2",
+    transport="ucx",
+    address=ADDRESS,
+    kv_format_id="kv-1",
+    numerics_id="num-1",
+    max_model_len=8192,
+    block_size=16,
+    num_blocks=1000,
+    kv_token_bytes=23040,
+    debug_port=9001,
+)
+LOAD = messages.Load(1, 2, 3, 4, 1500.5, 0.0125, 99)
+HELD = messages.Held(5, "running", 17)
+
+TO_WORKER: list[Message] = [
+    messages.PrefillRequest(WORK),
+    messages.DecodeRequest(WORK, ADDRESS),
+    messages.Cancel(TICKET, 7),
+    messages.Fence(INCARNATION, 0xAA, 6),
+    messages.Resend(0xAA, ((5, 17), (6, 0))),
+    messages.EndAck(0xAA, (5, 6)),
+    messages.Ping(INCARNATION),
+    messages.Drain(INCARNATION),
+]
+TO_GATEWAY: list[Message] = [
+    messages.TokenBatch(
+        INCARNATION,
+        3,
+        pack_tokens([5, 6]),
+        pack_tokens([17, 0]),
+        pack_tokens([100, 49151]),
+        (messages.End(5, 18, "stop", "EOS"),),
+        ((6, 16),),
+    ),
+]
+ANSWERS: list[Message] = [
+    messages.Accepted(TICKET, 7),
+    messages.Rejected(TICKET, 7, "queue_full", 0.5),
+    messages.Pong(INCARNATION, INCARNATION),
+]
+BEATS: list[Message] = [
+    messages.Heartbeat(8, "ready", RECORD, LOAD, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD,)}),
+    messages.GatewayHeartbeat(9, "g0", 0xAA, "kvferry.c1.gateway.g0.00000000000000aa", 4243, ((INCARNATION, (5, 6)),)),
+    messages.ExitNotice(INCARNATION, "crashed"),
+]
+FLOW: list[Message] = [
+    flow.Hello(INCARNATION, TICKET),
+    flow.Prove(bytes(range(32))),
+    flow.Open(1, TICKET, 7),
+    flow.Unknown(1),
+    flow.Progress(1, True, 512, 2048, 0.25),
+    flow.Fetch(1, 16, 8),
+    flow.Credit(1, 2, (3, 4)),
+    flow.Abort(1),
+    flow.Aborted(1, 9, "expired"),
+    flow.Ack(1),
+]
+MANIFESTS: list[Message] = [flow.Manifest(4, "kv-1", TICKET, TICKET[::-1], ((0, 42), (1, 43)), 16, 0.004)]
+
+
+def carried() -> list[tuple[Codec[Any], Message]]:
+    """Every sample with the codec of its union."""
+    codecs = messages.Codecs()
+    return [
+        *((codecs.to_worker, sample) for sample in TO_WORKER),
+        *((codecs.to_gateway, sample) for sample in TO_GATEWAY),
+        *((codecs.answer, sample) for sample in ANSWERS),
+        *((codecs.beat, sample) for sample in BEATS),
+        *((flow.FlowCodec(), sample) for sample in FLOW),
+        *((flow.ManifestCodec(), sample) for sample in MANIFESTS),
+    ]
+
+
+def name(sample: Message) -> str:
+    return type(sample).__name__
+
+
+def record() -> None:
+    known: dict[str, str] = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    fresh = {name(sample): codec.encode(sample).hex() for codec, sample in carried() if name(sample) not in known}
+    GOLDEN.write_text(json.dumps(known | fresh, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    record()
