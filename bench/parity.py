@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from bench.reference import flipped_bit_is_seen, largest_gap, swapped_token_is_r
 from bench.report import Report
 from bench.stack import Stack, metric, running
 from bench.tap import Heard, Tap, tapped
+from kvferry.engine.reference import EPSILON
+from kvferry.runtime import blocking_clock
 
 REQUESTS: Final = 64
 QUICK_REQUESTS: Final = 16
@@ -36,7 +38,10 @@ SETTINGS: Final = {
     "debug_digests": "true",
     "num_blocks": str(NUM_BLOCKS),
 }
-EPSILON: Final = 0.5
+DIGESTS_TIMEOUT_S: Final = 10.0
+DIGESTS_POLL_S: Final = 0.2
+
+Digests: TypeAlias = Mapping[str, Mapping[str, str]]  # ticket (hex) -> token position -> digest of that slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,7 @@ async def measure(options: Options) -> Report:
     length = ("--max-model-len", str(MAX_MODEL_LEN))
     async with running(options, *length, settings=SETTINGS) as stack, tapped(stack.run_file) as tap:
         apart = await _run(stack, cases)
-        await _add_transfers(report, stack)
+        await _add_transfers(report, stack, cases)
     single_settings = {**SETTINGS, "debug_digests": "false"}
     async with running(options, *length, "--prefill", "0", "--decode", "1", settings=single_settings) as stack:
         single = await _run(stack, cases)
@@ -125,26 +130,44 @@ def _complete(tap: Tap, case: Case, stream: Stream) -> Heard:
     return heard
 
 
-async def _add_transfers(report: Report, stack: Stack) -> None:
+async def _add_transfers(report: Report, stack: Stack, cases: list[Case]) -> None:
     """What the run exercised, and the digests of both pools."""
+    sent, fetched = await _both_digests(stack)
     prefill, decode = await stack.metrics("prefill"), await stack.metrics("decode")
-    sent = await pool_digests(stack, "prefill")
-    fetched = await pool_digests(stack, "decode")
     slots = {(ticket, token): digest for ticket, rows in fetched.items() for token, digest in rows.items()}
     differing = sum(sent.get(ticket, {}).get(token) != digest for (ticket, token), digest in slots.items())
-    report.add("pulls", metric(decode, "kvferry_pull_total", outcome="done"), "", 1, at_least=True)
-    report.add("token slots fetched and compared", len(slots), "", 1, at_least=True)
+    hits = {
+        role: metric(samples, "kvferry_prefix_cache_hit_token_total")
+        for role, samples in (("prefill", prefill), ("decode", decode))
+    }
+    received = metric(decode, "kvferry_kv_token_total", direction="received")
+    prompt_tokens = sum(len(case.body["prompt"]) for case in cases)
+    pulls = metric(decode, "kvferry_pull_total", outcome="received")
+    report.add("pulls", pulls, "", len(cases), at_least=True)
+    # Every prompt token came over the data plane or lay in D's cache already; nothing was computed on D.
+    report.add("token slots fetched or found at D", received + hits["decode"], "", prompt_tokens, at_least=True)
+    report.add("token slots fetched", received, "", 1, at_least=True)
+    report.add("token slots compared", len(slots), "", 1, at_least=True)
     report.add("token slots that differ between the pools", differing, "", 0)
-    for name in ("prefill", "decode"):
-        samples = prefill if name == "prefill" else decode
-        hits = metric(samples, "kvferry_prefix_cache_hit_token_total")
-        report.add(f"prefix-cache hits on {name}", hits, "tokens", 1, at_least=True)
+    for role, tokens in hits.items():
+        report.add(f"prefix-cache hits on {role}", tokens, "tokens", 1, at_least=True)
     preemptions = metric(prefill, "kvferry_preemption_total") + metric(decode, "kvferry_preemption_total")
     report.add("preemptions", preemptions, "", 1, at_least=True)
 
 
-async def pool_digests(stack: Stack, role: str) -> Mapping[str, Mapping[str, str]]:
-    """Ticket (hex) -> token position -> digest of that slot, from all workers of a role."""
+async def _both_digests(stack: Stack) -> tuple[Digests, Digests]:
+    """Digests of P and of D, once P has those of every pull that D finished: both work them out off the loop."""
+    deadline = blocking_clock() + DIGESTS_TIMEOUT_S
+    while True:
+        sent, fetched = await pool_digests(stack, "prefill"), await pool_digests(stack, "decode")
+        pulls = metric(await stack.metrics("decode"), "kvferry_pull_total", outcome="received")
+        if (fetched.keys() <= sent.keys() and len(fetched) >= pulls) or blocking_clock() > deadline:
+            return sent, fetched
+        await asyncio.sleep(DIGESTS_POLL_S)
+
+
+async def pool_digests(stack: Stack, role: str) -> Digests:
+    """From all workers of a role."""
     merged: dict[str, dict[str, str]] = {}
     for document in await stack.worker_json(role, "/debug/digests"):
         merged |= document

@@ -15,6 +15,8 @@ from kvferry.kv.digest import slot_digests
 from kvferry.schedule.step import SequenceStep, StepPlan
 from kvferry.wire.frame import Piece
 
+BLOCK_SIZE: Final = 16
+THREADS: Final = 2
 CONTROL_TOKENS: Final = 64  # more than enough for a control
 
 
@@ -66,7 +68,12 @@ def flipped_bit_is_seen(model_dir: Path, text: Heard) -> bool:
 
 
 def _runner(model_dir: Path, max_model_len: int) -> TorchRunner:
-    num_blocks = max_model_len // 16 + 2
     return TorchRunner(
-        EngineSettings(model_dir, "cpu", "auto", num_blocks=num_blocks, max_model_len=max_model_len, threads=2)
+        EngineSettings(
+            model_dir,
+            num_blocks=-(-max_model_len // BLOCK_SIZE),
+            block_size=BLOCK_SIZE,
+            max_model_len=max_model_len,
+            threads=THREADS,
+        )
     )

@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
+from typing import Final
 
 from kvferry.config import Settings, env_name, flag_name, is_secret, shown_default
+from kvferry_decode.settings import DecodeSettings
+from kvferry_gateway.settings import GatewaySettings
 from kvferry_local.settings import UpSettings
+from kvferry_prefill.settings import PrefillSettings
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS: Final = (ROOT / "README.md", ROOT / "docs" / "protocol.md", ROOT / "docs" / "configuration.md")
+
+# Limits that are part of the protocol and have no setting: (module, constant, unit and meaning).
+CONSTANTS: Final = (
+    ("kvferry.wire.messages", "MAX_TOKEN_BYTES", "bytes of one token column"),
+    ("kvferry.wire.messages", "MAX_ROWS", "rows of one column, streams of one message"),
+    ("kvferry.wire.messages", "MAX_SHARDS", "shards of one worker"),
+    ("kvferry.wire.messages", "MAX_NAME_CHARS", "characters of a name"),
+    ("kvferry.wire.flow", "MAX_FLOW_BYTES", "bytes of a flow message"),
+    ("kvferry.wire.flow", "MAX_CREDITS", "credits in one message"),
+    ("kvferry.bus.liveness", "BEAT_INTERVAL", "seconds between heartbeats"),
+    ("kvferry.bus.liveness", "SILENCE", "seconds without one: gone"),
+    ("kvferry.bus.liveness", "PING_TIMEOUT", "seconds that a suspect has to answer"),
+    ("kvferry.bus.server", "MAX_PAYLOAD", "bytes of a message on the embedded server"),
+    ("kvferry.bus.inlet", "MAX_PENDING_MESSAGES", "messages of a subscription that wait for their handler"),
+    ("kvferry.transport.slots", "RETIRE_SECONDS", "seconds until a slot without completion is retired"),
+    ("kvferry.worker.fences", "TOMBSTONE_S", "seconds that a cancelled attempt is refused"),
+    ("kvferry.worker.outbox", "REPEAT_END_S", "seconds until an end is said again"),
+    ("kvferry.worker.gateways", "MISSING_BEATS", "heartbeats without a stream: cancelled"),
+    ("kvferry.schedule.chunk", "STEP_TARGET_S", "seconds that a step is sized for"),
+    ("kvferry_prefill.sender", "PARK_S", "seconds that an Open waits for its request"),
+    ("kvferry_prefill.sender", "MAX_PARKED", "Opens that wait at once"),
+    ("kvferry_decode.puller", "WINDOW", "receives posted at once by one pull"),
+    ("kvferry_decode.puller", "ABORT_TIMEOUT", "seconds that P has to answer an Abort"),
+    ("kvferry_decode.puller", "MAX_TRIES", "tries of a pull before it is a failure"),
+    ("kvferry_decode.incoming", "MAX_AGAIN", "bad frames of one pull that are asked for again"),
+    ("kvferry.text.stop", "MAX_STOP_STRINGS", "stop strings of a request"),
+    ("kvferry.text.stop", "MAX_STOP_CHARS", "characters of a stop string"),
+    ("kvferry.engine.reference", "EPSILON", "logits: ε of `fast`"),
+)
 
 
 def settings_table(cls: type[Settings]) -> str:
@@ -21,9 +56,31 @@ def settings_table(cls: type[Settings]) -> str:
     return "\n".join(rows)
 
 
+def limits_table() -> str:
+    """Every bound of the protocol: constants first, then the settings that are numbers."""
+    rows = ["| limit | default | setting | meaning |", "|---|---|---|---|"]
+    for module, name, meaning in CONSTANTS:
+        rows.append(f"| `{name}` | {getattr(importlib.import_module(module), name)} | | {meaning} |")
+    seen: set[str] = set()
+    for cls in (PrefillSettings, DecodeSettings, GatewaySettings):
+        for field, spec in cls.model_fields.items():
+            default = spec.get_default()
+            numeric = isinstance(default, int | float) and not isinstance(default, bool)
+            if numeric and field not in seen and not field.endswith("port"):
+                seen.add(field)
+                rows.append(f"| `{field}` | {default} | `{flag_name(cls, field)}` | {spec.description} |")
+    return "\n".join(rows)
+
+
 def tables() -> dict[str, str]:
     """Name of a table, as its markers write it, to its text."""
-    return {"up": settings_table(UpSettings)}
+    return {
+        "up": settings_table(UpSettings),
+        "gateway": settings_table(GatewaySettings),
+        "prefill": settings_table(PrefillSettings),
+        "decode": settings_table(DecodeSettings),
+        "limits": limits_table(),
+    }
 
 
 def with_tables(text: str) -> str:
@@ -35,5 +92,5 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for path in (ROOT / "README.md",):
+    for path in DOCUMENTS:
         path.write_text(with_tables(path.read_text()))

@@ -84,6 +84,11 @@ class Backends(ABC):
     async def pair(self) -> Pair:
         return await self.connected(await self.started(1), await self.started(2))
 
+    async def pair_again(self) -> Pair:
+        """Another connection between the first two transports."""
+        one, other = list(self.arrivals)[:2]
+        return await self.connected(one, other)
+
     async def close(self) -> None:
         for transport in self._made:
             await transport.close()
@@ -145,9 +150,8 @@ class UcxBackends(Backends):
     async def say_nothing(self, host: Transport) -> None:
         mute = await self.started(99)
         assert isinstance(mute, UcxTransport)
-        link = UcxLink(mute.endpoints, Endpoint(), mute.counters, asyncio.get_running_loop())
+        link = UcxLink(mute.worker, Endpoint(), mute.counters, asyncio.get_running_loop())
         link.connect("127.0.0.1", urlsplit(host.address).port or 0)
-        # A flow message makes UCX finish its own wire-up; a real peer's first one would be its hello.
         await ended(link)
 
     async def unreachable(self) -> str:

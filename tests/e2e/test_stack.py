@@ -8,7 +8,6 @@ import signal
 import subprocess
 import time  # noqa: TID251 - waits for other processes
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,31 +15,6 @@ from openai import OpenAI
 from stack import Stack
 
 QUESTION = [{"role": "user", "content": "Name three rivers."}]
-
-
-@pytest.fixture(scope="module")
-def flags(model_dir: Path) -> tuple[str, ...]:
-    return ("--model", str(model_dir), "--served-model-name", "smollm2", "--threads", "1", "--max-model-len", "2048")
-
-
-@pytest.fixture(scope="module")
-def stack(flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """One prefill and one decode worker, for the tests that leave it as it was."""
-    stack = Stack(tmp_path_factory.mktemp("stack"), *flags)
-    try:
-        yield stack.start()
-    finally:
-        stack.close()
-
-
-@pytest.fixture
-def baseline(flags: tuple[str, ...], tmp_path: Path) -> Iterator[Stack]:
-    """The single-worker stack, for the tests that end it."""
-    stack = Stack(tmp_path, *flags, "--prefill", "0", "--decode", "1")
-    try:
-        yield stack.start()
-    finally:
-        stack.close()
 
 
 @pytest.fixture

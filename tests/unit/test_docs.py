@@ -7,10 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
-from docs_tables import ROOT, tables, with_tables
+from docs_tables import DOCUMENTS, ROOT, with_tables
+
+from kvferry.wire import flow, messages
+from kvferry.wire.codec import Message
 
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()
 PACKAGES = ("kvferry", "kvferry_gateway", "kvferry_prefill", "kvferry_decode", "kvferry_local")
 
 
@@ -34,7 +38,7 @@ def _exists(name: str) -> bool:
     return True  # no name of ours
 
 
-@pytest.mark.parametrize("text", [README, ARCHITECTURE], ids=["README", "architecture"])
+@pytest.mark.parametrize("text", [README, ARCHITECTURE, PROTOCOL], ids=["README", "architecture", "protocol"])
 def test_no_document_names_what_does_not_exist(text: str) -> None:
     assert missing_names(text) == []
 
@@ -60,10 +64,11 @@ def test_the_architecture_names_every_package() -> None:
     assert [package for package in packages() if package not in quoted(ARCHITECTURE)] == []
 
 
-def test_the_settings_tables_are_those_of_the_code() -> None:
-    assert with_tables(README) == README, "run: python tests/docs_tables.py"
-    for name, table in tables().items():
-        assert f"<!-- table {name} -->\n{table}\n<!-- end -->" in README
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_the_tables_are_those_of_the_code(document: Path) -> None:
+    text = document.read_text()
+    assert "<!-- table " in text
+    assert with_tables(text) == text, "run: python tests/docs_tables.py"
 
 
 def test_a_changed_table_is_noticed() -> None:
@@ -81,3 +86,19 @@ def test_the_readme_explains_every_make_target(target: str) -> None:
 def test_no_document_names_a_private_path() -> None:
     for path in (ROOT / "README.md", *Path(ROOT / "docs").glob("*.md"), ROOT / "CHANGELOG.md"):
         assert not re.search(r"/(root|work|home)/", path.read_text()), path
+
+
+def wire_messages() -> set[str]:
+    """Every tagged message type of both planes."""
+    found = set()
+    for module in (messages, flow):
+        for name, kind in vars(module).items():
+            if isinstance(kind, type) and issubclass(kind, Message) and kind.__struct_config__.tag and kind.__name__ == name:
+                found.add(name)
+    return found
+
+
+def test_the_protocol_lists_every_message_and_no_other() -> None:
+    rows = re.findall(r"^\| `([A-Z]\w+)` \| [^|]+\| [^|]+\| [^|]+\| [^|]+\|$", PROTOCOL, re.MULTILINE)
+    assert set(rows) == wire_messages()
+    assert len(rows) == len(set(rows))

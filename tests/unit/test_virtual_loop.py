@@ -6,7 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
-import time  # noqa: TID251 - bounds are in real seconds
+import time
 from pathlib import Path
 
 import pytest

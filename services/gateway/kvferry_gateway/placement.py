@@ -104,9 +104,7 @@ def place(request: Placement, workers: tuple[WorkerView, ...]) -> Decision:
         if not group:
             continue
         prefill = min(group, key=lambda w: _prefill_key(w, request))
-        decode = min(
-            (w for w in decoders if w.record.kv_format_id == format_id), key=lambda w: _decode_key(w, request)
-        )
+        decode = min((w for w in decoders if w.record.kv_format_id == format_id), key=lambda w: _decode_key(w, request))
         cost = prefill_seconds(prefill, request.num_tokens) + decode_seconds(decode)
         pairs.append((lacks_blocks(decode, request), cost, Pair(prefill, decode)))
     if pairs:

@@ -84,6 +84,10 @@ class Registry:
         worker = self._workers.get(incarnation)
         return None if worker is None else worker.record
 
+    def state_of(self, incarnation: int) -> WorkerState | None:
+        worker = self._workers.get(incarnation)
+        return None if worker is None else worker.state
+
     def views(self) -> tuple[WorkerView, ...]:
         """Snapshot for placement, in the order of first hearing."""
         return tuple(

@@ -242,3 +242,8 @@ def status_of(result: int | None) -> int:
     if result is None:
         return OK
     return result - (1 << 64) if is_error(result) else INPROGRESS
+
+
+def sockaddr_of(packed: ctypes.Array[ctypes.c_char]) -> SockAddr:
+    """Points at `packed`, which must outlive it. The zero that `create_string_buffer` adds is no part of it."""
+    return SockAddr(ctypes.cast(packed, c_void_p), len(packed) - 1)

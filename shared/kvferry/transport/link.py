@@ -54,6 +54,7 @@ class Link(Connection):
         self._counters = counters
         self._loop = loop
         self._closing = False
+        self._finished = False
         self._ended: asyncio.Future[None] = loop.create_future()
         self._handshake: Handshake | None = None
         self._greeted: Callable[[Exception | None], None] | None = None
@@ -107,7 +108,7 @@ class Link(Connection):
         return transfer
 
     def abort(self) -> None:
-        if not self._ended.done():
+        if not self._finished:
             self._closing = True
             self._tear_down()
 
@@ -185,13 +186,17 @@ class Link(Connection):
 
     def finish(self) -> None:
         """All buffers are free and their futures done."""
-        if self._ended.done():
+        if self._finished:
             return
-        self._closing = True
+        self._finished = self._closing = True
         self._deliver_early()
-        self._ended.set_result(None)
         self._end_greeting(ConnectionClosed("the peer ended the connection during the handshake"))
+        # Whoever waits for one of those futures is called first.
+        self._loop.call_soon(self._announce_end)
+
+    def _announce_end(self) -> None:
         handlers, self._closed_handlers = self._closed_handlers, []
+        self._ended.set_result(None)
         for handler in handlers:
             self._call(handler)
         self._handler = None

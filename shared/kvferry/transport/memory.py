@@ -164,7 +164,7 @@ class MemoryLink(Link):
         self.schedule()
 
     def _take_frame(self, tag: int, frame: bytes | memoryview) -> None:
-        if self._ended.done():
+        if self._finished:
             return
         posted = self._posted.pop(tag, None)
         if posted is None:
@@ -190,7 +190,7 @@ class MemoryLink(Link):
 
     def break_off(self) -> None:
         """End this side without telling the other."""
-        if not self._ended.done():
+        if not self._finished:
             self._closing = True
             self._let_go()
             self.finish()

@@ -229,12 +229,13 @@ class TcpTransport(Backend):
     def __init__(self, settings: TransportSettings, runtime: Runtime) -> None:
         super().__init__(settings, runtime)
         self._listener: socket.socket | None = None
+        self._port = 0
         self._acceptor: asyncio.Task[None] | None = None
 
     @property
     def address(self) -> str:
-        assert self._listener is not None, "start first"
-        return format_address(self.scheme, self._settings.advertise_host, self._listener.getsockname()[1])
+        assert self._port, "start first"
+        return format_address(self.scheme, self._settings.advertise_host, self._port)
 
     async def start(self, on_connection: Callable[[Connection], None]) -> None:
         self._on_connection = on_connection
@@ -245,6 +246,7 @@ class TcpTransport(Backend):
         except OSError as error:
             raise TransportUnavailable("tcp", f"cannot listen on {host}:{port}: {error}") from None
         self._listener.setblocking(False)
+        self._port = self._listener.getsockname()[1]
         self._acceptor = asyncio.get_running_loop().create_task(
             self._accept(self._listener), name="kvferry tcp acceptor"
         )

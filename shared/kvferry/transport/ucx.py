@@ -1,4 +1,5 @@
-"""The data plane over UCX: RDMA where UCX has it, TCP otherwise. The thread is in `ucx_worker.py`.
+"""The data plane over UCX: RDMA where UCX has it, TCP otherwise. The thread is in
+`ucx_worker.py`, the endpoints on it in `ucx_endpoint.py`.
 
 Peers connect to a listener, whose port is the one in `address`; UCX opens a second, random port on each
 device in `net_devices` for the data itself. Connecting by worker address instead would spare the first
@@ -24,7 +25,8 @@ from kvferry.transport.backend import Backend, format_address, parse_address
 from kvferry.transport.base import Connection, TransportCounters, TransportSettings
 from kvferry.transport.libucp import OK, LibUcp
 from kvferry.transport.link import Link, Transfer
-from kvferry.transport.ucx_worker import Endpoint, UcxWorker
+from kvferry.transport.ucx_endpoint import Endpoint
+from kvferry.transport.ucx_worker import UcxWorker
 
 OPTIONS: Final = {
     "TLS": "tcp",  # the wheels carry nothing else that survives a dead peer
@@ -52,28 +54,33 @@ class UcxLink(Link):
     ) -> None:
         super().__init__(counters, loop)
         self._worker = worker
+        self._endpoints = worker.endpoints
         self._endpoint = endpoint
         self._tags: set[int] = set()  # of receives that are posted
         endpoint.owner = self
 
+    def connect(self, host: str, port: int) -> None:
+        """Begin to connect a new endpoint to a literal address."""
+        self._worker.submit(self._endpoints.connect, self._endpoint, host, port)
+
     def _transmit(self, message: bytes) -> None:
-        self._worker.submit(self._worker.send_flow, self._endpoint, message)
+        self._worker.submit(self._endpoints.send_flow, self._endpoint, message)
 
     def _send_frame(self, tag: int, frame: memoryview, transfer: Transfer[None]) -> None:
-        self._worker.submit(self._worker.send_frame, self._endpoint, tag, frame, transfer)
+        self._worker.submit(self._endpoints.send_frame, self._endpoint, tag, frame, transfer)
 
     def _post_receive(self, tag: int, buffer: memoryview, transfer: Transfer[int]) -> None:
         if tag in self._tags:
             raise ValueError(f"a receive is posted under tag {tag}")
         self._tags.add(tag)
         transfer.add_done_callback(lambda _: self._tags.discard(tag))
-        self._worker.submit(self._worker.post, self._endpoint, tag, buffer, transfer)
+        self._worker.submit(self._endpoints.post, self._endpoint, tag, buffer, transfer)
 
     def _drain(self) -> None:
-        self._worker.submit(self._worker.drain, self._endpoint)
+        self._worker.submit(self._endpoints.drain, self._endpoint)
 
     def _tear_down(self) -> None:
-        self._worker.submit(self._worker.abort, self._endpoint)
+        self._worker.submit(self._endpoints.abort, self._endpoint)
 
     # Reports of the thread
 
@@ -83,7 +90,7 @@ class UcxLink(Link):
     def gone(self) -> None:
         # What was submitted before `lost` came is answered first, so that `on_closed` is the last word.
         self._closing = True
-        self._worker.submit(self._worker.confirm, self._endpoint)
+        self._worker.submit(self._endpoints.confirm, self._endpoint)
 
     def sent(self, transfer: Transfer[None] | None, num_bytes: int, status: int) -> None:
         if status == OK:
@@ -118,6 +125,12 @@ class UcxTransport(Backend):
         self._worker: UcxWorker | None = None
         self._thread: asyncio.Task[None] | None = None
         self._port = 0
+
+    @property
+    def worker(self) -> UcxWorker:
+        """The thread. Valid after `start`."""
+        assert self._worker is not None, "start first"
+        return self._worker
 
     @property
     def address(self) -> str:
@@ -162,8 +175,7 @@ class UcxTransport(Backend):
             worker.settle()
 
     def _accept(self, endpoint: Endpoint) -> None:
-        assert self._worker is not None
-        link = UcxLink(self._worker, endpoint, self.counters, asyncio.get_running_loop())
+        link = UcxLink(self.worker, endpoint, self.counters, asyncio.get_running_loop())
         if self._full:
             self._reject()
             link.abort()
@@ -175,15 +187,13 @@ class UcxTransport(Backend):
 
     async def connect(self, address: str, timeout: float) -> Connection:
         self._check_open()
-        assert self._worker is not None, "start first"
         host, port = parse_address(self.scheme, address)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         async with asyncio.timeout_at(deadline):
             literal = await _resolve(host, port)
-        endpoint = Endpoint()
-        link = UcxLink(self._worker, endpoint, self.counters, loop)
-        self._worker.submit(self._worker.connect, endpoint, literal, port)
+        link = UcxLink(self.worker, Endpoint(), self.counters, loop)
+        link.connect(literal, port)
         return await self._introduce(link, deadline - loop.time())
 
     async def close(self) -> None:

@@ -122,6 +122,8 @@ def _load(settings: WorkerSettings) -> ModelRunner:
         ),
         progress=lambda share: ready.report("load", share=share),
     )
+    if settings.exactness == "exact" and not runner.exact:
+        raise SettingError("--exactness", f"the engine {runner.numerics_id} is not exact; use fast or auto")
     ready.report("warm-up")
     runner.warm_up()
     return runner

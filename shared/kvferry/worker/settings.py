@@ -21,6 +21,9 @@ class WorkerSettings(ServiceSettings):
         0, description="Longest prompt + output in tokens; 0: what the model and the KV pool allow."
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Weights and KV dtype.")
+    exactness: Literal["auto", "exact", "fast"] = Field(
+        "auto", description="exact: bits do not depend on the batch (not every engine can); auto: exact where offered."
+    )
     device: str = Field("cpu", description="torch device: cpu, cuda, cuda:1 …")
     threads: Positive = Field(1, description="torch threads; workers that share cores must not ask for more in sum.")
     cpus: str = Field("", description="Pin the process to these cores, as 0,2 or 0-3; empty: not pinned.")

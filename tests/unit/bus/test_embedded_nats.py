@@ -9,7 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
-import time  # noqa: TID251 - bounds are in real seconds
+import time
 from pathlib import Path
 
 import pytest

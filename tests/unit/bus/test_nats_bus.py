@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time  # noqa: TID251 - bounds are in real seconds
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random  # noqa: TID251 - a fixed seed
+import random
 
 import pytest
 from hypothesis import given, settings

@@ -1,0 +1,216 @@
+"""The gateway's ASGI application: routes, keys, CORS, bodies, errors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from kvferry.log import get_logger
+from kvferry.metrics import Metrics
+from kvferry.runtime import now
+from kvferry.wire.messages import MAX_NAME_CHARS
+from kvferry_gateway.auth import ApiKeys
+from kvferry_gateway.completions import Caller, Completions, Scope, respond
+from kvferry_gateway.connection import Receive, Send
+from kvferry_gateway.cors import Cors, Header
+from kvferry_gateway.errors import (
+    ApiError,
+    ClientGone,
+    bad_request,
+    body_too_large,
+    internal_error,
+    invalid_api_key,
+    method_not_allowed,
+    model_not_found,
+    not_found,
+    only_local,
+)
+from kvferry_gateway.fleet import Fleet
+
+_REQUEST_ID: Final = re.compile(rb"[!-~]{1,%d}" % MAX_NAME_CHARS)
+_LOOPBACK: Final = re.compile(r"127\.|::1$|::ffff:127\.")
+MODELS: Final = "/v1/models"
+
+log = get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request and the means to answer it."""
+
+    scope: Scope
+    receive: Receive
+    send: Send
+    caller: Caller
+
+    async def json(self, value: Any, status: int = 200) -> None:
+        await respond(self.send, status, json.dumps(value, separators=(",", ":")).encode(), self.caller.headers)
+
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    method: str
+    handler: Handler
+    access: str  # "open", "key" (when keys are on), "operator" (a key, or this machine)
+
+
+class GatewayApp:
+    """`app(scope, receive, send)`. No state of its own but what it is given."""
+
+    def __init__(
+        self, fleet: Fleet, completions: Completions, keys: ApiKeys | None, model_name: str, created: int
+    ) -> None:
+        self._fleet = fleet
+        self._completions = completions
+        self._keys = keys
+        self._model_name = model_name
+        self._created = created
+        self._cors = Cors(fleet.settings.cors_origins)
+        self._metrics: Metrics = fleet.metrics
+        self._max_body = fleet.settings.max_body_bytes
+        self._routes = {
+            "/v1/chat/completions": _Route("POST", self._chat, "key"),
+            "/v1/completions": _Route("POST", self._text, "key"),
+            MODELS: _Route("GET", self._models, "key"),
+            "/v1/cluster": _Route("GET", self._cluster, "operator"),
+            "/health": _Route("GET", self._health, "open"),
+            "/ready": _Route("GET", self._ready, "open"),
+            "/metrics": _Route("GET", self._serve_metrics, "open"),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        given = dict(scope["headers"])
+        request_id = given.get(b"x-request-id", b"")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = self._fleet.runtime.random_bytes(8).hex().encode()
+        headers: list[Header] = [(b"x-request-id", request_id), *self._cors.headers(given.get(b"origin"))]
+        begun = False
+
+        async def sending(message: Any) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        exchange = Exchange(scope, receive, sending, Caller(request_id.decode(), b"", headers))
+        try:
+            await self._dispatch(exchange, given)
+        except ClientGone:
+            return
+        except ApiError as error:
+            await respond(send, error.status, error.body, [*headers, *error.headers])
+        except Exception:
+            log.exception("request failed", request_id=request_id.decode(), path=scope["path"][:128])
+            if begun:
+                raise  # the server closes the connection: the client must not take it for a whole answer
+            failure = internal_error()
+            await respond(send, failure.status, failure.body, headers)
+
+    async def _dispatch(self, exchange: Exchange, given: dict[bytes, bytes]) -> None:
+        scope = exchange.scope
+        path, method = scope["path"], scope["method"]
+        route = self._routes.get(path)
+        if route is None and path.startswith(MODELS + "/"):
+            route = _Route("GET", self._model, "key")
+        if route is None:
+            raise not_found(path)
+        allowed = "GET, HEAD, OPTIONS" if route.method == "GET" else "POST, OPTIONS"
+        if method == "OPTIONS":
+            asked = given.get(b"access-control-request-headers")
+            preflight = self._cors.preflight(given.get(b"origin"), allowed, asked)
+            headers = [(b"allow", allowed.encode()), *exchange.caller.headers[:1], *preflight]
+            return await respond(exchange.send, 200, b"", headers)
+        if method != route.method and not (method == "HEAD" and route.method == "GET"):
+            raise method_not_allowed(method, allowed)
+        salt = self._check_access(route, scope, given)
+        exchange.caller = Caller(exchange.caller.request_id, salt, exchange.caller.headers)
+        await route.handler(exchange)
+
+    def _check_access(self, route: _Route, scope: Scope, given: dict[bytes, bytes]) -> bytes:
+        """The salt of the caller's prefix cache. Raises `ApiError` 401 or 403."""
+        if route.access == "open":
+            return b""
+        if self._keys is not None:
+            salt = self._keys.salt_of(given.get(b"authorization", b""))
+            if salt is None:
+                raise invalid_api_key()
+            return salt
+        if route.access == "operator":
+            client = scope.get("client")
+            if client is None or not _LOOPBACK.match(client[0]):
+                raise only_local()
+        return b""
+
+    async def _body(self, exchange: Exchange) -> bytes:
+        """Raises `ApiError` 413 before memory is taken for what is too large, `ClientGone`."""
+        for name, value in exchange.scope["headers"]:
+            if name == b"content-length" and value.isdigit() and int(value[:20]) > self._max_body:
+                raise body_too_large(self._max_body)
+        body = bytearray()
+        while True:
+            message = await exchange.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone("the client closed its connection")
+            body += message.get("body", b"")
+            if len(body) > self._max_body:
+                raise body_too_large(self._max_body)
+            if not message.get("more_body", False):
+                break
+        if not body:
+            raise bad_request("The request has no body.", code="invalid_json")
+        return bytes(body)
+
+    # -- routes ----------------------------------------------------------------------------------------------
+
+    async def _chat(self, exchange: Exchange) -> None:
+        body = await self._body(exchange)
+        await self._completions.chat(body, exchange.caller, exchange.scope, exchange.receive, exchange.send)
+
+    async def _text(self, exchange: Exchange) -> None:
+        body = await self._body(exchange)
+        await self._completions.text(body, exchange.caller, exchange.scope, exchange.receive, exchange.send)
+
+    def _model_entry(self) -> dict[str, Any]:
+        entry = {"id": self._model_name, "object": "model", "created": self._created, "owned_by": "kvferry"}
+        max_model_len = self._fleet.registry.max_model_len(self._model_name)
+        return {**entry, "max_model_len": max_model_len}
+
+    async def _models(self, exchange: Exchange) -> None:
+        await exchange.json({"object": "list", "data": [self._model_entry()]})
+
+    async def _model(self, exchange: Exchange) -> None:
+        name = exchange.scope["path"].removeprefix(MODELS + "/")
+        if name != self._model_name:
+            raise model_not_found(name[:256])
+        await exchange.json(self._model_entry())
+
+    async def _cluster(self, exchange: Exchange) -> None:
+        fleet = self._fleet
+        gateway = {
+            "name": fleet.settings.name,
+            "incarnation": f"{fleet.incarnation:016x}",
+            "live_attempts": len(fleet.table),
+        }
+        workers = fleet.registry.rows(now())
+        await exchange.json({"cluster": fleet.settings.cluster, "gateway": gateway, "workers": workers})
+
+    async def _health(self, exchange: Exchange) -> None:
+        await exchange.json({"status": "ok"})
+
+    async def _ready(self, exchange: Exchange) -> None:
+        if self._completions.draining:
+            await exchange.json({"status": "draining"}, 503)
+        elif not self._fleet.registry.has_pair(self._model_name):
+            await exchange.json({"status": "no_worker"}, 503)
+        else:
+            await exchange.json({"status": "ready"})
+
+    async def _serve_metrics(self, exchange: Exchange) -> None:
+        await self._metrics.asgi(exchange.scope, exchange.receive, exchange.send)

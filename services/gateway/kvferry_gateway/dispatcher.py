@@ -1,0 +1,160 @@
+"""From token batches to streams. The hot path of the gateway: one walk per batch, one write per stream and turn.
+
+A row is fenced by one look-up: its stream_id is known only while its attempt is the current one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from typing import Final
+
+import numpy as np
+
+from kvferry.errors import MalformedMessage
+from kvferry.wire.messages import TokenBatch
+from kvferry_gateway.attempt import AttemptTable, Lost
+from kvferry_gateway.metrics import GatewayMetrics
+from kvferry_gateway.streams import TokenStream
+
+_HALF: Final = 1 << 31
+_MASK: Final = (1 << 32) - 1
+
+
+class WorkerMail(ABC):
+    """What the dispatcher has to tell workers."""
+
+    @abstractmethod
+    def acknowledge(self, incarnation: int, stream_ids: tuple[int, ...]) -> None:
+        """These ends need not be repeated."""
+
+    @abstractmethod
+    def resend(self, incarnation: int, streams: tuple[tuple[int, int], ...], cause: str) -> None:
+        """Publish tokens of (stream_id, from index) again. `cause` labels the counter."""
+
+
+class Dispatcher:
+    """Takes batches as they come: doubled, late, out of order, or never."""
+
+    def __init__(self, table: AttemptTable, mail: WorkerMail, metrics: GatewayMetrics) -> None:
+        self._table = table
+        self._mail = mail
+        self._metrics = metrics
+        self._touched: list[TokenStream] = []
+        self._acks: dict[int, dict[int, None]] = {}  # incarnation -> stream ids
+        self._scheduled = False
+        self._expected: dict[int, int] = {}  # incarnation -> batch_seq of its next batch
+
+    def forget_worker(self, incarnation: int) -> None:
+        self._expected.pop(incarnation, None)
+
+    def take(self, batch: TokenBatch) -> None:
+        """Raises `MalformedMessage` for columns of unequal or odd length; nothing is taken then."""
+        size = len(batch.stream_ids)
+        if size % 4 or len(batch.indices) != size or len(batch.tokens) != size:
+            raise MalformedMessage("token columns of unequal length")
+        self._check_sequence(batch)
+        if size:
+            self._take_rows(batch)
+        streams = self._table.streams
+        for stream_id, count in batch.cached:
+            if (stream := streams.get(stream_id)) is not None:
+                stream.cached_tokens = count
+        for end in batch.ends:
+            stream = streams.get(end.stream_id)
+            attempt = None if stream is None else stream.attempt
+            # An unknown one is confirmed, too: the worker would repeat it for ever.
+            if attempt is None or attempt.ended(end, batch.incarnation):
+                self.acknowledge(batch.incarnation, end.stream_id)
+            if stream is not None:
+                self._touch(stream)
+
+    def acknowledge(self, incarnation: int, stream_id: int) -> None:
+        """Confirm an end, together with all others of this turn."""
+        self._acks.setdefault(incarnation, {})[stream_id] = None
+        self._schedule()
+
+    def _take_rows(self, batch: TokenBatch) -> None:
+        get = self._table.streams.get
+        touched = self._touched
+        late = 0
+        for stream_id, index, token in zip(
+            np.frombuffer(batch.stream_ids, "<u4").tolist(),
+            np.frombuffer(batch.indices, "<u4").tolist(),
+            np.frombuffer(batch.tokens, "<u4").tolist(),
+            strict=True,
+        ):
+            stream = get(stream_id)
+            if stream is None:
+                late += 1
+                continue
+            if index == len(stream.tokens) and index < stream.limit and not stream.held:
+                stream.append(token)
+            else:
+                self._settle(stream, index, token, batch.incarnation)
+            if not stream.touched:
+                stream.touched = True
+                touched.append(stream)
+        if late:
+            self._metrics.late_rows.inc(late)
+        if touched:
+            self._schedule()
+
+    def _settle(self, stream: TokenStream, index: int, token: int, incarnation: int) -> None:
+        attempt = stream.attempt
+        assert attempt is not None, "a stream in the table has an attempt"
+        if stream.stopped:
+            return
+        if incarnation == attempt.decode.incarnation:
+            attempt.running_seen = True
+        if not stream.settle(index, token):
+            self._metrics.mismatches.inc()
+            attempt.conclude(Lost("token_mismatch"))
+
+    def _touch(self, stream: TokenStream) -> None:
+        if not stream.touched:
+            stream.touched = True
+            self._touched.append(stream)
+            self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._end_of_turn)
+
+    def _end_of_turn(self) -> None:
+        """Write every touched stream once, see which choices are complete, confirm ends."""
+        self._scheduled = False
+        now = asyncio.get_running_loop().time()
+        itl = self._metrics.itl
+        touched, self._touched = self._touched, []
+        for stream in touched:
+            stream.touched = False
+            if len(stream.tokens) > stream.num_timed:
+                stream.num_timed = len(stream.tokens)
+                if stream.first_token_at is None:
+                    stream.first_token_at = now
+                else:
+                    itl.observe(now - stream.last_token_at)
+                stream.last_token_at = now
+            stream.flush(now)
+            attempt = stream.attempt
+            if attempt is not None and (stream.stopped or attempt.end is not None):
+                attempt.review()
+        acks, self._acks = self._acks, {}
+        for incarnation, stream_ids in acks.items():
+            self._mail.acknowledge(incarnation, tuple(stream_ids))
+
+    def _check_sequence(self, batch: TokenBatch) -> None:
+        """Ask for what a gap in the batch numbers has swallowed."""
+        incarnation, seq = batch.incarnation, batch.batch_seq
+        expected = self._expected.get(incarnation, 0)
+        ahead = (seq - expected) & _MASK
+        # A worker that had forgotten this gateway begins at 0 again.
+        if ahead >= _HALF and seq != 0:
+            return  # late or doubled: the streams sort it out
+        self._expected[incarnation] = (seq + 1) & _MASK
+        if 0 < ahead < _HALF:
+            streams = tuple((a.stream_id, len(a.stream.tokens)) for a in self._table.of_worker(incarnation))
+            if streams:
+                self._mail.resend(incarnation, streams, "gap")

@@ -1,0 +1,347 @@
+"""The life of one request on the workers: placed, asked, run, and placed again when a worker is lost.
+
+    take_off: place -> ask both -> accepted             refused everywhere: 429, nobody there: 503
+    land:     run -> Finished
+                  -> Lost -> count it -> place again -> run …    failures used up, or no capacity for long: error
+
+The gateway owns prompt and generated tokens, so every attempt goes on at exactly the next index.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from kvferry.bus.liveness import BEAT_INTERVAL
+from kvferry.log import get_logger
+from kvferry.runtime import now
+from kvferry.wire.messages import (
+    Accepted,
+    DecodeRequest,
+    PrefillRequest,
+    Rejected,
+    Sampling,
+    Work,
+    WorkerRecord,
+    pack_tokens,
+)
+from kvferry_gateway.answers import FinishReason
+from kvferry_gateway.attempt import Attempt, Finished, Lost, Verdict
+from kvferry_gateway.errors import (
+    ApiError,
+    ClientGone,
+    context_length_exceeded,
+    deadline_exceeded,
+    failures_used_up,
+    no_worker,
+    shutting_down,
+    too_many_requests,
+)
+from kvferry_gateway.fleet import Fleet, Reply, Unreachable
+from kvferry_gateway.placement import Local, NoWorker, Pair, Placement, TooLong, place
+from kvferry_gateway.streams import TokenStream
+
+CRASHES_TO_ISOLATE: Final = 2  # workers that crashed under a request before it runs alone
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is placed: fixed for the life of the request."""
+
+    number: int
+    request_id: str  # the client's label
+    model: str
+    prompt: bytes  # u32 column
+    sampling: Sampling
+    salt: bytes
+    arrival: float  # Unix seconds: the ordering key
+    prompt_field: str  # for errors
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt) // 4
+
+
+@dataclass(slots=True)
+class _Refusals:
+    """What one round of placement has met."""
+
+    full: dict[int, float] = field(default_factory=dict)  # incarnation -> retry_after
+    unusable: set[int] = field(default_factory=set)
+    too_long: bool = False
+    bus_down: bool = False
+
+
+class Flight:
+    """One unit. `abandon` may be called at any time; `close` must be, in the end."""
+
+    def __init__(self, fleet: Fleet, unit: Unit, stream: TokenStream, eos_token_ids: frozenset[int]) -> None:
+        self.unit = unit
+        self.stream = stream
+        self._fleet = fleet
+        self._settings = fleet.settings
+        self._eos_token_ids = eos_token_ids
+        self._attempt: Attempt | None = None
+        self._failures = 0
+        self._crashes = 0
+        self._alone = False
+        loop = asyncio.get_running_loop()
+        # Done when nobody wants the rest: with the error to end with.
+        self._stop: asyncio.Future[Exception] = loop.create_future()
+        self._deadline = loop.time() + self._settings.request_deadline
+        self._timer = loop.call_at(self._deadline, self._end_with, deadline_exceeded(self._settings.request_deadline))
+
+    # -- from outside ----------------------------------------------------------------------------------------
+
+    def abandon(self) -> None:
+        """The client is gone. Workers are told in this turn of the loop."""
+        self._end_with(ClientGone("the client closed its connection"))
+
+    def shut_down(self) -> None:
+        """The gateway stops and waits no longer."""
+        self._end_with(shutting_down())
+
+    def close(self) -> None:
+        """Nothing of it is left on any worker, in any table, or on the loop's clock."""
+        self._timer.cancel()
+        self._retire(cancel=True)
+        if not self._stop.done():
+            self._stop.cancel()
+
+    def _end_with(self, error: Exception) -> None:
+        if not self._stop.done():
+            self._stop.set_result(error)
+        self._retire(cancel=True)
+
+    # -- the life --------------------------------------------------------------------------------------------
+
+    async def take_off(self) -> None:
+        """Place for the first time. Returns once the workers have accepted. Raises `ApiError`, `ClientGone`."""
+        await self._place(first=True)
+
+    async def land(self) -> FinishReason:
+        """Until the choice is complete. Raises `ApiError`, `ClientGone`."""
+        while True:
+            verdict = await self._verdict()
+            if isinstance(verdict, Finished):
+                self._finish()
+                return verdict.reason
+            self._lose(verdict)
+            if (reason := self._complete_already()) is not None:
+                return reason
+            await self._place_in_time()
+
+    async def _verdict(self) -> Verdict:
+        attempt = self._attempt
+        if attempt is not None:
+            waits: tuple[asyncio.Future[Any], ...] = (attempt.over, self._stop)
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        self._check_stop()
+        assert attempt is not None, "only a stopped flight has no attempt here"
+        return attempt.over.result()
+
+    def _check_stop(self) -> None:
+        if self._stop.done():
+            raise self._stop.result()
+
+    def _finish(self) -> None:
+        """Cancel who doesn't know yet: D after a stop string, P or D where the other one ended it."""
+        attempt = self._attempt
+        assert attempt is not None
+        self._fleet.confirm_end(attempt)
+        self._retire(cancel=False)
+        for worker in attempt.workers:
+            ended_here = attempt.end is not None and worker.incarnation == attempt.end_from
+            has_acknowledged = worker is attempt.prefill and attempt.running
+            if not ended_here and not has_acknowledged:
+                self._fleet.cancel(worker, attempt)
+
+    def _lose(self, verdict: Lost) -> None:
+        """Count a lost attempt. Raises `ApiError` when that was the last one."""
+        attempt = self._attempt
+        assert attempt is not None
+        self._fleet.metrics.replacements.labels(verdict.reason).inc()
+        log.info(
+            "attempt lost", request_id=self.unit.request_id, attempt=attempt.number, reason=verdict.reason,
+            num_tokens=len(self.stream.tokens),
+        )  # fmt: skip
+        self._retire(cancel=True)
+        if verdict.reason == "deadline":
+            raise deadline_exceeded(self._settings.request_deadline)
+        if verdict.crashed:
+            self._crashes += 1
+        if verdict.is_failure:
+            self._failures += 1
+        poisonous = verdict.crashed and self._alone
+        if poisonous or self._failures >= self._settings.failure_budget:
+            raise failures_used_up(self._failures, verdict.reason)
+        self._alone = self._crashes >= CRASHES_TO_ISOLATE
+
+    def _complete_already(self) -> FinishReason | None:
+        """The last token came, but the word that it was the last one died with the worker."""
+        tokens = self.stream.tokens
+        if tokens and tokens[-1] in self._eos_token_ids and not self.unit.sampling.ignore_eos:
+            return "stop"
+        return "length" if len(tokens) >= self.stream.limit else None
+
+    def _retire(self, *, cancel: bool) -> None:
+        """The attempt's tokens are taken no more, and its workers need not go on."""
+        attempt, self._attempt = self._attempt, None
+        if attempt is None:
+            return
+        self._fleet.table.remove(attempt)
+        if cancel:
+            for worker in attempt.workers:
+                self._fleet.cancel(worker, attempt)
+
+    # -- placement -------------------------------------------------------------------------------------------
+
+    async def _place_in_time(self) -> None:
+        """Place again; while there is no capacity, wait for it up to `replace_wait`."""
+        until = now() + self._settings.replace_wait
+        while True:
+            try:
+                return await self._place(first=False)
+            except ApiError as error:
+                if error.status not in (429, 503) or error.code == "worker_failed" or now() >= until:
+                    raise
+            await self._fleet.wait_for_news(self._stop, BEAT_INTERVAL)
+            self._check_stop()
+
+    async def _place(self, *, first: bool) -> None:
+        """Ask one choice of workers after the other, until one accepts. Raises `ApiError`, `ClientGone`."""
+        refusals = _Refusals()
+        while True:
+            self._check_stop()
+            attempt = self._begin(refusals, first=first)
+            await self._ask(attempt, refusals)
+            if attempt.accepted:
+                kind = "local" if attempt.prefill is None else "pair"
+                self._fleet.metrics.placements.labels(kind).inc()
+                return
+            if attempt.over.done() and isinstance(lost := attempt.over.result(), Lost):
+                self._lose(lost)
+            self._retire(cancel=True)
+
+    def _begin(self, refusals: _Refusals, *, first: bool) -> Attempt:
+        """Choose workers and give the attempt its numbers."""
+        fleet, unit = self._fleet, self.unit
+        num_tokens = unit.num_prompt + len(self.stream.tokens)
+        request = Placement(
+            unit.model,
+            num_tokens,
+            unit.num_prompt + unit.sampling.max_tokens,
+            self._settings.local_prefill_threshold,
+            refusals.full.keys(),
+            refusals.unusable,
+        )
+        match place(request, fleet.registry.views()):
+            case Pair(prefill, decode):
+                workers: tuple[WorkerRecord, WorkerRecord | None] = (decode.record, prefill.record)
+            case Local(decode):
+                workers = (decode.record, None)
+            case TooLong(capacity) if first:
+                raise context_length_exceeded(
+                    f"Prompt and output of {request.max_total} tokens fit no worker; the largest holds {capacity}.",
+                    unit.prompt_field,
+                )
+            case TooLong() | NoWorker():
+                raise _refused(refusals, unit)
+        attempt = Attempt(
+            number=fleet.new_attempt_number(),
+            ticket=fleet.runtime.random_bytes(16),
+            stream_id=fleet.table.new_stream_id(),
+            stream=self.stream,
+            decode=workers[0],
+            prefill=workers[1],
+            first_index=len(self.stream.tokens),
+            over=asyncio.get_running_loop().create_future(),
+        )
+        fleet.table.add(attempt)
+        for worker in attempt.workers:
+            fleet.registry.placed(worker.incarnation, num_tokens)
+        self._attempt = attempt
+        return attempt
+
+    def _work(self, attempt: Attempt) -> Work:
+        unit = self.unit
+        return Work(
+            gateway=self._fleet.subject,
+            gateway_incarnation=self._fleet.incarnation,
+            ticket=attempt.ticket,
+            attempt=attempt.number,
+            stream_id=attempt.stream_id,
+            choice=0,
+            request_id=unit.request_id,
+            model=unit.model,
+            prompt=unit.prompt,
+            generated=pack_tokens(self.stream.tokens),
+            sampling=unit.sampling,
+            priority=0,
+            arrival=unit.arrival,
+            salt=unit.salt,
+            alone=self._alone,
+            deadline=max(0.0, self._deadline - now()),
+            unit=unit.number,
+        )
+
+    async def _ask(self, attempt: Attempt, refusals: _Refusals) -> None:
+        """Send both requests at the same moment. Sets `attempt.accepted`, or notes who refused and why."""
+        work = self._work(attempt)
+        spawn = self._fleet.tasks.spawn
+        decode = DecodeRequest(work, None if attempt.prefill is None else attempt.prefill.address)
+        asked = {spawn(self._fleet.ask(attempt.decode, decode), "ask-decode"): attempt.decode}
+        if attempt.prefill is not None:
+            prefill = PrefillRequest(work)
+            asked[spawn(self._fleet.ask(attempt.prefill, prefill), "ask-prefill")] = attempt.prefill
+        refused = False
+        try:
+            waiting: set[asyncio.Task[Reply]] = set(asked)
+            while waiting and not refused:
+                waits: tuple[asyncio.Future[Any], ...] = (*waiting, attempt.over, self._stop)
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                self._check_stop()
+                if attempt.over.done():
+                    # A first token that is also the last one may overtake the answers; all else refuses.
+                    attempt.accepted = isinstance(attempt.over.result(), Finished)
+                    return
+                for task in [task for task in waiting if task.done()]:
+                    waiting.discard(task)
+                    refused |= self._note(asked[task], task.result(), refusals)
+            attempt.accepted = not refused
+        finally:
+            for task in asked:
+                task.cancel()
+
+    def _note(self, worker: WorkerRecord, reply: Reply, refusals: _Refusals) -> bool:
+        """Whether an answer is a refusal; then it is remembered for this round."""
+        match reply:
+            case Accepted():
+                return False
+            case Rejected(_, _, "queue_full", retry_after):
+                reason = "queue_full"
+                refusals.full[worker.incarnation] = retry_after
+            case Rejected(_, _, reason):
+                refusals.unusable.add(worker.incarnation)
+                refusals.too_long |= reason == "too_long"
+            case Unreachable(bus_down):
+                reason = "unreachable"
+                refusals.unusable.add(worker.incarnation)
+                refusals.bus_down |= bus_down
+        self._fleet.metrics.refusals.labels(reason).inc()
+        log.info("placement refused", request_id=self.unit.request_id, worker=worker.name, reason=reason)
+        return True
+
+
+def _refused(refusals: _Refusals, unit: Unit) -> ApiError:
+    if refusals.full:
+        retry_after = min(refusals.full.values())
+        return too_many_requests("All workers are busy; try again later.", retry_after)
+    if refusals.too_long:
+        return context_length_exceeded("Prompt and output fit no worker.", unit.prompt_field)
+    if refusals.bus_down:
+        return no_worker("The workers can't be reached at the moment.")
+    return no_worker(f"No worker serves the model '{unit.model}' at the moment.")

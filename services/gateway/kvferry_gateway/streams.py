@@ -1,0 +1,186 @@
+"""One choice's tokens, in order, and their text on its way to the client. The token path: nothing here waits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from kvferry.text.detokenizer import TokenTexts
+from kvferry.text.stop import StopMatcher
+from kvferry_gateway.answers import COMMENT
+from kvferry_gateway.connection import ClientConnection
+
+if TYPE_CHECKING:
+    from kvferry_gateway.attempt import Attempt
+
+
+class TokenStream:
+    """Lives as long as its request, over all attempts.
+
+    `tokens[i]` is the token with index i; `held` has later ones that came before it. `pieces` are bytes that
+    no write has taken yet: SSE events if a stream was asked for, else bare text. `attempt` is the one whose
+    tokens are taken now. Without `event_head` and `event_tail` the pieces make up one JSON string.
+    """
+
+    __slots__ = (
+        "_backlog",
+        "_backlog_bytes",
+        "_connection",
+        "_detokenizer",
+        "_escaped",
+        "_head",
+        "_matcher",
+        "_max_backlog",
+        "_on_slow",
+        "_plain",
+        "_tail",
+        "attempt",
+        "cached_tokens",
+        "first_token_at",
+        "held",
+        "last_token_at",
+        "last_write",
+        "limit",
+        "num_timed",
+        "pieces",
+        "stopped",
+        "tokens",
+        "touched",
+    )
+
+    def __init__(
+        self, texts: TokenTexts, stops: Sequence[str], limit: int, event_head: bytes = b"", event_tail: bytes = b""
+    ) -> None:
+        """`limit` is the request's max_tokens: an index from there on is never taken."""
+        self.tokens: list[int] = []
+        self.held: dict[int, int] = {}
+        self.pieces: list[bytes] = []
+        self.limit = limit
+        self.stopped = False  # a stop string was found: what follows is not taken
+        self.touched = False  # the dispatcher will look at it in this turn of the loop
+        self.attempt: Attempt | None = None
+        self.cached_tokens = 0
+        self.first_token_at: float | None = None
+        self.last_token_at = 0.0
+        self.num_timed = 0  # tokens that the latency figures have seen
+        self.last_write = 0.0
+        self._head = event_head
+        self._tail = event_tail
+        self._escaped = texts.escaped
+        self._detokenizer = texts.stream()
+        self._matcher = StopMatcher(stops) if stops else None
+        self._plain = self._matcher is None  # the table of ready texts may be used for the next token
+        self._connection: ClientConnection | None = None
+        self._max_backlog = 0
+        self._backlog: list[bytes] = []
+        self._backlog_bytes = 0
+        self._on_slow: Callable[[], None] | None = None
+
+    # -- tokens ----------------------------------------------------------------------------------------------
+
+    def append(self, token: int) -> None:
+        """Take the token with index `len(tokens)`, which is below `limit`."""
+        if self._plain:
+            text = self._escaped(token)
+            if text is not None:
+                self.tokens.append(token)
+                if text:
+                    self.pieces.append(self._head + text + self._tail)
+                return
+        if not self.stopped:
+            self.tokens.append(token)
+            self._append_text(self._detokenizer.push(token))
+            self._plain = self._matcher is None and not self._detokenizer.is_open
+
+    def settle(self, index: int, token: int) -> bool:
+        """Take a token that is not simply the next one. False: another token is known for this index."""
+        tokens, held = self.tokens, self.held
+        if index < len(tokens):
+            return tokens[index] == token
+        if index >= self.limit:
+            return True
+        if held.setdefault(index, token) != token:
+            return False
+        while (following := held.pop(len(tokens), None)) is not None:
+            self.append(following)
+            if self.stopped:
+                held.clear()
+        return True
+
+    def finish(self) -> None:
+        """No token follows: what the detokeniser and the stop strings held back becomes text."""
+        if self.stopped:
+            return
+        self._append_text(self._detokenizer.finish())
+        if self._matcher is not None and not self.stopped:
+            self._emit(self._matcher.finish())
+
+    def _append_text(self, text: str) -> None:
+        if self._matcher is not None:
+            text, self.stopped = self._matcher.push(text)
+        self._emit(text)
+
+    def _emit(self, text: str) -> None:
+        if text:
+            self.pieces.append(self._head + json.dumps(text, ensure_ascii=False)[1:-1].encode() + self._tail)
+
+    def take_text(self) -> bytes:
+        """All pieces so far, joined and taken."""
+        text = b"".join(self.pieces)
+        self.pieces.clear()
+        return text
+
+    # -- the client ------------------------------------------------------------------------------------------
+
+    def attach(self, connection: ClientConnection, now: float, max_backlog: int, on_slow: Callable[[], None]) -> None:
+        """The head of the response is out: from now on pieces are written. `on_slow`: the backlog is full."""
+        self._connection = connection
+        self._max_backlog = max_backlog
+        self._on_slow = on_slow
+        self.last_write = now
+        self.flush(now)
+
+    def flush(self, now: float) -> None:
+        """Write what there is, in one write, if the client keeps up; else keep it, up to the bound."""
+        connection = self._connection
+        if connection is None or not self.pieces:
+            return
+        body = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+        self.pieces.clear()
+        if not connection.paused:
+            connection.write(body)
+            self.last_write = now
+            return
+        self._backlog.append(body)
+        self._backlog_bytes += len(body)
+        if self._backlog_bytes > self._max_backlog and self._on_slow is not None:
+            self._on_slow()
+
+    def resume(self, now: float) -> None:
+        """The client reads again."""
+        if self._connection is not None and self._backlog:
+            body = b"".join(self._backlog)
+            self._backlog.clear()
+            self._backlog_bytes = 0
+            self._connection.write(body)
+            self.last_write = now
+
+    def close(self, last: bytes, now: float) -> None:
+        """Write everything that is left and then `last`. The backlog is bounded, so a pause doesn't matter."""
+        if self._connection is not None:
+            self._connection.write(b"".join((*self._backlog, *self.pieces, last)))
+            self.last_write = now
+        self.detach()
+
+    def detach(self) -> None:
+        self._connection = None
+        self._backlog.clear()
+        self.pieces.clear()
+
+    def keep_alive(self, now: float, interval: float) -> None:
+        """Break a silence of `interval` seconds with an SSE comment."""
+        connection = self._connection
+        if connection is not None and not connection.paused and now - self.last_write >= interval:
+            connection.write(COMMENT)
+            self.last_write = now

@@ -1,0 +1,351 @@
+"""Workers and a model for tests of the gateway: they speak the real protocol and say what a test wants.
+
+A `ScriptedWorker` accepts requests, beats, publishes token batches, and keeps everything that it was sent. The
+tiny model has one token per byte, so that every character that is not ASCII is split between tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from kvferry.bus.base import BusMessage, BusSettings, Subscription
+from kvferry.bus.memory import MemoryBroker, MemoryBus
+from kvferry.runtime import SeededRuntime, SystemRuntime
+from kvferry.text.detokenizer import byte_level_alphabet
+from kvferry.text.model_dir import ModelDir
+from kvferry.wire.messages import (
+    Accepted,
+    Cancel,
+    Codecs,
+    DecodeRequest,
+    End,
+    EndReason,
+    ExitNotice,
+    Heartbeat,
+    Held,
+    Load,
+    Ping,
+    Pong,
+    PrefillRequest,
+    Rejected,
+    TokenBatch,
+    Work,
+    WorkerAddress,
+    WorkerRecord,
+    WorkerState,
+    pack_tokens,
+)
+from kvferry.wire.subjects import beat_subject, process_subject
+from kvferry_gateway.service import Gateway, HttpServer, listen
+from kvferry_gateway.settings import GatewaySettings
+
+CLUSTER = "test"
+MODEL = "tiny"
+EOS = 0
+PATIENCE_S = 10.0
+
+M = TypeVar("M")
+Row = tuple[int, int, int]  # stream_id, index, token
+
+
+def write_model(path: Path, *, max_context: int = 256, chat: bool = True) -> ModelDir:
+    """A model directory without weights. Token 0 is EOS, token 1 + b is byte b."""
+    vocab = {"<|end|>": EOS, **{char: 1 + byte for byte, char in enumerate(byte_level_alphabet())}}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}assistant:"
+    files: dict[str, Any] = {
+        "config": {"vocab_size": len(vocab), "max_position_embeddings": max_context, "eos_token_id": EOS},
+        "tokenizer_config": {"chat_template": template} if chat else {},
+    }
+    path.mkdir(exist_ok=True)
+    tokenizer.save(str(path / "tokenizer.json"))
+    for file, content in files.items():
+        (path / f"{file}.json").write_text(json.dumps(content))
+    return ModelDir(path)
+
+
+def tokens_of(text: str) -> list[int]:
+    return [1 + byte for byte in text.encode()]
+
+
+def text_of(tokens: Sequence[int]) -> str:
+    return bytes(token - 1 for token in tokens if token != EOS).decode("utf-8", "replace")
+
+
+class ScriptedWorker:
+    """`answer` decides on each request (None: silence), `accepted` is called with what was accepted."""
+
+    def __init__(self, bus: MemoryBus, role: str, name: str, incarnation: int, **record: Any) -> None:
+        self.bus = bus
+        self.role = role
+        self.incarnation = incarnation
+        self.subject = process_subject(CLUSTER, role, name, incarnation)
+        fields: dict[str, Any] = {
+            "role": role, "name": name, "incarnation": incarnation, "pid": 1, "subject": self.subject,
+            "model": MODEL, "transport": "memory", "address": WorkerAddress(incarnation, (f"memory:{name}",)),
+            "kv_format_id": "format", "numerics_id": "numerics", "max_model_len": 256, "block_size": 16,
+            "num_blocks": 64, "kv_token_bytes": 64,
+        }  # fmt: skip
+        self.record = WorkerRecord(**(fields | record))
+        self.state: WorkerState = "ready"
+        self.load = Load(free_blocks=64)
+        self.held: list[Held] = []  # rows of the next heartbeats, for every gateway
+        self.inbox: list[Any] = []  # everything that came, in order
+        self.seq = 0
+        self.answer: Callable[[Work], Accepted | Rejected | None] = lambda work: Accepted(work.ticket, work.attempt)
+        self.accepted: Callable[[Work], None] = lambda work: None
+        self.frozen = False
+        self._codecs = Codecs()
+        self._arrived = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._subscription: Subscription | None = None
+        self._beat = 0
+        self._beats = True
+
+    async def start(self) -> None:
+        self._subscription = await self.bus.subscribe(self.subject, self._on_message)
+        self._spawn(self._beat_loop())
+
+    async def close(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.bus.close()
+
+    # -- what it says ----------------------------------------------------------------------------------------
+
+    def publish(
+        self,
+        work: Work,
+        rows: Sequence[tuple[int, int]] = (),
+        end: tuple[EndReason, int] | None = None,
+        *,
+        cached: int | None = None,
+        lose: bool = False,
+        incarnation: int | None = None,
+    ) -> None:
+        """One batch of (index, token) rows. `lose`: its number is used up, but it is never sent."""
+        batch = TokenBatch(
+            self.incarnation if incarnation is None else incarnation,
+            self.seq,
+            pack_tokens([work.stream_id] * len(rows)),
+            pack_tokens([index for index, _ in rows]),
+            pack_tokens([token for _, token in rows]),
+            () if end is None else (End(work.stream_id, end[1], end[0]),),
+            () if cached is None else ((work.stream_id, cached),),
+        )
+        self.seq += 1
+        if not lose:
+            self.send(work.gateway, self._codecs.to_gateway.encode(batch))
+
+    def say(self, work: Work, tokens: Sequence[int], *, reason: EndReason = "stop") -> None:
+        """All of `tokens` that the gateway does not have yet, one batch each, and the end."""
+        start = len(work.generated) // 4
+        for index in range(start, len(tokens)):
+            self.publish(work, [(index, tokens[index])])
+        self.publish(work, end=(reason, len(tokens)))
+
+    def send(self, subject: str, payload: bytes) -> None:
+        self._spawn(self.bus.publish(subject, payload))
+
+    async def beat(self) -> None:
+        self._beat += 1
+        sequences = {"*": tuple(self.held)} if not self.inbox else {}
+        gateways = {item.work.gateway for item in self.inbox if isinstance(item, (PrefillRequest, DecodeRequest))}
+        sequences = {gateway: tuple(self.held) for gateway in gateways}
+        beat = Heartbeat(self._beat, self.state, self.record, self.load, sequences)
+        subject = beat_subject(CLUSTER, self.role, self.record.name, self.incarnation)
+        await self.bus.publish(subject, self._codecs.beat.encode(beat))
+
+    async def exit(self, cause: str) -> None:
+        """It dies, and its supervisor says so."""
+        self.freeze()
+        assert self._subscription is not None
+        await self._subscription.close()
+        subject = beat_subject(CLUSTER, self.role, self.record.name, self.incarnation)
+        await self.bus.publish(subject, self._codecs.beat.encode(ExitNotice(self.incarnation, cause)))  # type: ignore[arg-type]
+
+    def freeze(self) -> None:
+        self.frozen = True
+
+    def hold(self, work: Work, state: Any, next_index: int) -> None:
+        self.held = [row for row in self.held if row.stream_id != work.stream_id]
+        self.held.append(Held(work.stream_id, state, next_index))
+
+    def forget(self, work: Work) -> None:
+        self.held = [row for row in self.held if row.stream_id != work.stream_id]
+
+    # -- what it hears ---------------------------------------------------------------------------------------
+
+    def got(self, kind: type[M]) -> list[M]:
+        return [item for item in self.inbox if isinstance(item, kind)]
+
+    @property
+    def works(self) -> list[Work]:
+        return [item.work for item in self.inbox if isinstance(item, (PrefillRequest, DecodeRequest))]
+
+    async def until(self, condition: Callable[[], Any]) -> Any:
+        """Wait until what has come makes `condition` true."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not (value := condition()):
+                self._arrived.clear()
+                await self._arrived.wait()
+        return value
+
+    async def wait_for(self, kind: type[M], count: int = 1) -> M:
+        """The `count`-th message of a kind."""
+        await self.until(lambda: len(self.got(kind)) >= count)
+        return self.got(kind)[count - 1]
+
+    def _on_message(self, message: BusMessage) -> None:
+        if self.frozen:
+            return
+        request = self._codecs.to_worker.decode(message.payload)
+        self.inbox.append(request)
+        self._arrived.set()
+        match request:
+            case PrefillRequest(work) | DecodeRequest(work):
+                answer = self.answer(work)
+                if answer is not None:
+                    self._spawn(self._respond(message, answer, work))
+            case Cancel():
+                self.held = [row for row in self.held if self._key_of(row) != (request.ticket, request.attempt)]
+            case Ping(nonce):
+                self._spawn(message.respond(self._codecs.answer.encode(Pong(nonce, self.incarnation))))
+
+    def _key_of(self, row: Held) -> tuple[bytes, int] | None:
+        return next((work.key for work in self.works if work.stream_id == row.stream_id), None)
+
+    async def _respond(self, message: BusMessage, answer: Accepted | Rejected, work: Work) -> None:
+        await message.respond(self._codecs.answer.encode(answer))
+        if isinstance(answer, Accepted):
+            self.hold(work, "running" if self.role == "decode" else "computing", len(work.generated) // 4)
+            self.accepted(work)
+
+    async def _beat_loop(self) -> None:
+        while True:
+            if not self.frozen:
+                await self.beat()
+            await asyncio.sleep(0.05)
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class Cluster:
+    """A gateway on a real socket, an in-memory bus, and scripted workers."""
+
+    def __init__(self, path: Path, **settings: Any) -> None:
+        self.model_options: dict[str, Any] = settings.pop("model_options", {})
+        self.settings = GatewaySettings(**({"cluster": CLUSTER, "port": 0, "local_prefill_threshold": 0} | settings))
+        self.broker = MemoryBroker(SeededRuntime(1))
+        self.workers: dict[str, ScriptedWorker] = {}
+        self._path = path
+        self._stack = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> Cluster:
+        model = write_model(self._path / MODEL, **self.model_options)
+        runtime = SystemRuntime()
+        self.bus = MemoryBus(self.broker, BusSettings("memory", "gateway", "inbox.gateway"), runtime)
+        await self.bus.start()
+        self._stack.push_async_callback(self.bus.close)
+        self.gateway = await Gateway.start(self.settings, runtime, self.bus, model, pid=7, created=1)
+        self._stack.push_async_callback(self.gateway.stop)
+        listener = self._stack.enter_context(contextlib.closing(listen("127.0.0.1", 0)))
+        self.http = HttpServer(self.gateway.app, listener, 5.0)
+        await self.http.start()
+        self._stack.push_async_callback(self._stop_http)
+        self.url = f"http://127.0.0.1:{self.http.address[1]}"
+        # Connections of a test are its own: none is taken over with what an earlier answer left in it.
+        self.client = await self._stack.enter_async_context(
+            httpx.AsyncClient(base_url=self.url, timeout=PATIENCE_S, trust_env=False)
+        )
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        for worker in self.workers.values():
+            await worker.close()
+        await self._stack.aclose()
+
+    async def _stop_http(self) -> None:
+        await self.gateway.completions.drain(0.0)
+        await self.http.stop()
+
+    @property
+    def metrics(self) -> Any:
+        return self.gateway.fleet.metrics
+
+    async def worker(self, role: str, name: str, **record: Any) -> ScriptedWorker:
+        """Start one and wait until the gateway has seen it."""
+        bus = MemoryBus(self.broker, BusSettings("memory", name, f"inbox.{name}"), SystemRuntime())
+        await bus.start()
+        incarnation = 1000 + len(self.workers)
+        worker = ScriptedWorker(bus, role, name, incarnation, **record)
+        self.workers[f"{name}/{incarnation}"] = worker
+        await worker.start()
+        async with asyncio.timeout(PATIENCE_S):
+            while self.gateway.fleet.registry.state_of(incarnation) is None:  # noqa: ASYNC110 - its beats come by themselves
+                await asyncio.sleep(0.005)
+        return worker
+
+    async def pair(self) -> tuple[ScriptedWorker, ScriptedWorker]:
+        return await self.worker("prefill", "prefill-0"), await self.worker("decode", "decode-0")
+
+    async def speaker(self, text: str, **record: Any) -> ScriptedWorker:
+        """A decode worker that answers every request with `text`, by itself."""
+        worker = await self.worker("decode", f"decode-{len(self.workers)}", **record)
+        worker.accepted = lambda work: worker.say(work, [*tokens_of(text), EOS])
+        return worker
+
+
+def completion(prompt: str = "hello", **fields: Any) -> dict[str, Any]:
+    return {"model": MODEL, "prompt": prompt, "max_tokens": 64, "temperature": 0, **fields}
+
+
+def chat(content: str = "hello", **fields: Any) -> dict[str, Any]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": content}], "temperature": 0, **fields}
+
+
+class Events:
+    """The server-sent events of one answer, read as they come."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self.response = response
+        self.comments = 0
+        self._lines: AsyncIterator[str] = response.aiter_lines()
+
+    async def next(self) -> Any:
+        """The next event's JSON; None for [DONE]."""
+        async for line in self._lines:
+            if line.startswith(":"):
+                self.comments += 1
+            if line.startswith("data: "):
+                payload = line.removeprefix("data: ")
+                return None if payload == "[DONE]" else json.loads(payload)
+        raise AssertionError("the stream ended without [DONE]")
+
+    async def rest(self) -> list[Any]:
+        events = []
+        while (event := await self.next()) is not None:
+            events.append(event)
+        return events
+
+
+def text_in(events: Sequence[Any]) -> str:
+    choices = [event["choices"][0] for event in events if event.get("choices")]
+    return "".join(c["text"] if "text" in c else c["delta"].get("content", "") for c in choices)
+
