@@ -31,7 +31,7 @@ REQUESTS: Final = 64
 QUICK_REQUESTS: Final = 16
 CONCURRENCY: Final = 12
 MAX_PROMPT: Final = 4000
-NUM_BLOCKS: Final = 420  # 6,720 tokens: one long prompt and a few short ones
+NUM_BLOCKS: Final = 290  # 4,640 tokens: one long prompt and a few short ones
 MAX_MODEL_LEN: Final = 4608
 SETTINGS: Final = {
     "local_prefill_threshold": "0",
@@ -96,7 +96,7 @@ def workload(prompts: Prompts, count: int) -> list[Case]:
         body: dict[str, Any] = {
             "prompt": prompts.tokens(length, prefix),
             # Short prompts get long answers, so that running sequences outgrow the pool.
-            "max_tokens": int(random.integers(8, 48) if length > 512 else random.integers(64, 256)),
+            "max_tokens": int(random.integers(8, 48) if length > 512 else random.integers(128, 384)),
             "ignore_eos": True,
             "temperature": 0.0,
         }

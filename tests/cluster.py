@@ -7,13 +7,17 @@ the bus protocol by hand, so that a test decides every message.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
+from virtual_loop import VirtualLoop
+
 from kvferry.bus.base import BusMessage, BusSettings
 from kvferry.bus.memory import MemoryBroker, MemoryBus
 from kvferry.engine.memory import MemoryRunner, MemorySettings, continuation
+from kvferry.errors import BusUnavailable
 from kvferry.runtime import InlineLane, Lane, SeededRuntime, TaskSet, now
 from kvferry.schedule.step import StepResult
 from kvferry.transport.base import TransportSettings
@@ -29,6 +33,7 @@ from kvferry.wire.messages import (
     GatewayHeartbeat,
     PrefillRequest,
     Rejected,
+    Resend,
     Sampling,
     TokenBatch,
     ToWorker,
@@ -47,6 +52,7 @@ from kvferry_prefill.worker import PrefillWorker
 P = ParamSpec("P")
 T = TypeVar("T")
 DATA_KEY = b"k" * 32
+GREEDY = Sampling(temperature=0.0, max_tokens=8)
 MODEL = MemorySettings(num_blocks=64, seconds_per_step=0.004, seconds_per_token=0.001)
 
 
@@ -115,13 +121,25 @@ class Cluster:
         for worker in self.workers:
             check_clean(worker)
 
-    def kill(self, worker: Worker[Any]) -> None:
+    async def kill(self, worker: Worker[Any]) -> None:
         """As SIGKILL does: no goodbye on either plane."""
         self.workers.remove(worker)
+        if isinstance(worker, DecodeWorker):
+            worker._puller.close()  # the dead try nothing again
         self.broker.cut(worker.bus)  # type: ignore[arg-type]
         self.network.kill(worker.settings.name)
-        for task in list(worker.tasks._tasks):
-            task.cancel()
+        await worker.tasks.cancel()
+        await worker.transport.close()
+        await worker.bus.close()
+
+    async def drain(self, worker: Worker[Any]) -> float:
+        """As a service does on SIGTERM: drain, stop, be gone. The seconds that it took."""
+        began = now()
+        await worker.drain()
+        await worker.stop()
+        self.workers.remove(worker)
+        check_clean(worker)
+        return now() - began
 
     def bus(self, name: str, role: str) -> MemoryBus:
         return MemoryBus(self.broker, BusSettings("memory://", name, inbox_prefix("dev", role)), self.runtime)
@@ -159,6 +177,9 @@ class ScriptedGateway:
         self.cached: dict[int, int] = {}
         self.beating = True
         self.acks = True
+        self.lose = 0  # batches that still get lost on the way
+        self.num_ends = 0  # ends heard, repeats among them
+        self.next_seq: dict[int, int] = {}  # worker incarnation -> batch_seq that follows
         self._name = name
         self._cluster = cluster
         self._bus = cluster.bus(name, "gateway")
@@ -195,26 +216,47 @@ class ScriptedGateway:
             "generated": pack_tokens(generated or []),
             "sampling": sampling,
             "priority": 0,
-            "arrival": now(),
+            "arrival": now() + self._attempt * 1e-6,  # no two at one virtual instant
             "salt": b"",
             "unit": self._attempt,
             **fields,
         }
         return Work(**made)
 
-    async def place(
-        self, work: Work, decode: DecodeWorker, prefill: PrefillWorker | None
-    ) -> list[Accepted | Rejected]:
+    async def place(self, work: Work, decode: DecodeWorker, prefill: PrefillWorker | None) -> list[Accepted | Rejected]:
         """Ask both workers at the same moment, as a gateway does."""
         address = None
         asked: list[Awaitable[Accepted | Rejected]] = []
         if prefill is not None:
-            address = WorkerAddress(prefill.incarnation, (prefill.transport.address,))
+            address = address_of(prefill)
             asked.append(self.ask(prefill, PrefillRequest(work)))
-            self._live.setdefault(prefill.incarnation, set()).add(work.stream_id)
+            self.expect(work, prefill)
         asked.append(self.ask(decode, DecodeRequest(work, address)))
-        self._live.setdefault(decode.incarnation, set()).add(work.stream_id)
+        self.expect(work, decode)
         return list(await asyncio.gather(*asked))
+
+    async def accepted(self, work: Work, decode: DecodeWorker, prefill: PrefillWorker | None) -> None:
+        """Place a work that both must accept."""
+        answers = await self.place(work, decode, prefill)
+        assert all(isinstance(answer, Accepted) for answer in answers), answers
+
+    async def run(self, prompt: list[int], decode: DecodeWorker, prefill: PrefillWorker | None, **fields: Any) -> Work:
+        """Place a work and wait for its end."""
+        work = self.work(prompt, **fields)
+        await self.accepted(work, decode, prefill)
+        await self.ended(work)
+        return work
+
+    def again(self, work: Work, **fields: Any) -> Work:
+        """The next attempt at the same unit, with the tokens that have come."""
+        generated = unpack_tokens(work.generated).tolist() + self.text(work)
+        prompt = unpack_tokens(work.prompt).tolist()
+        made = {"unit": work.unit, "arrival": work.arrival, "sampling": work.sampling, **fields}
+        return self.work(prompt, generated, **made)
+
+    def expect(self, work: Work, worker: Worker[Any]) -> None:
+        """Name a stream in the heartbeats as one that this worker shall serve."""
+        self._live.setdefault(worker.incarnation, set()).add(work.stream_id)
 
     async def ask(self, worker: Worker[Any], message: ToWorker) -> Any:
         answer = await self._bus.request(worker.subject, self._codecs.to_worker.encode(message), 0.3)
@@ -248,6 +290,14 @@ class ScriptedGateway:
     def _on_batch(self, message: BusMessage) -> None:
         batch = self._codecs.to_gateway.decode(message.payload)
         assert isinstance(batch, TokenBatch)
+        if self.lose:
+            self.lose -= 1
+            return
+        due = self.next_seq.get(batch.incarnation, 0)
+        self.next_seq[batch.incarnation] = max(due, batch.batch_seq + 1)
+        if batch.batch_seq > due:
+            self._ask_again(batch.incarnation)
+        self.num_ends += len(batch.ends)
         columns = (unpack_tokens(column).tolist() for column in (batch.stream_ids, batch.indices, batch.tokens))
         for stream_id, index, token in zip(*columns, strict=True):
             held = self.tokens.setdefault(stream_id, {}).setdefault(index, token)
@@ -262,6 +312,22 @@ class ScriptedGateway:
                     self._tasks.spawn(self.tell(worker, ack), "ack")
         self._changed.set()
 
+    def _ask_again(self, incarnation: int) -> None:
+        """A gap: ask for every live stream from the first index that is missing."""
+        for worker in self._cluster.workers:
+            if worker.incarnation == incarnation:
+                streams = tuple((stream, self._first_missing(stream)) for stream in sorted(self._live[incarnation]))
+                self._tasks.spawn(self.tell(worker, Resend(self.incarnation, streams)), "resend")
+
+    def _first_missing(self, stream_id: int) -> int:
+        rows = self.tokens.get(stream_id, {})
+        return next(index for index in range(len(rows) + 1) if index not in rows)
+
+    def forget(self, work: Work) -> None:
+        """Leave a stream out of the heartbeats from now on."""
+        for streams in self._live.values():
+            streams.discard(work.stream_id)
+
     async def _beat(self) -> None:
         subject = beat_subject("dev", "gateway", self._name, self.incarnation)
         beat = 0
@@ -270,9 +336,50 @@ class ScriptedGateway:
                 beat += 1
                 live = tuple((worker, tuple(sorted(ids))) for worker, ids in self._live.items())
                 message = GatewayHeartbeat(beat, self._name, self.incarnation, self.subject, 1, live)
-                await self._bus.publish(subject, self._codecs.beat.encode(message))
+                with contextlib.suppress(BusUnavailable):  # a test has stopped the broker
+                    await self._bus.publish(subject, self._codecs.beat.encode(message))
             self._changed.set()
             await asyncio.sleep(0.25)
+
+
+def virtual(scenario: Callable[[Cluster], Awaitable[None]], limit: float = 300.0) -> None:
+    """Run a scenario on a virtual clock and check that it leaves nothing behind: no block, slot, stream or task."""
+
+    async def body() -> None:
+        cluster = Cluster()
+        await scenario(cluster)
+        await cluster.stop()
+        left = [task.get_name() for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        assert not left, f"tasks left: {left}"
+
+    with asyncio.Runner(loop_factory=lambda: VirtualLoop(limit)) as runner:
+        runner.run(body())
+
+
+def address_of(worker: Worker[Any]) -> WorkerAddress:
+    return WorkerAddress(worker.incarnation, (worker.transport.address,))
+
+
+async def settled(condition: Callable[[], bool], within: float) -> float:
+    """Look each virtual millisecond (or thousandth of a longer limit) whether the condition holds, at most `within`
+    seconds. Returns the seconds that it took."""
+    began, step = now(), max(0.001, within / 1000)
+    while not condition():
+        assert now() - began <= within, f"not within {within} s"
+        await asyncio.sleep(step)
+    return now() - began
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return [(seed * 31 + position * 7 + 3) % 251 for position in range(length)]
+
+
+def all_free(*workers: Worker[Any]) -> bool:
+    """Whether these workers hold no block and no slot."""
+    return all(
+        w.scheduler.memory.pool.num_free == w.scheduler.memory.pool.num_blocks and w.slots.num_free == w.slots.num_slots
+        for w in workers
+    )
 
 
 def check_clean(worker: Worker[Any]) -> None:

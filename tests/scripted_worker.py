@@ -308,7 +308,14 @@ class Cluster:
     async def speaker(self, text: str, **record: Any) -> ScriptedWorker:
         """A decode worker that answers every request with `text`, by itself."""
         worker = await self.worker("decode", f"decode-{len(self.workers)}", **record)
-        worker.accepted = lambda work: worker.say(work, [*tokens_of(text), EOS])
+
+
+        def speak(work: Work) -> None:
+            tokens = [*tokens_of(text), EOS]
+            limit = work.sampling.max_tokens
+            worker.say(work, tokens[:limit], reason="stop" if len(tokens) <= limit else "length")
+
+        worker.accepted = speak
         return worker
 
 

@@ -235,14 +235,14 @@ ENDINGS = {
 async def test_after_an_end_in_mid_transfer_no_buffer_is_ever_written(made: Backends, ending: Ending) -> None:
     pair = await made.pair()
     frames = [bytearray(b"\x11" * LARGE) for _ in range(4)]
-    buffers = [bytearray(LARGE) for _ in range(5)]  # the last one's frame never comes
+    buffers = [bytearray(LARGE) for _ in range(5)]  # zeros; the last one's frame never comes
     received = [pair.far.receive(tag, memoryview(buffer)) for tag, buffer in enumerate(buffers)]
     order: list[str] = []
     for future in received:
         future.add_done_callback(lambda _: order.append("future"))
     pair.far.on_closed(lambda: order.append("closed"))
     sent = [pair.near.send(tag, memoryview(frame)) for tag, frame in enumerate(frames)]
-    await patiently(received[0])
+    await asyncio.wait_for(_begun(buffers[0]), PATIENCE)
     ending(pair)
     assert pair.near.closed or pair.far.closed
     # The futures, not the end of the connection, say that a buffer is free: take each at that moment.
@@ -261,6 +261,22 @@ async def test_after_an_end_in_mid_transfer_no_buffer_is_ever_written(made: Back
     assert all(buffer == b"\xee" * LARGE for buffer in buffers)
     assert isinstance(received[-1].exception(), ConnectionClosed)
     assert order == ["future"] * len(received) + ["closed"]
+
+
+async def _begun(buffer: bytearray) -> None:
+    while buffer[0] == 0:  # noqa: ASYNC110 - memory changes without an event
+        await asyncio.sleep(0)
+
+
+async def test_the_pattern_would_show_a_late_write(made: Backends) -> None:
+    """Negative control: the same pattern, laid before the future is done, is overwritten."""
+    pair = await made.pair()
+    buffer = bytearray(LARGE)
+    received = pair.far.receive(1, memoryview(buffer))
+    buffer[:] = b"\xee" * LARGE
+    await patiently(pair.near.send(1, memoryview(b"\x11" * LARGE)))
+    await patiently(received)
+    assert 0xEE not in set(buffer)
 
 
 async def test_close_flushes_messages_and_frames(made: Backends) -> None:

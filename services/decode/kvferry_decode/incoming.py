@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from kvferry.errors import CorruptFrame, MalformedMessage
+from kvferry.errors import CorruptFrame, WireError
 from kvferry.schedule.step import BlockTable, KVFormat, ModelRunner
 from kvferry.wire.flow import Manifest, ManifestCodec
 from kvferry.wire.frame import HEADER_BYTES, KIND_KV, KIND_MANIFEST, FrameHeader, check
@@ -81,7 +81,7 @@ def land(
     elif header.kind == KIND_MANIFEST:
         try:
             manifest = ManifestCodec().decode(payload)
-        except MalformedMessage as error:
+        except WireError as error:
             raise CorruptFrame("manifest", str(error)) from None
     return Landed(header, manifest, tiling.complete)
 
@@ -116,7 +116,7 @@ class Incoming:
         self.complete = self.complete or landed.complete
         return landed.header.kind == KIND_KV and self.manifest is None and not self.over
 
-    def bad(self, frame: int) -> bool:
+    def bad(self) -> bool:
         """Take a bad frame. True if it should be asked for again, False if the pull has failed."""
         self.num_bad += 1
         return self.num_bad <= MAX_AGAIN

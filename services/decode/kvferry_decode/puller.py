@@ -49,7 +49,7 @@ _ABORTED: Final[dict[str, EndReason | None]] = {
 }
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Pull:
     sequence: Sequence
     address: WorkerAddress
@@ -68,7 +68,7 @@ class _Pull:
         return self.sequence.key
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Link:
     """One connection and the pulls on it; an aborted pull stays until its Aborted has come."""
 
@@ -134,9 +134,7 @@ class Puller:
     async def _open(self, pull: _Pull) -> None:
         pull.tries += 1
         try:
-            connection = await self._connections.get(
-                pull.address.shards[0], pull.address.incarnation, CONNECT_TIMEOUT
-            )
+            connection = await self._connections.get(pull.address.shards[0], pull.address.incarnation, CONNECT_TIMEOUT)
         except (TransportError, TimeoutError) as error:
             self._metrics.transfer_failures.labels("connect").inc()
             if self._pulls.get(pull.key) is pull:
@@ -174,7 +172,9 @@ class Puller:
         pull = link.pulls.get(message.pull_id)
         if pull is None:
             return  # ended on this side already
-        pull.heard = now()
+        complete = isinstance(message, Progress) and message.num_computed >= message.num_tokens
+        if not complete or pull.incoming is None:
+            pull.heard = now()  # a P that has computed all owes frames, and only they show that it lives
         match message:
             case Progress():
                 self._on_progress(pull, message)
@@ -271,14 +271,39 @@ class Puller:
         except CorruptFrame as error:
             self._on_bad_frame(pull, link, incoming, slot, frame, error)
             return
+        except Exception as error:
+            self._on_failed_copy(pull, incoming, slot, error)
+            return
+        except asyncio.CancelledError:
+            self._slots.release(slot)
+            raise
         pull.heard = now()
         if landed is not None and incoming.good(landed):
-            self._post(pull, link, incoming, slot)
-            self._send(link, Credit(incoming.pull_id, 1))
+            self._post_again(pull, link, incoming, slot)
         else:
             self._slots.release(slot)
         if incoming.whole and not incoming.over and self._is_current(pull):
             self._judge(pull, link, incoming)
+
+    def _post_again(self, pull: _Pull, link: _Link, incoming: Incoming, slot: Slot) -> None:
+        """Give the slot's credit anew, and more where the pull began with fewer slots than its window."""
+        self._post(pull, link, incoming, slot)
+        credits = 1
+        while len(pull.posted) < WINDOW:
+            more = self._slots.try_acquire(f"pull {incoming.pull_id}")
+            if more is None:
+                break
+            self._post(pull, link, incoming, more)
+            credits += 1
+        self._send(link, Credit(incoming.pull_id, credits))
+
+    def _on_failed_copy(self, pull: _Pull, incoming: Incoming, slot: Slot, error: Exception) -> None:
+        """The runner could not scatter a good frame: a fault of this side, which costs the pull."""
+        log.error("cannot scatter KV", request_id=pull.sequence.work.request_id, exc_info=error)
+        self._metrics.transfer_failures.labels("scatter").inc()
+        self._slots.release(slot)
+        if not incoming.over and self._is_current(pull):
+            self._retry(pull, "transfer_failed", type(error).__name__)
 
     def _on_bad_frame(
         self, pull: _Pull, link: _Link, incoming: Incoming, slot: Slot, frame: int, error: CorruptFrame
@@ -287,7 +312,7 @@ class Puller:
         log.warning("bad KV frame", reason=error.reason, request_id=pull.sequence.work.request_id, frame=frame)
         if incoming.over or not self._is_current(pull):
             self._slots.release(slot)
-        elif incoming.bad(frame):
+        elif incoming.bad():
             self._post(pull, link, incoming, slot)
             self._send(link, Credit(incoming.pull_id, 1, (frame,)))
         else:
@@ -373,6 +398,12 @@ class Puller:
         if pull is not None:
             self._abort(pull)
 
+    def close(self) -> None:
+        """End all pulls without a word: their connections are closed next, and nothing may be tried again."""
+        pulls, self._pulls = self._pulls, {}
+        for pull in pulls.values():
+            self._finish(pull)
+
     def tick(self, moment: float) -> None:
         """Close connections on which a pull has stalled or an Abort was not answered; others are fetched again."""
         for link in list(self._links.values()):
@@ -385,8 +416,8 @@ class Puller:
     def _has_stalled(self, pull: _Pull, moment: float) -> bool:
         if pull.aborting_since is not None:
             return moment - pull.aborting_since > ABORT_TIMEOUT
-        fetching = pull.incoming is not None and pull.incoming.num_posted > 0
-        return fetching and moment - pull.heard > self._policy.pull_stall_s
+        waiting_for_slot = pull.incoming is not None and pull.incoming.num_posted == 0
+        return not waiting_for_slot and moment - pull.heard > self._policy.pull_stall_s
 
     def _abort(self, pull: _Pull) -> None:
         """Tell P to stop; the pull stays on its link until P has answered."""
@@ -421,4 +452,3 @@ class Puller:
 
     def _send(self, link: _Link, message: Flow) -> None:
         link.connection.send_message(self._codec.encode(message))
-

@@ -74,9 +74,11 @@ class DecodeScheduler:
 
     def add(self, sequence: Sequence, pull: bool) -> RejectReason | None:
         """Take a sequence: `pull` fetches its KV once `due`, otherwise it is computed here."""
-        if self.memory.blocks_for(sequence.num_context + 1) > self.memory.pool.num_blocks:
-            return "too_long"
         if sequence.num_context >= self._limits.max_model_len:
+            return "too_long"
+        # Alone on this worker it must reach its end, or it would be preempted for ever.
+        most = min(sequence.max_tokens_held, self._limits.max_model_len)
+        if self.memory.blocks_for(max(sequence.num_context + 1, most)) > self.memory.pool.num_blocks:
             return "too_long"
         if self.num_waiting >= self._policy.max_waiting:
             return "queue_full"
@@ -120,13 +122,7 @@ class DecodeScheduler:
     def plan(self, now: float) -> DecodeDecision:
         """Grow what runs, admit what fits, cut the next step. Its sequences are pinned until `finish`."""
         assert not self._in_step, "a step is under way"
-        dropped = [
-            Dropped(sequence, "deadline")
-            for sequence in (*self._waiting, *self._opening.values())
-            if sequence.deadline is not None and now >= sequence.deadline
-        ]
-        for item in dropped:
-            self.cancel(item.sequence.key)
+        dropped = self._drop_late(now)
         ready = self._grow_running(dropped)
         fetch: list[Sequence] = []
         self._waiting.admit(now, lambda s: self._admit(s, now, fetch), lambda s: self._reclaim(s, dropped))
@@ -159,7 +155,7 @@ class DecodeScheduler:
             if not sequence.doomed:
                 self.memory.publish(sequence, sequence.num_computed)
             self.memory.unpin(sequence)
-            if token is None or sequence.key not in self.sequences:
+            if token is None or self.sequences.get(sequence.key) is not sequence:
                 continue
             self._computing.pop(sequence.key, None)
             emissions.append(self._started(sequence, token, now))
@@ -174,9 +170,12 @@ class DecodeScheduler:
         return [Dropped(s, "error", detail) for s in failed if self.cancel(s.key) is not None]
 
     def expire(self, now: float) -> list[Dropped]:
-        """Drop pulls that did not end in time."""
+        """Drop what waits past its deadline, and pulls that did not end in time."""
+        dropped = self._drop_late(now)
         late = [self._fetching[key] for key in self.memory.ledger.overdue(now) if key in self._fetching]
-        return [Dropped(s, "transfer_failed", "pull deadline") for s in late if self.cancel(s.key) is not None]
+        return dropped + [
+            Dropped(s, "transfer_failed", "pull deadline") for s in late if self.cancel(s.key) is not None
+        ]
 
     def drain(self) -> list[Dropped]:
         """Hand back what does not run yet."""
@@ -186,6 +185,12 @@ class DecodeScheduler:
     def hand_over(self) -> list[Dropped]:
         """Hand back everything: the grace time is over."""
         return [Dropped(s, "draining") for s in list(self.sequences.values()) if self.cancel(s.key) is not None]
+
+    def _drop_late(self, now: float) -> list[Dropped]:
+        """Give up what still waits when its request's deadline has passed."""
+        queued = (*self._waiting, *self._opening.values())
+        late = [s for s in queued if s.deadline is not None and now >= s.deadline]
+        return [Dropped(s, "deadline") for s in late if self.cancel(s.key) is not None]
 
     def _started(self, sequence: Sequence, token: int, now: float) -> Emission:
         """Append a drawn token to a sequence whose context is computed."""
@@ -207,29 +212,28 @@ class DecodeScheduler:
             if sequence.key not in self._running:
                 continue
             while not self.memory.grow(sequence):
-                victim = self._victim(sequence, growth=True)
+                if self.memory.num_doomed:
+                    break  # memory is on its way back already: nobody else has to give any
+                victim = self._victim(sequence)
                 self._preempt(victim or sequence, dropped)
-                if victim is None or victim.doomed:
-                    break  # its own memory went, or the victim's comes back when its copies end
+                if victim is None:
+                    break
             else:
                 ready.append(sequence)
         return ready
 
     def _admit(self, sequence: Sequence, now: float, fetch: list[Sequence]) -> bool:
-        holders = len(self._running) + len(self._fetching) + len(self._computing)
-        if holders >= self._policy.max_num_seqs:
+        if self._num_holders >= self._policy.max_num_seqs:
             return False
         pull = sequence.key in self._pulls
         reserved = self.memory.reserve(
             sequence,
             sequence.num_context + 1,
-            # A local prefill computes at least the last token: its logits give the next one.
-            max_hit=sequence.num_context if pull else sequence.num_context - 1,
+            self._max_hit(sequence),
             state=BlockState.FETCHING if pull else BlockState.RUNNING,
             now=now,
             deadline=now + self._policy.pull_deadline_s if pull else None,
-            # Room for growth; an idle worker has nobody who grows.
-            watermark=self._policy.watermark_blocks if holders else 0,
+            watermark=self._watermark,
         )
         if not reserved:
             return False
@@ -243,9 +247,22 @@ class DecodeScheduler:
             self._computing[sequence.key] = sequence
         return True
 
-    def _victim(self, sequence: Sequence, growth: bool) -> Sequence | None:
-        """Whose memory an older `sequence` may take: the youngest that fetches or computes, else, to grow, runs."""
-        stages = ([*self._fetching.values(), *self._computing.values()], list(self._running.values()) if growth else [])
+    @property
+    def _num_holders(self) -> int:
+        return len(self._running) + len(self._fetching) + len(self._computing)
+
+    @property
+    def _watermark(self) -> int:
+        """Room for growth; an idle worker has nobody who grows."""
+        return self._policy.watermark_blocks if self._num_holders else 0
+
+    def _max_hit(self, sequence: Sequence) -> int:
+        # A local prefill computes at least the last token: its logits give the next one.
+        return sequence.num_context if sequence.key in self._pulls else sequence.num_context - 1
+
+    def _victim(self, sequence: Sequence) -> Sequence | None:
+        """Whose memory an older `sequence` may take to grow: the youngest that fetches or computes, else that runs."""
+        stages = ((*self._fetching.values(), *self._computing.values()), tuple(self._running.values()))
         for stage in stages:
             younger = [other for other in stage if other.order > sequence.order]
             if younger:
@@ -258,11 +275,20 @@ class DecodeScheduler:
         dropped.append(Dropped(victim, "preempted"))
 
     def _reclaim(self, sequence: Sequence, dropped: list[Dropped]) -> bool:
-        wanted = self.memory.blocks_for(sequence.num_context + 1) + self._policy.watermark_blocks
-        coming = self.memory.pool.num_free
+        """Take memory back from younger pulls and local prefills, if that makes room for `sequence`."""
+        if self._num_holders >= self._policy.max_num_seqs:
+            return False
+        younger = [
+            other for other in (*self._fetching.values(), *self._computing.values()) if other.order > sequence.order
+        ]
+        lacking = self.memory.lacking(sequence, sequence.num_context + 1, self._max_hit(sequence), self._watermark)
+        if lacking > sum(other.num_blocks for other in younger):
+            return False
         freed = False
-        while coming < wanted and (victim := self._victim(sequence, growth=False)) is not None:
-            coming += victim.num_blocks
+        for victim in sorted(younger, key=lambda item: item.order, reverse=True):
+            if lacking <= 0:
+                break
+            lacking -= victim.num_blocks
             self._preempt(victim, dropped)
             freed = True
         return freed

@@ -51,16 +51,16 @@ class DecodeWorker(Worker[DecodeScheduler]):
         connection.abort()
 
     async def disconnect(self) -> None:
+        self._puller.close()
         await self._connections.close()
 
     def accept(self, request: PrefillRequest | DecodeRequest, sequence: Sequence) -> RejectReason | None:
         assert isinstance(request, DecodeRequest)
         address = request.prefill
+        if address is not None and len(address.shards) != 1:
+            return "malformed"
         reason = self.scheduler.add(sequence, pull=address is not None)
         if reason is None and address is not None:
-            if len(address.shards) != 1:
-                self.scheduler.cancel(sequence.key)
-                return "malformed"
             self._puller.open(sequence, address)
         return reason
 

@@ -90,8 +90,10 @@ class Attempt:
         """Tokens or an end have come: is the choice complete?"""
         if self.stream.stopped:
             self.conclude(Finished("stop"))
-        elif self.end is not None and len(self.stream.tokens) >= self.end.index:
-            self.conclude(Finished("stop" if self.end.reason == "stop" else "length"))
+        elif self.end is not None and len(self.stream.tokens) >= min(self.end.index, self.stream.limit):
+            # What a worker says beyond max_tokens is not taken, so its end may lie where no token comes.
+            complete = len(self.stream.tokens) >= self.end.index
+            self.conclude(Finished("stop" if complete and self.end.reason == "stop" else "length"))
 
 
 class AttemptTable:

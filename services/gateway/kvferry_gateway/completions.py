@@ -70,6 +70,8 @@ class Completions:
     async def drain(self, grace: float) -> None:
         """Take no more; give what is under way `grace` seconds, then end it with an error."""
         self.draining = True
+        if self._idle.is_set():
+            return
         try:
             await asyncio.wait_for(self._idle.wait(), grace)
         except TimeoutError:
@@ -164,7 +166,8 @@ class Completions:
         await flight.take_off()
         stream = flight.stream
         await send({"type": "http.response.start", "status": 200, "headers": [*_EVENT_STREAM, *caller.headers]})
-        stream.pieces.insert(0, answer.first_event())
+        if first := answer.first_event():
+            stream.pieces.insert(0, first)
         stream.attach(connection, now(), self._fleet.settings.max_backlog_bytes, lambda: self._too_slow(connection))
         self._fleet.attached[stream] = None
         outcome = "ok"

@@ -75,7 +75,7 @@ class TransportConnection(ClientConnection):
         self._transport = transport
 
     def write(self, body: bytes) -> None:
-        if not self.lost:
+        if body and not self.lost:  # an empty chunk would end the response
             self._transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
     def abort(self) -> None:

@@ -205,7 +205,11 @@ def _without_neutral(
 
 def _named(error: ValidationError) -> ApiError:
     """The first problem as OpenAI would put it; an alternative of a union is no part of the field's name."""
-    first = error.errors(include_url=False, include_input=False)[0]
+    problems = error.errors(include_url=False, include_input=False)
+    first = problems[0]
+    where = first["loc"] if _is_field(first["loc"][-1]) else first["loc"][:-1]
+    # Where a field takes several forms, the form that got furthest is the one that was meant.
+    first = max((other for other in problems if other["loc"][: len(where)] == where), key=lambda p: len(p["loc"]))
     param = ""
     for part in first["loc"]:
         if isinstance(part, int):
@@ -222,6 +226,6 @@ def _named(error: ValidationError) -> ApiError:
             return bad_request(f"Invalid '{param}': {problem}.", param, "invalid_value")
 
 
-def _is_field(part: str) -> bool:
+def _is_field(part: str | int) -> bool:
     # Pydantic puts the names of a union's alternatives ("str", "list[…]", "constrained-str") in the path.
-    return part.isidentifier() and part not in ("str", "int", "TextPart")
+    return isinstance(part, int) or (part.isidentifier() and part != "str")

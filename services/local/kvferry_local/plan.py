@@ -81,7 +81,7 @@ def ready_message(url: str, model: str, num_prefill: int, num_decode: int, secon
     return (
         f"\nkvferry is ready on {url} after {seconds:.1f} s: {model}, {workers}\n\n"
         f"  curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\\n"
-        f'    -d \'{{"model": "{model}", "stream": true, '
+        f'    -d \'{{"model": "{model}", "stream": true, "max_tokens": 200, '
         f'"messages": [{{"role": "user", "content": "Why is the sky blue?"}}]}}\'\n\n'
         "Ctrl-C drains and stops."
     )

@@ -58,9 +58,9 @@ class Stage(Audience):
             log.warning("exit not announced: the bus is down", child=event.name)
 
     async def all_ready(self) -> None:
-        """Show the address once the first gateway has a usable pair."""
-        if not await self._usable_pair():
-            log.error("the gateway sees no usable pair of workers", waited_s=PROBE_TIMEOUT_S)
+        """Show the address once the first gateway sees every worker ready."""
+        if not await self._all_seen():
+            log.error("the gateway does not see all workers ready", waited_s=PROBE_TIMEOUT_S)
             return
         settings = self._settings
         self._terminal.end()
@@ -68,13 +68,17 @@ class Stage(Audience):
             ready_message(self._url, self._model, settings.prefill, settings.decode, now() - self._began)
         )
 
-    async def _usable_pair(self) -> bool:
+    async def _all_seen(self) -> bool:
+        wanted = self._settings.prefill + self._settings.decode
         async with httpx.AsyncClient(base_url=self._url, trust_env=False) as http:
             deadline = now() + PROBE_TIMEOUT_S
             while now() < deadline:
                 try:
-                    if (await http.get("/ready")).is_success:
-                        return True
+                    answer = await http.get("/v1/cluster")
+                    if answer.is_success:
+                        workers = answer.json()["workers"]
+                        if sum(worker["state"] == "ready" for worker in workers) >= wanted:
+                            return True
                 except httpx.TransportError as error:
                     log.debug("gateway not reached", error=repr(error))
                 await asyncio.sleep(PROBE_INTERVAL_S)

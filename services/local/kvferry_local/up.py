@@ -4,7 +4,7 @@
 2. Find the model, fetching it if it is a known name (`weights.py`).
 3. Start the embedded NATS server, unless a server is named; connect to it.
 4. Write the run file.
-5. Supervise workers and gateways; when all are ready and the first gateway has a usable pair, say so.
+5. Supervise workers and gateways; when all are ready and the first gateway sees them all, say so.
 6. On Ctrl-C drain in order, remove the run file, stop NATS.
 """
 

@@ -11,6 +11,7 @@ from kvferry.wire.frame import DTYPE_BYTES, Piece
 
 MANIFEST: Final = "manifest"
 PAD: Final = "pad"
+MAX_AGAIN_QUEUED: Final = 256  # repeats that one pull may be owed at once
 Content = Piece | Literal["manifest", "pad"]
 
 
@@ -61,8 +62,8 @@ class Outgoing:
             self._cursor = num_tokens
 
     def ask_again(self, frames: tuple[int, ...]) -> bool:
-        """D found these frames bad. False if one was never sent: the peer is not to be trusted."""
-        if any(frame not in self._sent for frame in frames):
+        """D found these frames bad. False if one was never sent, or too many are asked for: distrust the peer."""
+        if len(self._again) + len(frames) > MAX_AGAIN_QUEUED or any(frame not in self._sent for frame in frames):
             return False
         self._again.extend(self._sent[frame] for frame in frames)
         return True
@@ -88,5 +89,6 @@ class Outgoing:
         self.credits -= 1
         frame = self.next_frame
         self.next_frame += 1
-        self._sent[frame] = content
+        if not self.stopped:
+            self._sent[frame] = content
         return frame, content

@@ -97,13 +97,7 @@ class PrefillScheduler:
     def plan(self, now: float) -> PrefillDecision:
         """Admit what fits, then cut the next step. The step's sequences are pinned until `finish`."""
         assert not self._in_step, "a step is under way"
-        dropped = [
-            Dropped(sequence, "deadline")
-            for sequence in self._waiting
-            if sequence.deadline is not None and now >= sequence.deadline
-        ]
-        for item in dropped:
-            self.cancel(item.sequence.key)
+        dropped = self._drop_late(now)
         self._waiting.admit(now, lambda s: self._admit(s, now), lambda s: self._reclaim(s, dropped))
         budget = self.chunk.tokens
         steps: list[SequenceStep] = []
@@ -129,7 +123,7 @@ class PrefillScheduler:
             if not sequence.doomed:
                 self.memory.publish(sequence, sequence.num_computed)
             self.memory.unpin(sequence)
-            if token is None or sequence.key not in self._computing:
+            if token is None or self._computing.get(sequence.key) is not sequence:
                 continue
             index = sequence.next_index
             sequence.append_token(token)
@@ -156,8 +150,8 @@ class PrefillScheduler:
         return [Dropped(s, "error", detail) for s in failed if self.cancel(s.key) is not None]
 
     def expire(self, now: float) -> list[Dropped]:
-        """Drop held KV whose lease has run out; renew the lease of what an open pull keeps alive."""
-        dropped: list[Dropped] = []
+        """Drop what waits past its deadline, and held KV whose lease has run out; an open pull renews the lease."""
+        dropped = self._drop_late(now)
         for key in self.memory.ledger.overdue(now):
             sequence = self._held.get(key)
             if sequence is None:
@@ -195,6 +189,11 @@ class PrefillScheduler:
                 return ahead / rate
         return (ahead + sequence.num_context) / rate
 
+    def _drop_late(self, now: float) -> list[Dropped]:
+        """Give up what still waits when its request's deadline has passed."""
+        late = [s for s in self._waiting if s.deadline is not None and now >= s.deadline]
+        return [Dropped(s, "deadline") for s in late if self.cancel(s.key) is not None]
+
     def _admit(self, sequence: Sequence, now: float) -> bool:
         # The last token is always computed: its logits give token 0.
         max_hit = sequence.num_context - 1
@@ -205,16 +204,20 @@ class PrefillScheduler:
         return True
 
     def _reclaim(self, sequence: Sequence, dropped: list[Dropped]) -> bool:
-        """Take held KV back from younger sequences, those without an open pull first, until `sequence` fits."""
+        """Take held KV back from younger sequences, those without an open pull first, until `sequence` fits.
+
+        Takes nothing where all of it would not be enough: what older ones hold has to end by itself.
+        """
         younger = [held for held in self._held.values() if held.order > sequence.order]
         younger.sort(key=lambda held: (not self.has_open(held.key), held.order), reverse=True)
-        wanted = self.memory.blocks_for(sequence.num_context)
-        coming = self.memory.pool.num_free
+        lacking = self.memory.lacking(sequence, sequence.num_context, sequence.num_context - 1)
+        if lacking > sum(held.num_blocks for held in younger):
+            return False
         freed = False
         for victim in younger:
-            if coming >= wanted:
+            if lacking <= 0:
                 break
-            coming += victim.num_blocks
+            lacking -= victim.num_blocks
             self.cancel(victim.key)
             freed = True
             dropped.append(Dropped(victim, "preempted"))

@@ -4,7 +4,7 @@
                                                     │                └─ Abort, drop, connection lost ─> gone
                                                     └── Progress after each step of its sequence
 
-KV is gathered into a staging slot on the copy lane, one slot ahead of the one that is being sent. The
+KV is gathered into staging slots on the copy lane, at most one slot for each credit that D gave. The
 sequence is pinned while a gather reads its blocks, and only then.
 """
 
@@ -19,7 +19,7 @@ from kvferry.errors import WireError
 from kvferry.log import get_logger
 from kvferry.runtime import Lane, TaskSet, now
 from kvferry.schedule.sequence import Key, Sequence
-from kvferry.schedule.step import ModelRunner
+from kvferry.schedule.step import BlockTable, ModelRunner
 from kvferry.transport.base import Connection
 from kvferry.transport.slots import SlotPool
 from kvferry.wire.flow import (
@@ -55,12 +55,15 @@ from kvferry_prefill.scheduler import PrefillScheduler
 log = get_logger(__name__)
 PARK_S: Final = 1.0
 MAX_PARKED: Final = 1024
-MAX_CREDITS_HELD: Final = 256
+MAX_CREDITS_HELD: Final = 256  # of one pull
+MAX_PULLS: Final = 4096  # of one connection, those that wait for D's confirmation included
+MAX_GONE: Final = 4096  # attempts whose end an Open that comes too late still hears
+SEND_STALL: Final = 5.0  # D has a receive for every frame: one that does not leave shows that D is frozen
 
 AbortReason = Literal["asked", "expired", "cancelled", "reclaimed", "superseded", "draining", "ended", "refused"]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Pull:
     """One Open on one connection."""
 
@@ -74,12 +77,13 @@ class _Pull:
     ended: bool = False  # P has said Aborted unasked; D's Abort or Ack confirms that no credit follows
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Link:
-    """One connection and its pulls."""
+    """One connection, its pulls, and the sends under way with the time they began, oldest first."""
 
     connection: Connection
     pulls: dict[int, _Pull] = field(default_factory=dict)
+    sends: dict[int, float] = field(default_factory=dict)  # by frame tag
 
 
 class Sender:
@@ -108,8 +112,10 @@ class Sender:
         self._acknowledged = acknowledged
         self._codec = FlowCodec()
         self._manifests = ManifestCodec()
+        self._links: dict[_Link, None] = {}
         self._by_key: dict[Key, _Pull] = {}
         self._parked: list[_Pull] = []
+        self._gone: dict[Key, AbortReason] = {}
         self._computed_at: dict[Key, float] = {}
         scheduler.has_open = self.has_open
 
@@ -121,6 +127,7 @@ class Sender:
     def attach(self, connection: Connection) -> None:
         """Serve a new, authenticated connection."""
         link = _Link(connection)
+        self._links[link] = None
         connection.on_message(lambda message: self._on_message(link, message))
         connection.on_closed(lambda: self._on_closed(link))
 
@@ -144,6 +151,7 @@ class Sender:
                 link.connection.abort()
 
     def _on_closed(self, link: _Link) -> None:
+        self._links.pop(link, None)
         for pull in list(link.pulls.values()):
             self._forget(pull)
             self._scheduler.hold_again(pull.key, now())
@@ -152,12 +160,15 @@ class Sender:
 
     def _on_open(self, link: _Link, message: Open) -> None:
         pull = _Pull(link, message.pull_id, (message.ticket, message.attempt))
-        if message.pull_id in link.pulls:
+        if message.pull_id in link.pulls or len(link.pulls) >= MAX_PULLS:
             self._metrics.wire_errors.labels("data", "reused_pull").inc()
             link.connection.abort()
             return
         sequence = self._scheduler.sequences.get(pull.key)
         if sequence is None:
+            if (reason := self._gone.get(pull.key)) is not None:
+                self._abort(pull, reason)
+                return
             if len(self._parked) >= MAX_PARKED:
                 self._unknown(pull)
                 return
@@ -180,8 +191,12 @@ class Sender:
         """Refuse Opens that have been parked too long; keep the others informed."""
         for pull in [pull for pull in self._parked if moment >= pull.parked_until]:
             self._unknown(pull)
-        for pull in self._by_key.values():
+        for pull in list(self._by_key.values()):
             self._progress(pull)
+        for link in list(self._links):
+            if link.sends and moment - next(iter(link.sends.values())) > SEND_STALL:
+                self._metrics.transfer_failures.labels("send_stall").inc()
+                link.connection.abort()
 
     def _bind(self, pull: _Pull, sequence: Sequence) -> None:
         older = self._by_key.get(pull.key)
@@ -284,6 +299,9 @@ class Sender:
     def drop(self, key: Key, reason: AbortReason) -> None:
         """The scheduler gave the sequence up: end its pull."""
         self._computed_at.pop(key, None)
+        self._gone[key] = reason
+        if len(self._gone) > MAX_GONE:
+            del self._gone[next(iter(self._gone))]
         pull = self._by_key.get(key)
         if pull is not None:
             self._abort(pull, reason)
@@ -298,6 +316,15 @@ class Sender:
         """Use the pull's credits until it is over and all are used."""
         sequence = pull.sequence
         assert sequence is not None
+        try:
+            await self._use_credits(pull, outgoing, sequence)
+        except Exception:
+            # A frame that was counted will never come: only the end of the connection frees D's receive.
+            log.exception("cannot send KV", request_id=sequence.work.request_id)
+            self._metrics.transfer_failures.labels("gather").inc()
+            pull.link.connection.abort()
+
+    async def _use_credits(self, pull: _Pull, outgoing: Outgoing, sequence: Sequence) -> None:
         while True:
             finished = pull.key in self._scheduler.first_tokens
             item = outgoing.next(finished)
@@ -313,21 +340,26 @@ class Sender:
         slot = await self._slots.acquire(f"send {pull.pull_id}/{frame}")
         header = FrameHeader(KIND_PAD, pull.pull_id, frame, NO_PIECE, self._runner.kv_format.dtype, 0)
         try:
-            if isinstance(content, Piece) and sequence.key in self._scheduler.sequences:
+            alive = self._scheduler.sequences.get(sequence.key) is sequence
+            if alive and isinstance(content, Piece):
                 size = await self._pack(slot.view, header, sequence, content)
-            elif content == MANIFEST and sequence.key in self._scheduler.sequences:
+            elif alive and content == MANIFEST:
                 payload = self._manifests.encode(self._manifest(pull, sequence, frame))
                 slot.view[HEADER_BYTES : HEADER_BYTES + len(payload)] = payload
                 sealed = FrameHeader(KIND_MANIFEST, pull.pull_id, frame, NO_PIECE, header.dtype, len(payload))
                 size = seal(slot.view, sealed)
             else:
-                # Its blocks are gone while this frame waited for a slot: the credit is still used up.
-                assert content == PAD or sequence.key not in self._scheduler.sequences
+                # Or its blocks are gone while this frame waited for a slot: the credit is still used up.
+                assert content == PAD or not alive
                 size = seal(slot.view, header)
         except BaseException:
             self._slots.release(slot)
             raise
-        self._slots.lend(slot, pull.link.connection.send(frame_tag(pull.pull_id, frame), slot.view[:size]))
+        tag, sends = frame_tag(pull.pull_id, frame), pull.link.sends
+        sending = pull.link.connection.send(tag, slot.view[:size])
+        sends[tag] = now()
+        sending.add_done_callback(lambda _: sends.pop(tag))
+        self._slots.lend(slot, sending)
         self._slots.release(slot)  # free when the send has completed
 
     async def _pack(self, view: memoryview, header: FrameHeader, sequence: Sequence, piece: Piece) -> int:
@@ -400,8 +432,8 @@ class Sender:
         pull.link.connection.send_message(self._codec.encode(message))
 
 
-def _gather(runner: ModelRunner, view: memoryview, header: FrameHeader, block_table: object) -> int:
+def _gather(runner: ModelRunner, view: memoryview, header: FrameHeader, block_table: BlockTable) -> int:
     """On the copy lane: pack a piece and seal it."""
     payload = view[HEADER_BYTES : HEADER_BYTES + header.payload_bytes]
-    runner.gather(header.piece, block_table, payload)  # type: ignore[arg-type]
+    runner.gather(header.piece, block_table, payload)
     return seal(view, header)

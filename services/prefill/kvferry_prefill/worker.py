@@ -81,5 +81,3 @@ class PrefillWorker(Worker[PrefillScheduler]):
         self.scheduler.cancel(sequence.key)
         self.forget(sequence.work)
         self.wake()
-
-

@@ -21,6 +21,7 @@ class KVMemory:
         self.pool = BlockPool(num_blocks, block_size)
         self.ledger = Ledger(self.pool)
         self.block_size = block_size
+        self.num_doomed = 0  # blocks that come free as soon as the steps and copies that use them end
         self.hit_tokens = 0
         self.queried_tokens = 0
 
@@ -57,6 +58,16 @@ class KVMemory:
         self.queried_tokens += sequence.num_context
         return True
 
+    def lacking(self, sequence: Sequence, num_tokens: int, max_hit: int, watermark: int = 0) -> int:
+        """Blocks that others must give back before `reserve` with the same arguments can succeed.
+
+        Those that are on their way back already count as free.
+        """
+        hits = self.pool.match(sequence.hashes[: max_hit // self.block_size], sequence.context)
+        fresh = self.blocks_for(num_tokens) - len(hits) + watermark
+        unheld = sum(self.pool.is_cached(block) for block in hits)
+        return max(0, fresh - (self.pool.num_free - unheld) - self.num_doomed)
+
     def grow(self, sequence: Sequence) -> bool:
         """A block for the next token, if it needs one. False when the pool is out of blocks."""
         wanted = self.blocks_for(sequence.num_tokens) - sequence.num_blocks
@@ -87,6 +98,7 @@ class KVMemory:
 
     def unpin(self, sequence: Sequence) -> bool:
         """It has ended. True if this freed a sequence that `free` had to leave."""
+        assert sequence.pins > 0, "unpinned more often than pinned"
         sequence.pins -= 1
         if sequence.doomed and sequence.pins == 0:
             self._release(sequence)
@@ -96,13 +108,17 @@ class KVMemory:
     def free(self, sequence: Sequence) -> bool:
         """Give the blocks back, now or when the last user unpins. True if now (or if there are none)."""
         if sequence.pins:
-            sequence.doomed = True
+            if not sequence.doomed:
+                sequence.doomed = True
+                self.num_doomed += sequence.num_blocks
             return False
         self._release(sequence)
         return True
 
     def _release(self, sequence: Sequence) -> None:
-        sequence.doomed = False
+        if sequence.doomed:
+            sequence.doomed = False
+            self.num_doomed -= sequence.num_blocks
         if sequence.num_blocks:
             self.pool.release(self.ledger.drop(sequence.key))
             sequence.num_blocks = 0

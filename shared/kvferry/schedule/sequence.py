@@ -28,8 +28,7 @@ class ModelLimits:
 class Sequence:
     """Tokens are prompt + generated; both buffers are append-only, so views of them may cross to the engine thread.
 
-    `num_computed` counts the tokens whose KV is in the blocks. A sequence decodes when all but its last
-    token are computed, and prefills otherwise.
+    `num_computed` counts the tokens whose KV is in the blocks.
     """
 
     __slots__ = (
@@ -110,8 +109,9 @@ class Sequence:
         return len(self.work.generated) // 4 + self.num_tokens - self.num_context
 
     @property
-    def decoding(self) -> bool:
-        return self.num_tokens > self.num_context and self.num_computed == self.num_tokens - 1
+    def max_tokens_held(self) -> int:
+        """Tokens whose KV the sequence holds at most: all of its longest run but the last, which ends it."""
+        return self.num_context + max(0, self.work.sampling.max_tokens - len(self.work.generated) // 4 - 1)
 
     def append_blocks(self, blocks: list[int]) -> None:
         self._table[self.num_blocks : self.num_blocks + len(blocks)] = blocks

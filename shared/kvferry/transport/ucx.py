@@ -74,7 +74,7 @@ class UcxLink(Link):
             raise ValueError(f"a receive is posted under tag {tag}")
         self._tags.add(tag)
         transfer.add_done_callback(lambda _: self._tags.discard(tag))
-        self._worker.submit(self._endpoints.post, self._endpoint, tag, buffer, transfer)
+        self._endpoint.posted[tag] = (buffer, transfer)
 
     def _drain(self) -> None:
         self._worker.submit(self._endpoints.drain, self._endpoint)

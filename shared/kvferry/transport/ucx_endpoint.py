@@ -1,7 +1,8 @@
 """The endpoints of the UCX thread: connecting, sending, receiving, and an end that is proven.
 
     open ── close ──> draining ── all sends ended, BYE sent ──> leaving ──┐
-      └──── abort, failure, the peer's BYE ──────────────────────────────┴──> doomed
+      ├──── BYE has come ──> left ── receives under way ended ────────────┤
+      └──── abort, failure ──────────────────────────────────────────────┴──> doomed
     doomed ── no callback is running: closed by force ──> closing ── all requests ended ──> gone
 
 Frames are active messages: the tag travels in the header, so that a frame is matched to the receive that was
@@ -35,8 +36,8 @@ _NUMBER: Final = struct.Struct("<Q")
 _REQUEST_FIELDS: Final = ucp.OP_CALLBACK | ucp.OP_USER_DATA | ucp.OP_FLAGS
 
 Ended = Callable[[int, int], None]  # of a request: status, bytes received
-EndpointState = Literal["open", "draining", "leaving", "doomed", "closing", "gone"]
-_ALIVE: Final[frozenset[EndpointState]] = frozenset(("open", "draining", "leaving"))
+EndpointState = Literal["open", "draining", "leaving", "left", "doomed", "closing", "gone"]
+_ALIVE: Final[frozenset[EndpointState]] = frozenset(("open", "draining", "leaving", "left"))
 
 
 class Owner(Protocol):
@@ -78,6 +79,8 @@ class Endpoint:
     num_requests: int = 0  # UCX's, sends included
     next_sent: int = 0  # numbers of flow messages
     next_received: int = 0
+    # The owner puts receives in, the thread takes them out: one atomic step each. So a frame that comes while
+    # the thread is busy in UCX finds its receive without waiting for the queue of calls.
     posted: dict[int, tuple[memoryview, Transfer[int]]] = field(default_factory=dict)
 
 
@@ -187,11 +190,13 @@ class Endpoints:
         self._doom(endpoint)
 
     def confirm(self, endpoint: Endpoint) -> None:
-        """Report `finish`, after the answers to all that was submitted before."""
+        """Report `finish`, after the answers to all that was submitted or posted before."""
+        self._cancel_posted(endpoint)
         self._report(lambda: endpoint.owner.finish())
 
-    def close_doomed(self) -> None:
-        """Close by force, which UCX does not allow within its callbacks."""
+    def close_doomed(self) -> bool:
+        """Close by force, which UCX does not allow within its callbacks. Whether there was something to close."""
+        found = bool(self._doomed)
         while self._doomed:
             endpoint = self._doomed.popleft()
             endpoint.state = "closing"
@@ -199,6 +204,7 @@ class Endpoints:
             number = self._begin(endpoint, False, _ignore)
             param = self._param(number, self._on_sent, ucp.EP_CLOSE_FORCE)
             self._settle(number, self._ucp.ep_close_nbx(endpoint.handle, ctypes.byref(param)))
+        return found
 
     def _connection_requested(self, request: int, _argument: object) -> None:
         if not self._open or len(self._by_handle) >= self._max_endpoints:
@@ -231,10 +237,15 @@ class Endpoints:
 
     def _say_bye_if_drained(self, endpoint: Endpoint) -> None:
         # A send that has ended here is not delivered: closing now could lose it. The peer answers BYE, which
-        # comes after everything else, by closing, and that we hear as a failure.
+        # comes after everything else, by finishing its receives and closing, and that we hear as a failure.
         if endpoint.state == "draining" and endpoint.num_sends == 0:
             endpoint.state = "leaving"
             self._send(endpoint, AM_BYE, b"", memoryview(b""), _ignore)
+
+    def _doom_if_received(self, endpoint: Endpoint) -> None:
+        # The peer's sends have ended, but the last of their bytes may still be on their way through UCX.
+        if endpoint.state == "left" and endpoint.num_requests == endpoint.num_sends:
+            self._doom(endpoint)
 
     def _doom(self, endpoint: Endpoint) -> None:
         if endpoint.state in _ALIVE:
@@ -246,10 +257,12 @@ class Endpoints:
         if endpoint.state == "gone":
             return
         endpoint.state = "gone"
-        for _, transfer in endpoint.posted.values():
-            self._report_received(endpoint, transfer, ucp.ERR_CANCELED, 0)
-        endpoint.posted.clear()
         self._report(lambda: endpoint.owner.gone())
+
+    def _cancel_posted(self, endpoint: Endpoint) -> None:
+        while endpoint.posted:
+            _, (_, transfer) = endpoint.posted.popitem()
+            self._report_received(endpoint, transfer, ucp.ERR_CANCELED, 0)
 
     def _violated(self, endpoint: Endpoint) -> None:
         self._report(lambda: endpoint.owner.violated())
@@ -286,12 +299,6 @@ class Endpoints:
 
     # Receiving
 
-    def post(self, endpoint: Endpoint, tag: int, buffer: memoryview, transfer: Transfer[int]) -> None:
-        if endpoint.state == "open":
-            endpoint.posted[tag] = (buffer, transfer)
-        else:
-            self._report_received(endpoint, transfer, ucp.ERR_CANCELED, 0)
-
     def _message_arrived(self, kind: int, header: int, header_length: int, data: int, length: int, param: Any) -> int:
         """UCX's callback for active messages. Returns OK where UCX may drop the data."""
         endpoint = self._by_handle.get(param.contents.reply_ep)
@@ -299,7 +306,8 @@ class Endpoints:
             return ucp.OK
         large = bool(param.contents.recv_attr & ucp.AM_RECV_RNDV)
         if kind == AM_BYE:
-            self._doom(endpoint)
+            endpoint.state = "left"
+            self._doom_if_received(endpoint)
         elif header_length != _NUMBER.size or (kind == AM_FLOW and large):
             self._violated(endpoint)
         else:
@@ -379,6 +387,7 @@ class Endpoints:
         endpoint.num_sends -= request.is_send
         request.ended(status, length)
         self._say_bye_if_drained(endpoint)
+        self._doom_if_received(endpoint)
         # Its close is itself a request, so that nothing is gone before it was closed.
         if endpoint.state == "closing" and endpoint.num_requests == 0:
             self._gone(endpoint)

@@ -124,14 +124,15 @@ class UcxWorker:
             while True:
                 self._run_calls()
                 moved = self._ucp.worker_progress(self._worker)
-                self.endpoints.close_doomed()
+                closed = self.endpoints.close_doomed()
                 self._hand_over()
                 if self._stopping:
                     deadline = deadline or blocking_clock() + STOP_SECONDS
                     if self.endpoints.idle or blocking_clock() > deadline:
                         return
-                # Armed only when nothing moved, as UCX asks; a failure to arm means that something has.
-                if moved or self._ucp.worker_arm(self._worker) != ucp.OK:
+                # Armed only when nothing moved, as UCX asks: a close that was begun here has work to do in the
+                # next round, of which arming would not tell. A failure to arm means that something has come.
+                if moved or closed or self._ucp.worker_arm(self._worker) != ucp.OK:
                     continue
                 self._sleep(poller)
                 # The interpreter joins this thread at exit, also if nobody has closed the transport.

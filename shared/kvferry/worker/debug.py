@@ -10,7 +10,7 @@ import contextlib
 import ipaddress
 import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import uvicorn
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -21,6 +21,8 @@ from starlette.routing import Route
 
 from kvferry.errors import SettingError
 from kvferry.worker.worker import Worker
+
+MAX_CONNECTIONS: Final = 64  # more are answered with 503
 
 
 def debug_app(worker: Worker[Any]) -> Starlette:
@@ -37,7 +39,10 @@ def debug_app(worker: Worker[Any]) -> Starlette:
     async def blocks(request: Request) -> Response:
         if not _is_local(request):
             return JSONResponse({"error": "only from this machine"}, status_code=403)
-        worker.check_integrity()
+        try:
+            worker.check_integrity()
+        except AssertionError as error:
+            return JSONResponse({"error": f"the books do not add up: {error}"}, status_code=500)
         return JSONResponse(worker.blocks())
 
     async def digests(request: Request) -> Response:
@@ -77,12 +82,13 @@ class DebugServer:
     """Serves a worker's debug port until `stop`."""
 
     def __init__(self, host: str, port: int) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
         try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            self._socket = socket.socket(family, socket.SOCK_STREAM)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.bind((host, port))
         except OSError as error:
+            self._socket.close()
             raise SettingError("--debug-port", f"cannot listen on {host}:{port}: {error.strerror}") from None
         self.port: int = self._socket.getsockname()[1]
         self._server: _Server | None = None
@@ -90,7 +96,15 @@ class DebugServer:
 
     async def start(self, worker: Worker[Any]) -> None:
         config = uvicorn.Config(
-            debug_app(worker), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1
+            debug_app(worker),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            proxy_headers=False,  # who is local is read from the socket alone
+            server_header=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_graceful_shutdown=1,
         )
         self._server = _Server(config)
         self._task = asyncio.get_running_loop().create_task(self._server.serve([self._socket]), name="debug port")

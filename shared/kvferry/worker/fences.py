@@ -1,8 +1,11 @@
 """Which attempts a worker may serve: answers given, tombstones, fences. Pure.
 
-- A repeated request gets the answer of the first (`docs/protocol.md`: idempotent by (ticket, attempt)).
+- A repeated request gets the answer of the first, also when the attempt has ended meanwhile
+  (`docs/protocol.md`: idempotent by (ticket, attempt)).
 - A cancel for an unknown attempt leaves a tombstone, so that the request it overtook is refused.
 - A newer attempt of a unit replaces the older one; a fence refuses a gateway's attempts up to a number.
+
+Everything is bounded: live attempts by the scheduler, the rest by time and by number, oldest out first.
 """
 
 from __future__ import annotations
@@ -13,18 +16,21 @@ from kvferry.schedule.sequence import Key
 from kvferry.wire.messages import RejectReason, Work
 
 TOMBSTONE_S: Final = 30.0
+MAX_TOMBSTONES: Final = 1 << 16
+MAX_FENCES: Final = 1024  # gateways, by incarnation
 
 
 class Fences:
     def __init__(self) -> None:
-        self._expiry: dict[Key, float] = {}  # in order of insertion, hence of time
-        self._accepted: dict[Key, float] = {}
-        self._units: dict[tuple[int, int], Key] = {}  # (gateway incarnation, unit) -> newest attempt
+        self._live: dict[Key, None] = {}  # accepted and not ended
+        self._buried: dict[Key, float] = {}  # cancelled -> when it may be forgotten, in order of time
+        self._ended: dict[Key, float] = {}  # accepted, and ended by itself: likewise
+        self._units: dict[tuple[int, int], Key] = {}  # (gateway incarnation, unit) -> newest live attempt
         self._fenced: dict[int, int] = {}  # gateway incarnation -> highest fenced attempt
 
     def check(self, work: Work) -> RejectReason | None:
         """Why an attempt must be refused, or None."""
-        if work.key in self._expiry:
+        if work.key in self._buried:
             return "cancelled"
         if work.attempt <= self._fenced.get(work.gateway_incarnation, -1):
             return "stale_attempt"
@@ -34,38 +40,53 @@ class Fences:
         return None
 
     def is_repeat(self, work: Work) -> bool:
-        return work.key in self._accepted
+        """Whether this very attempt was accepted before; a cancelled one is no repeat any more."""
+        return work.key in self._live or work.key in self._ended
 
-    def accept(self, work: Work, now: float) -> Key | None:
+    def accept(self, work: Work) -> Key | None:
         """Note an accepted attempt. Returns the older attempt of its unit, which is to be cancelled."""
         unit = (work.gateway_incarnation, work.unit)
         older = self._units.get(unit)
         self._units[unit] = work.key
-        self._accepted[work.key] = now
-        return older if older != work.key else None
+        self._live[work.key] = None
+        return older
 
-    def forget(self, work: Work, now: float) -> None:
-        """The attempt has ended here: late repeats of its request are refused for a while."""
-        self._accepted.pop(work.key, None)
-        unit = (work.gateway_incarnation, work.unit)
-        if self._units.get(unit) == work.key:
-            del self._units[unit]
+    def end(self, work: Work, now: float) -> None:
+        """The attempt has ended here by itself."""
+        if self._leave(work):
+            _remember(self._ended, work.key, now)
+
+    def cancel(self, work: Work, now: float) -> None:
+        """The attempt was cancelled: repeats of its request are refused for a while."""
+        self._leave(work)
+        self._ended.pop(work.key, None)
         self.bury(work.key, now)
 
     def bury(self, key: Key, now: float) -> None:
-        """Leave a tombstone."""
-        self._expiry.setdefault(key, now + TOMBSTONE_S)
+        """Leave a tombstone for an attempt that is not known here."""
+        if key not in self._ended:
+            _remember(self._buried, key, now)
 
     def fence(self, gateway_incarnation: int, highest_attempt: int) -> None:
-        before = self._fenced.get(gateway_incarnation, -1)
+        before = self._fenced.pop(gateway_incarnation, -1)
         self._fenced[gateway_incarnation] = max(before, highest_attempt)
-
-    def forget_gateway(self, gateway_incarnation: int) -> None:
-        self._fenced.pop(gateway_incarnation, None)
+        if len(self._fenced) > MAX_FENCES:
+            del self._fenced[next(iter(self._fenced))]
 
     def expire(self, now: float) -> None:
-        while self._expiry:
-            key = next(iter(self._expiry))
-            if self._expiry[key] > now:
-                break
-            del self._expiry[key]
+        for graves in (self._buried, self._ended):
+            while graves and graves[key := next(iter(graves))] <= now:
+                del graves[key]
+
+    def _leave(self, work: Work) -> bool:
+        """Take the attempt off the live ones. False if it is not among them."""
+        unit = (work.gateway_incarnation, work.unit)
+        if self._units.get(unit) == work.key:
+            del self._units[unit]
+        return self._live.pop(work.key, work.key) is None
+
+
+def _remember(graves: dict[Key, float], key: Key, now: float) -> None:
+    graves.setdefault(key, now + TOMBSTONE_S)
+    if len(graves) > MAX_TOMBSTONES:
+        del graves[next(iter(graves))]

@@ -14,8 +14,7 @@ MISSING_BEATS: Final = 2
 
 @dataclass(slots=True)
 class _Gateway:
-    beats: int = 0
-    live: frozenset[int] = frozenset()
+    beat: int = 0  # highest number heard: one that came twice or late says nothing new
     missing: dict[int, int] = field(default_factory=dict)  # stream_id -> heartbeats without it
 
 
@@ -24,35 +23,29 @@ class Gateways:
 
     def __init__(self, incarnation: int, liveness: Liveness) -> None:
         self._incarnation = incarnation
-        self._liveness = liveness
         self._known: dict[int, _Gateway] = {}
+        self.liveness = liveness
 
-    @property
-    def liveness(self) -> Liveness:
-        return self._liveness
+    def __len__(self) -> int:
+        return len(self._known)
 
     def seen(self, gateway_incarnation: int, now: float) -> None:
         """A request came from it: it is alive, whether or not a heartbeat has arrived yet."""
-        if gateway_incarnation not in self._known:
-            self._known[gateway_incarnation] = _Gateway()
-            self._liveness.observe(gateway_incarnation, now)
+        self._known.setdefault(gateway_incarnation, _Gateway())
+        self.liveness.observe(gateway_incarnation, now)
 
     def observe(self, beat: GatewayHeartbeat, works: list[Work], now: float) -> list[Work]:
         """Take a heartbeat; of `works` (this gateway's, here) return those it no longer wants."""
-        self._liveness.observe(beat.incarnation, now)
+        self.liveness.observe(beat.incarnation, now)
         gateway = self._known.setdefault(beat.incarnation, _Gateway())
+        if beat.beat <= gateway.beat:
+            return []
+        gateway.beat = beat.beat
         live = {stream for worker, streams in beat.live if worker == self._incarnation for stream in streams}
-        missing: dict[int, int] = {}
-        unwanted: list[Work] = []
-        for work in works:
-            if work.stream_id in live:
-                continue
-            missing[work.stream_id] = gateway.missing.get(work.stream_id, 0) + 1
-            if missing[work.stream_id] >= MISSING_BEATS:
-                unwanted.append(work)
-        gateway.missing = missing
-        return unwanted
+        before = gateway.missing
+        gateway.missing = {w.stream_id: before.get(w.stream_id, 0) + 1 for w in works if w.stream_id not in live}
+        return [work for work in works if gateway.missing.get(work.stream_id, 0) >= MISSING_BEATS]
 
     def gone(self, now: float) -> list[int]:
         """Incarnations of gateways that have just been judged gone."""
-        return [incarnation for incarnation in self._liveness.verdicts(now) if self._known.pop(incarnation, None)]
+        return [incarnation for incarnation in self.liveness.verdicts(now) if self._known.pop(incarnation, None)]

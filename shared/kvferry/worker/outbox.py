@@ -12,7 +12,10 @@ from typing import Final
 from kvferry.wire.messages import End, EndReason, Held, TokenBatch, Work, pack_tokens
 
 REPEAT_END_S: Final = 0.5
-MAX_BATCH_ROWS: Final = 1 << 16
+# Bounds of one batch, which is then smaller than NATS' default max_payload of 1 MiB.
+MAX_BATCH_TOKENS: Final = 1 << 15
+MAX_BATCH_ENDS: Final = 96
+MAX_BATCH_CACHED: Final = 1 << 13
 
 
 @dataclass(slots=True)
@@ -102,7 +105,8 @@ class Outbox:
     def resend(self, gateway_incarnation: int, streams: tuple[tuple[int, int], ...]) -> None:
         """Put tokens from the given indices on, and ends, into the next batch once more."""
         box = self._mailboxes.get(gateway_incarnation)
-        for stream_id, index in streams if box else ():
+        # A stream asked for twice in one message is sent once.
+        for stream_id, index in dict(streams).items() if box else ():
             assert box is not None
             stream = box.streams.get(stream_id)
             if stream is None:
@@ -133,14 +137,16 @@ class Outbox:
                 batch = TokenBatch(
                     self._incarnation,
                     box.batch_seq,
-                    pack_tokens(box.stream_ids[:MAX_BATCH_ROWS]),
-                    pack_tokens(box.indices[:MAX_BATCH_ROWS]),
-                    pack_tokens(box.tokens[:MAX_BATCH_ROWS]),
-                    tuple(box.ends[:MAX_BATCH_ROWS]),
-                    tuple(box.cached[:MAX_BATCH_ROWS]),
+                    pack_tokens(box.stream_ids[:MAX_BATCH_TOKENS]),
+                    pack_tokens(box.indices[:MAX_BATCH_TOKENS]),
+                    pack_tokens(box.tokens[:MAX_BATCH_TOKENS]),
+                    tuple(box.ends[:MAX_BATCH_ENDS]),
+                    tuple(box.cached[:MAX_BATCH_CACHED]),
                 )
-                for column in (box.stream_ids, box.indices, box.tokens, box.ends, box.cached):
-                    del column[:MAX_BATCH_ROWS]
+                for column in (box.stream_ids, box.indices, box.tokens):
+                    del column[:MAX_BATCH_TOKENS]
+                del box.ends[:MAX_BATCH_ENDS]
+                del box.cached[:MAX_BATCH_CACHED]
                 box.batch_seq = (box.batch_seq + 1) & 0xFFFFFFFF
                 batches.append((box.subject, batch))
         return batches

@@ -65,6 +65,7 @@ from kvferry.worker.settings import WorkerSettings
 log = get_logger(__name__)
 S = TypeVar("S", bound=Scheduler)
 STEP_SMOOTHING: Final = 0.1
+HAND_OVER_S: Final = 0.75  # for the ends that a drain leaves to be confirmed, one repeat included
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,22 +121,26 @@ class Worker(ABC, Generic[S]):
         self._step_began: float | None = None
         self._beat = 0
         self._bus_lost: float | None = None
-        self._cancelled_at: dict[int, float] = {}  # sequence id -> when, while its blocks are in use
+        self._freeing: list[tuple[Sequence, float]] = []  # cancelled ones whose blocks are in use, and since when
+        self._loops: list[asyncio.Task[None]] = []
+        self._reported_hits = self._reported_queries = 0
+        self._gateways = Gateways(parts.incarnation, Liveness(now()))
 
     # -- life cycle ------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Begin to serve: bus, data plane and model are up already."""
-        self._gateways = Gateways(self.incarnation, Liveness(now()))
         subscribe = self.bus.subscribe
         self.bus.on_change(self._bus_changed)
         self._subscriptions.append(await subscribe(self.subject, self._on_message))
         beats = role_beats(self.settings.cluster, "gateway")
         self._subscriptions.append(await subscribe(beats, self._on_gateway_beat))
         self.state = "ready"
-        self.tasks.spawn(self._engine_loop(), "engine")
-        self.tasks.spawn(self._publish_loop(), "publish")
-        self.tasks.spawn(self._beat_loop(), "beat")
+        self._loops += [
+            self.tasks.spawn(self._engine_loop(), "engine"),
+            self.tasks.spawn(self._publish_loop(), "publish"),
+            self.tasks.spawn(self._beat_loop(), "beat"),
+        ]
 
     async def drain(self) -> None:
         """Take no more; let what runs finish within the grace time, hand the rest back to the gateways."""
@@ -144,22 +149,30 @@ class Worker(ABC, Generic[S]):
         self.state = "draining"
         log.info("draining", sequences=len(self.scheduler.sequences))
         self._drop(self.scheduler.drain())
-        deadline = now() + self.settings.drain_grace
-        while (self.scheduler.sequences or len(self.outbox)) and now() < deadline and self.bus.connected:
-            self._beaten.clear()
-            await self._beaten.wait()  # each heartbeat looks again
+        await self._let_end(now() + self.settings.drain_grace)
         self._drop(self.scheduler.hand_over())
         await self._flush()
+        await self._let_end(now() + HAND_OVER_S)
+
+    async def _let_end(self, deadline: float) -> None:
+        """Wait until every sequence has ended and every end is confirmed, while somebody is there to confirm."""
+        while now() < deadline and (self.scheduler.sequences or (len(self.outbox) and self.bus.connected)):
+            self._beaten.clear()
+            await self._beaten.wait()  # each heartbeat looks again
 
     async def stop(self) -> None:
         """End everything; afterwards no task, thread, subscription or endpoint of this worker is left."""
-        self._work.clear()
-        await self.tasks.cancel()
+        # From the sources of new work to those that only serve it, so that nothing starts behind our back.
+        for loop in self._loops:
+            loop.cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
         for subscription in self._subscriptions:
             await subscription.close()
         self._engine_lane.close()
+        self.scheduler.abandon_step("stopped")  # whose result nobody takes any more
         await self.disconnect()
         await self.transport.close()
+        await self.tasks.cancel()
         self.copy_lane.close()
         await self.bus.close()
 
@@ -205,13 +218,14 @@ class Worker(ABC, Generic[S]):
 
     async def _engine_loop(self) -> None:
         while True:
+            self._work.clear()  # before the decision: what it drops may give it work again
             decision = self.decide(now())
             self._drop(decision.dropped)
             if decision.plan is None:
-                self._work.clear()
                 await self._work.wait()
                 continue
             await self._step(decision.plan)
+            self._observe_freed()
 
     async def _step(self, plan: StepPlan) -> None:
         began = self._step_began = now()
@@ -274,7 +288,7 @@ class Worker(ABC, Generic[S]):
 
     def _end(self, sequence: Sequence, reason: EndReason, detail: str) -> None:
         self.outbox.end(sequence.work, reason, detail, now())
-        self._fences.forget(sequence.work, now())
+        self._fences.end(sequence.work, now())
 
     def cancel(self, key: Key) -> bool:
         """The gateway wants nothing more of an attempt: forget it in whatever phase it is."""
@@ -282,26 +296,32 @@ class Worker(ABC, Generic[S]):
         if sequence is None:
             return False
         self.metrics.cancels.inc()
-        if sequence.doomed:
-            self._cancelled_at[sequence.sequence_id] = now()
-        else:
-            self.metrics.cancel_seconds.observe(0.0)
-        self.forget(sequence.work)
+        self._freeing.append((sequence, now()))
+        self._observe_freed()
+        self.outbox.close(sequence.work)
+        self._fences.cancel(sequence.work, now())
         self.released(sequence, "cancelled")
         self.wake()
         return True
 
     def forget(self, work: Work) -> None:
-        """Nothing more of this attempt will be said."""
+        """This worker's part of the attempt is over, and nothing more will be said of it."""
         self.outbox.close(work)
-        self._fences.forget(work, now())
+        self._fences.end(work, now())
 
     def unpin(self, sequence: Sequence) -> None:
         """A gather or scatter has ended."""
         if self.scheduler.memory.unpin(sequence):
-            if (since := self._cancelled_at.pop(sequence.sequence_id, None)) is not None:
-                self.metrics.cancel_seconds.observe(now() - since)
+            self._observe_freed()
             self.wake()
+
+    def _observe_freed(self) -> None:
+        """Measure the cancelled sequences whose blocks are free by now."""
+        moment = now()
+        for sequence, since in self._freeing:
+            if not sequence.doomed:
+                self.metrics.cancel_seconds.observe(moment - since)
+        self._freeing = [item for item in self._freeing if item[0].doomed]
 
     # -- messages from the bus -------------------------------------------------------------------------------
 
@@ -320,9 +340,9 @@ class Worker(ABC, Generic[S]):
                     self._fences.bury((ticket, attempt), now())
             case Fence(worker, gateway, highest) if worker == self.incarnation:
                 self._fences.fence(gateway, highest)
-                for work in self._works_of(gateway):
-                    if work.attempt <= highest:
-                        self.cancel(work.key)
+                for work in self._works_of(gateway) + self.outbox.ended(gateway):
+                    if work.attempt <= highest and not self.cancel(work.key):
+                        self.outbox.close(work)
             case Resend(gateway, streams):
                 self.outbox.resend(gateway, streams)
                 self.mail()
@@ -348,6 +368,7 @@ class Worker(ABC, Generic[S]):
             return Accepted(work.ticket, work.attempt)
         reason = self._refuse(request) or self._fences.check(work)
         if reason is None:
+            self._gateways.seen(work.gateway_incarnation, now())  # its silence will free what is kept for it
             self._sequence_ids += 1
             kv_format = self.runner.kv_format
             sequence = Sequence(
@@ -360,11 +381,11 @@ class Worker(ABC, Generic[S]):
             )
             self.outbox.open(work)
             reason = self.accept(request, sequence)
+            if reason is not None:
+                self.outbox.close(work)
         if reason is not None:
-            self.outbox.close(work)
             return Rejected(work.ticket, work.attempt, reason, self._retry_after())
-        self._gateways.seen(work.gateway_incarnation, now())
-        older = self._fences.accept(work, now())
+        older = self._fences.accept(work)
         if older is not None:
             self.cancel(older)
         self.wake()
@@ -380,6 +401,10 @@ class Worker(ABC, Generic[S]):
             return "malformed"
         if len(work.prompt) % 4 or len(work.generated) % 4 or not work.prompt:
             return "malformed"
+        if (len(work.prompt) + len(work.generated)) // 4 >= self.runner.max_model_len:
+            return "too_long"  # before anything is made of it
+        if len(work.generated) // 4 >= work.sampling.max_tokens:
+            return "malformed"  # nothing is left to draw
         for column in (work.prompt, work.generated):
             if column and int(unpack_tokens(column).max()) >= self.runner.vocab_size:
                 return "malformed"
@@ -426,7 +451,6 @@ class Worker(ABC, Generic[S]):
             for work in works:
                 self.cancel(work.key)
             self.outbox.forget_gateway(incarnation)
-            self._fences.forget_gateway(incarnation)
         if self._bus_lost is not None and moment - self._bus_lost >= self.settings.bus_grace:
             for key in list(self.scheduler.sequences):
                 self.cancel(key)
@@ -530,8 +554,9 @@ class Worker(ABC, Generic[S]):
         slots = self._slot_counts()
         for name in get_args(SlotState):
             self.metrics.slots.labels(name).set(slots.get(name, 0))
-        _raise_to(self.metrics.prefix_hits, memory.hit_tokens)
-        _raise_to(self.metrics.prefix_queries, memory.queried_tokens)
+        self.metrics.prefix_hits.inc(memory.hit_tokens - self._reported_hits)
+        self.metrics.prefix_queries.inc(memory.queried_tokens - self._reported_queries)
+        self._reported_hits, self._reported_queries = memory.hit_tokens, memory.queried_tokens
 
     def blocks(self) -> dict[str, Any]:
         """The ledger, for `GET /debug/blocks`."""
@@ -569,11 +594,6 @@ def model_limits(runner: ModelRunner) -> ModelLimits:
 
 def kv_memory(runner: ModelRunner) -> KVMemory:
     return KVMemory(runner.num_blocks, runner.kv_format.block_size)
-
-
-def _raise_to(counter: Any, value: float) -> None:
-    """Set a counter that is kept as a plain number on the hot path."""
-    counter.inc(value - counter._value.get())
 
 
 MakeWorker = Callable[[Any, Parts], Worker[Any]]

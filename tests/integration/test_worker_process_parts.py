@@ -1,0 +1,141 @@
+"""Workers with real threads, real sockets and a real HTTP port: what they show, and that they leave nothing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+from cluster import GREEDY, Cluster, expected, prompt_of
+
+from kvferry.engine.memory import MemoryRunner, MemorySettings
+from kvferry.errors import SettingError
+from kvferry.runtime import SystemRuntime
+from kvferry.transport.base import TransportSettings
+from kvferry.transport.slots import SlotPool
+from kvferry.transport.tcp import TcpTransport
+from kvferry.wire.messages import DecodeRequest, Sampling, WorkerAddress
+from kvferry.worker.debug import DebugServer
+from kvferry.worker.worker import Parts
+from kvferry_decode.settings import DecodeSettings
+from kvferry_decode.worker import DecodeWorker
+from kvferry_prefill.settings import PrefillSettings
+from kvferry_prefill.worker import PrefillWorker
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+MODEL = MemorySettings(num_blocks=64, num_layers=4)
+
+
+@asynccontextmanager
+async def threaded(cluster: Cluster) -> AsyncIterator[tuple[PrefillWorker, DecodeWorker]]:
+    """A pair over TCP with its own engine and copy threads; only the bus is in memory."""
+    runtime = SystemRuntime()
+
+    async def parts(name: str, role: str) -> Parts:
+        bus = cluster.bus(name, role)
+        await bus.start()
+        incarnation = runtime.random_u64()
+        transport = TcpTransport(TransportSettings(incarnation=incarnation, data_key=b"k" * 32), runtime)
+        slots = SlotPool(8, 64 << 10)
+        return Parts(runtime, bus, transport, slots, MemoryRunner(MODEL), incarnation, "memory", 1)
+
+    prefill = PrefillWorker(
+        PrefillSettings(name="prefill-0", model="memory", debug_digests=True, max_num_batched_tokens=64),
+        await parts("prefill-0", "prefill"),
+    )
+    decode = DecodeWorker(
+        DecodeSettings(name="decode-0", model="memory", debug_digests=True), await parts("decode-0", "decode")
+    )
+    for worker in (prefill, decode):
+        await worker.transport.start(worker.attach)
+        await worker.start()
+        cluster.workers.append(worker)
+    try:
+        yield prefill, decode
+    finally:
+        await cluster.stop()
+
+
+async def test_a_hand_off_over_tcp_with_real_threads_gives_the_same_tokens() -> None:
+    cluster = Cluster()
+    async with threaded(cluster) as (prefill, decode):
+        gateway = await cluster.gateway()
+        for n in range(3):
+            prompt = prompt_of(300 + n, seed=n)
+            work = await gateway.run(prompt, decode, prefill)
+            assert gateway.text(work) == expected(prompt, GREEDY, 8, MODEL)
+            slots = decode.digests.rows()[work.ticket.hex()]
+            assert slots == prefill.digests.rows()[work.ticket.hex()]
+        await gateway.until(lambda: len(prefill.outbox) + len(decode.outbox) == 0, limit=5)
+
+
+async def test_a_stop_in_the_middle_of_pulls_and_steps_ends_and_leaves_no_thread() -> None:
+    cluster = Cluster()
+    async with threaded(cluster) as (prefill, decode):
+        gateway = await cluster.gateway()
+        long = Sampling(temperature=0.0, max_tokens=500)
+        for n in range(3):
+            await gateway.place(gateway.work(prompt_of(250, seed=n), sampling=long), decode, prefill)
+        await gateway.until(lambda: bool(gateway.tokens), limit=5)
+        for worker in list(cluster.workers):
+            await worker.stop()
+            assert len(worker.tasks) == 0
+            assert worker.slots.num_free == worker.slots.num_slots
+        cluster.workers.clear()
+        await gateway.stop()
+        cluster.gateways.clear()
+
+
+async def test_the_debug_port_shows_health_readiness_metrics_blocks_and_digests() -> None:
+    cluster = Cluster()
+    async with threaded(cluster) as (prefill, decode):
+        gateway = await cluster.gateway()
+        work = await gateway.run(prompt_of(100), decode, prefill)
+        server = DebugServer("127.0.0.1", 0)
+        await server.start(decode)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", trust_env=False) as client:
+            assert (await client.get("/health")).json() == {"status": "ok"}
+            ready = await client.get("/ready")
+            assert (ready.status_code, ready.json()) == (200, {"state": "ready"})
+            metrics = (await client.get("/metrics")).text
+            assert 'kvferry_kv_token_total{direction="received"} 100.0' in metrics
+            blocks = (await client.get("/debug/blocks")).json()
+            assert sum(blocks["counts"].values()) == blocks["num_blocks"] == 64
+            assert blocks["slots"] == {"free": 8}
+            assert blocks["holdings"] == []
+            digests = (await client.get("/debug/digests")).json()
+            assert len(digests[work.ticket.hex()]) == 100
+            assert (await client.get("/nothing")).status_code == 404
+            leaked = decode.scheduler.memory.pool.allocate(1)
+            broken = await client.get("/debug/blocks")
+            assert broken.status_code == 500
+            assert "do not add up" in broken.json()["error"]
+            decode.scheduler.memory.pool.release(leaked)
+            decode.state = "wedged"
+            wedged = await client.get("/ready")
+            assert (wedged.status_code, wedged.json()) == (503, {"state": "wedged"})
+            decode.state = "ready"
+        await server.stop()
+
+
+async def test_a_debug_port_that_is_taken_names_the_setting() -> None:
+    server = DebugServer("127.0.0.1", 0)
+    other_port = server.port
+    server._socket.listen()
+    with pytest.raises(SettingError, match="--debug-port"):
+        DebugServer("127.0.0.1", other_port)
+    await server.stop()
+
+
+async def test_an_address_that_leads_nowhere_ends_the_attempt() -> None:
+    cluster = Cluster()
+    async with threaded(cluster) as (prefill, decode):
+        gateway = await cluster.gateway()
+        for address in ("", "nonsense", "tcp://127.0.0.1:1", "tcp://[::1", "ucx://127.0.0.1:5"):
+            work = gateway.work(prompt_of(20))
+            gateway.expect(work, decode)
+            await gateway.ask(decode, DecodeRequest(work, WorkerAddress(prefill.incarnation, (address,))))
+            assert (await gateway.ended(work, limit=5)).reason == "prefill_lost"
+        assert not decode.scheduler.sequences
+        await gateway.until(lambda: len(decode.outbox) == 0, limit=5)

@@ -1,0 +1,133 @@
+"""Tokens and ends reach the gateway, whatever the bus loses, or are let go when nobody wants them."""
+
+from __future__ import annotations
+
+from sequences import GATEWAY, work_of
+
+from kvferry.wire.messages import Codecs, TokenBatch, unpack_tokens
+from kvferry.worker.outbox import MAX_BATCH_CACHED, MAX_BATCH_ENDS, MAX_BATCH_TOKENS, REPEAT_END_S, Outbox
+
+
+def rows(batch: TokenBatch) -> list[tuple[int, int, int]]:
+    columns = (unpack_tokens(column).tolist() for column in (batch.stream_ids, batch.indices, batch.tokens))
+    return list(zip(*columns, strict=True))
+
+
+def taken(outbox: Outbox) -> list[TokenBatch]:
+    return [batch for _, batch in outbox.take()]
+
+
+def test_tokens_of_all_streams_of_a_gateway_share_one_batch() -> None:
+    outbox = Outbox(9)
+    first, second, elsewhere = work_of(4), work_of(4, generated=[1, 2]), work_of(4, gateway_incarnation=5, gateway="g5")
+    for work in (first, second, elsewhere):
+        outbox.open(work)
+    outbox.token(first, 0, 11)
+    outbox.token(second, 2, 12)
+    outbox.token(elsewhere, 0, 13)
+    batches = dict(outbox.take())
+    assert rows(batches[first.gateway]) == [(first.stream_id, 0, 11), (second.stream_id, 2, 12)]
+    assert rows(batches["g5"]) == [(elsewhere.stream_id, 0, 13)]
+    assert outbox.take() == []
+    outbox.token(first, 1, 14)
+    assert [(b.batch_seq, b.incarnation) for b in taken(outbox)] == [(1, 9)]
+
+
+def test_an_end_is_repeated_until_it_is_acknowledged() -> None:
+    outbox = Outbox(9)
+    work = work_of(4)
+    outbox.open(work)
+    outbox.token(work, 0, 5)
+    outbox.end(work, "length", "", 10.0)
+    outbox.end(work, "stop", "", 10.0)
+    assert [(e.reason, e.index) for e in taken(outbox)[0].ends] == [("length", 1)]
+    outbox.repeat_ends(10.0 + REPEAT_END_S - 0.01)
+    assert taken(outbox) == []
+    outbox.repeat_ends(10.0 + REPEAT_END_S)
+    assert [e.reason for e in taken(outbox)[0].ends] == ["length"]
+    outbox.acknowledge(GATEWAY, (work.stream_id,))
+    outbox.repeat_ends(99.0)
+    assert taken(outbox) == []
+    assert len(outbox) == 0
+
+
+def test_an_acknowledgement_of_a_stream_that_has_not_ended_is_ignored() -> None:
+    outbox = Outbox(9)
+    work = work_of(4)
+    outbox.open(work)
+    outbox.acknowledge(GATEWAY, (work.stream_id, 12345))
+    outbox.acknowledge(4711, (work.stream_id,))
+    assert len(outbox) == 1
+
+
+def test_a_resend_gives_tokens_from_its_index_on_and_the_end_once_however_often_it_names_a_stream() -> None:
+    outbox = Outbox(9)
+    work = work_of(4, generated=[1, 2])
+    outbox.open(work)
+    for index in range(2, 6):
+        outbox.token(work, index, index * 10)
+    outbox.cached(work, 3)
+    outbox.end(work, "stop", "", 0.0)
+    outbox.take()
+    outbox.resend(GATEWAY, ((work.stream_id, 4),) * 1000 + ((999, 0),))
+    [batch] = taken(outbox)
+    assert rows(batch) == [(work.stream_id, 4, 40), (work.stream_id, 5, 50)]
+    assert [e.index for e in batch.ends] == [6]
+    assert batch.cached == ((work.stream_id, 3),)
+    outbox.resend(4711, ((work.stream_id, 0),))
+    assert taken(outbox) == []
+
+
+def test_a_newer_attempt_under_the_same_stream_id_hears_nothing_of_the_older_one() -> None:
+    outbox = Outbox(9)
+    old = work_of(4)
+    new = work_of(4, stream_id=old.stream_id)
+    outbox.open(old)
+    outbox.open(new)
+    outbox.token(old, 0, 5)
+    outbox.end(old, "error", "", 0.0)
+    outbox.close(old)
+    assert taken(outbox) == []
+    outbox.token(new, 0, 6)
+    assert rows(taken(outbox)[0]) == [(new.stream_id, 0, 6)]
+
+
+def test_a_flood_is_split_and_the_largest_batch_stays_under_the_default_payload_of_nats() -> None:
+    outbox = Outbox((1 << 64) - 1)
+    works = [work_of(1, stream_id=(1 << 32) - 1 - n, max_tokens=1 << 20) for n in range(MAX_BATCH_ENDS + 1)]
+    for work in works:
+        outbox.open(work)
+    for index in range(MAX_BATCH_TOKENS + 1):
+        outbox.token(works[0], index, (1 << 32) - 1)
+    for _ in range(MAX_BATCH_CACHED):
+        outbox.cached(works[0], 1 << 31)
+    for work in works:
+        outbox.end(work, "transfer_failed", "\U0001f600" * 2000, 0.0)
+    batches = taken(outbox)
+    assert [len(rows(batch)) for batch in batches] == [MAX_BATCH_TOKENS, 1]
+    assert [len(batch.ends) for batch in batches] == [MAX_BATCH_ENDS, 1]
+    assert [batch.batch_seq for batch in batches] == [0, 1]
+    assert len(Codecs().to_gateway.encode(batches[0])) < 1 << 20
+
+
+def test_a_forgotten_gateway_leaves_nothing() -> None:
+    outbox = Outbox(9)
+    work = work_of(4)
+    outbox.open(work)
+    outbox.token(work, 0, 5)
+    outbox.forget_gateway(GATEWAY)
+    outbox.token(work, 1, 5)
+    outbox.end(work, "stop", "", 0.0)
+    assert outbox.take() == []
+    assert len(outbox) == 0
+
+
+def test_ended_streams_are_reported_until_they_are_acknowledged() -> None:
+    outbox = Outbox(9)
+    work = work_of(4)
+    outbox.open(work)
+    assert outbox.held() == {}
+    outbox.end(work, "stop", "", 0.0)
+    assert [(h.stream_id, h.state, h.next_index) for h in outbox.held()[work.gateway]] == [(work.stream_id, "ended", 0)]
+    assert outbox.ended(GATEWAY) == [work]
+    assert outbox.ended(4711) == []
