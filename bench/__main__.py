@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from bench import handoff_cost, idle, interference, parity, startup
+from bench import handoff, handoff_cost, idle, interference, parity, startup
 from bench.options import Benchmark, Options
 from bench.report import Report
 
 STACK: Final[Mapping[str, Benchmark]] = {
     "startup": startup.measure,
     "idle": idle.measure,
+    "handoff": handoff.measure,
     "handoff_cost": handoff_cost.measure,
     "interference": interference.measure,
     "parity": parity.measure,

@@ -7,14 +7,23 @@ import re
 from pathlib import Path
 from typing import Final
 
+from prometheus_client.metrics import MetricWrapperBase
+
 from kvferry.config import Settings, env_name, flag_name, is_secret, shown_default
+from kvferry.worker.metrics import WorkerMetrics
 from kvferry_decode.settings import DecodeSettings
+from kvferry_gateway.metrics import GatewayMetrics
 from kvferry_gateway.settings import GatewaySettings
 from kvferry_local.settings import UpSettings
 from kvferry_prefill.settings import PrefillSettings
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS: Final = (ROOT / "README.md", ROOT / "docs" / "protocol.md", ROOT / "docs" / "configuration.md")
+DOCUMENTS: Final = (
+    ROOT / "README.md",
+    ROOT / "docs" / "architecture.md",
+    ROOT / "docs" / "configuration.md",
+    ROOT / "docs" / "protocol.md",
+)
 
 # Limits that are part of the protocol and have no setting: (module, constant, unit and meaning).
 CONSTANTS: Final = (
@@ -72,6 +81,19 @@ def limits_table() -> str:
     return "\n".join(rows)
 
 
+def metrics_table() -> str:
+    """Every metric of our own, with who serves it."""
+    rows = ["| metric | labels | served by | meaning |", "|---|---|---|---|"]
+    for owner, metrics in (("worker", WorkerMetrics()), ("gateway", GatewayMetrics())):
+        for collector in metrics.registry._collector_to_names:
+            if isinstance(collector, MetricWrapperBase):
+                family = next(iter(collector.describe()))
+                name = family.name + ("_total" if family.type == "counter" else "")
+                labels = ", ".join(f"`{label}`" for label in collector._labelnames)
+                rows.append(f"| `{name}` | {labels} | {owner} | {family.documentation} |")
+    return "\n".join(rows)
+
+
 def tables() -> dict[str, str]:
     """Name of a table, as its markers write it, to its text."""
     return {
@@ -80,6 +102,7 @@ def tables() -> dict[str, str]:
         "prefill": settings_table(PrefillSettings),
         "decode": settings_table(DecodeSettings),
         "limits": limits_table(),
+        "metrics": metrics_table(),
     }
 
 

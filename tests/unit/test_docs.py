@@ -93,7 +93,12 @@ def wire_messages() -> set[str]:
     found = set()
     for module in (messages, flow):
         for name, kind in vars(module).items():
-            if isinstance(kind, type) and issubclass(kind, Message) and kind.__struct_config__.tag and kind.__name__ == name:
+            if (
+                isinstance(kind, type)
+                and issubclass(kind, Message)
+                and kind.__struct_config__.tag
+                and kind.__name__ == name
+            ):
                 found.add(name)
     return found
 

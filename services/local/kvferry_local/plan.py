@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,6 +60,13 @@ def programs(settings: UpSettings, place: Place) -> list[Program]:
         )
         planned.append(Program(f"gateway-{index}", "gateway", (*PYTHON, "kvferry_gateway", *shared, *own)))
     return planned
+
+
+def usable_cores() -> tuple[int, ...]:
+    """The cores that this process may run on."""
+    if sys.platform == "linux":
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
 
 
 def share_of_cores(cores: Sequence[int], index: int, threads: int) -> str:

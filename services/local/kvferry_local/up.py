@@ -29,7 +29,7 @@ from kvferry.runfile import RunFile, default_run_file
 from kvferry.runtime import Runtime, SystemRuntime, now
 from kvferry_local.cluster import bus_settings
 from kvferry_local.keeper import keep_running, sole_owner
-from kvferry_local.plan import Place, programs
+from kvferry_local.plan import Place, programs, usable_cores
 from kvferry_local.ports import base_url, claim
 from kvferry_local.settings import UpSettings
 from kvferry_local.stage import Stage
@@ -119,7 +119,7 @@ async def supervise(
             model_dir=Path(facts.model_dir),
             served_model_name=facts.served_model_name,
             ports=ports,
-            cores=tuple(sorted(os.sched_getaffinity(0))),
+            cores=usable_cores(),
             log_format="console" if interactive else "json",
         ),
     )

@@ -149,10 +149,11 @@ class Worker(ABC, Generic[S]):
         self.state = "draining"
         log.info("draining", sequences=len(self.scheduler.sequences))
         self._drop(self.scheduler.drain())
-        await self._let_end(now() + self.settings.drain_grace)
+        deadline = now() + self.settings.drain_grace
+        await self._let_end(deadline - HAND_OVER_S)
         self._drop(self.scheduler.hand_over())
         await self._flush()
-        await self._let_end(now() + HAND_OVER_S)
+        await self._let_end(deadline)
 
     async def _let_end(self, deadline: float) -> None:
         """Wait until every sequence has ended and every end is confirmed, while somebody is there to confirm."""

@@ -167,7 +167,7 @@ def test_nothing_is_preempted_for_a_seat_or_where_it_would_not_be_enough() -> No
 
 
 def test_memory_on_its_way_back_costs_nobody_else_his() -> None:
-    scheduler = scheduler_of(num_blocks=6, watermark_blocks=0)
+    scheduler = scheduler_of(num_blocks=7, watermark_blocks=0)
     old, young = sequence_of(7, max_tokens=14), sequence_of(7, max_tokens=14)
     pulled(scheduler, old)
     pulled(scheduler, young)
@@ -179,8 +179,12 @@ def test_memory_on_its_way_back_costs_nobody_else_his() -> None:
     scheduler.cancel(leaving.key)
     decision, _ = step(scheduler)
     assert not decision.dropped
+    assert decision.plan is not None
+    assert [s.sequence_id for s in decision.plan.steps] == [old.sequence_id], "the younger one waits for a block"
     assert scheduler.memory.unpin(leaving)
-    step(scheduler)
+    decision, _ = step(scheduler)
+    assert decision.plan is not None
+    assert len(decision.plan.steps) == 2
     assert old.state == young.state == "running"
 
 
