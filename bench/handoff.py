@@ -18,7 +18,8 @@ from bench.transport_ends import FRAME_BYTES, WINDOW, send_over_transport
 from kvferry.engine.torch_runner import EngineSettings, TorchRunner
 
 NUM_TOKENS: Final = 2048
-HANDOFFS: Final = 10  # of each round; the first connects and is left out
+HANDOFFS: Final = 16  # of each round
+WARM_UP: Final = 6  # left out: the first connects, and pools and slots are written for the first time
 ROUNDS: Final = 5
 FRAMES: Final = 60
 LIMIT: Final = 0.5
@@ -31,7 +32,7 @@ async def measure(options: Options) -> Report:
     report = Report(
         "handoff",
         {
-            "hand-off": f"{NUM_TOKENS} tokens, {num_bytes / 1e6:.1f} MB, from the accepted request to the runnable sequence",
+            "hand-off": f"{NUM_TOKENS} tokens, {num_bytes / 1e6:.1f} MB, from accepted request to runnable sequence",
             "transport": f"frames of {FRAME_BYTES:,} bytes, window {WINDOW}, the same backend in the same round",
         },
     )
@@ -40,7 +41,7 @@ async def measure(options: Options) -> Report:
         for _ in range(1 if options.quick else ROUNDS):
             bare.append(await _bare(backend))
             seconds = await _handoffs(options, backend)
-            whole.append(num_bytes / statistics.median(seconds[1:]))
+            whole.append(num_bytes / statistics.median(seconds[WARM_UP:]))
         ratios = [w / b for w, b in zip(whole, bare, strict=True)]
         report.add(f"{backend}: bare transport", statistics.median(bare) / GB, "GB/s")
         report.add(f"{backend}: whole hand-off", statistics.median(whole) / GB, "GB/s")

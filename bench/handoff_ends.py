@@ -44,6 +44,16 @@ class IdleRunner(TorchRunner):
         return StepResult(tuple(None if step.draw is None else 1 for step in plan.steps), 0.0)
 
 
+class CountedPrefillWorker(PrefillWorker):
+    """Tells when D has acknowledged a sequence."""
+
+    gone: asyncio.Event
+
+    def forget(self, work: Work) -> None:
+        super().forget(work)
+        self.gone.set()
+
+
 class TimedDecodeWorker(DecodeWorker):
     """Tells when a fetched sequence may run."""
 
@@ -59,7 +69,7 @@ async def parts(role: str, model_dir: Path, transport: str, num_tokens: int) -> 
     runtime = SystemRuntime()
     bus = MemoryBus(MemoryBroker(runtime), BusSettings("memory://", role, role), runtime)
     await bus.start()
-    runner = IdleRunner(EngineSettings(model_dir, num_blocks=4 * (num_tokens // 16 + 2), threads=1))
+    runner = IdleRunner(EngineSettings(model_dir, num_blocks=3 * (num_tokens // 16 + 2), threads=1))
     return Parts(
         runtime=runtime,
         bus=bus,
@@ -85,7 +95,8 @@ def sequence(worker: Any, number: int, num_tokens: int) -> Sequence:
 
 
 async def serve_prefill(model_dir: Path, transport: str, num_tokens: int, rounds: int) -> None:
-    worker = PrefillWorker(PrefillSettings(), await parts("prefill", model_dir, transport, num_tokens))
+    worker = CountedPrefillWorker(PrefillSettings.model_validate({}), await parts("prefill", model_dir, transport, num_tokens))
+    worker.gone = asyncio.Event()
     await worker.transport.start(worker.attach)
     await worker.start()
     print(worker.transport.address, flush=True)
@@ -93,14 +104,16 @@ async def serve_prefill(model_dir: Path, transport: str, num_tokens: int, rounds
         item = sequence(worker, number, num_tokens)
         assert worker.accept(PrefillRequest(item.work), item) is None
         worker.wake()
-        while item.key in worker.scheduler.sequences:
-            await asyncio.sleep(0.002)
+        await worker.gone.wait()
+        worker.gone.clear()
     await worker.stop()
 
 
 async def pull(model_dir: Path, transport: str, num_tokens: int, rounds: int, address: str) -> list[float]:
     """Seconds of each hand-off."""
-    worker = TimedDecodeWorker(DecodeSettings(), await parts("decode", model_dir, transport, num_tokens))
+    worker = TimedDecodeWorker(
+        DecodeSettings.model_validate({}), await parts("decode", model_dir, transport, num_tokens)
+    )
     worker.runnable = asyncio.Event()
     await worker.transport.start(worker.attach)
     await worker.start()
@@ -114,8 +127,6 @@ async def pull(model_dir: Path, transport: str, num_tokens: int, rounds: int, ad
         assert worker.accept(request, item) is None
         await asyncio.wait_for(worker.runnable.wait(), 30)
         seconds.append(time.perf_counter() - began)
-        while item.key in worker.scheduler.sequences:
-            await asyncio.sleep(0.002)
     await worker.stop()
     return seconds
 

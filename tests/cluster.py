@@ -94,14 +94,14 @@ class Cluster:
         self.network = MemoryNetwork()
 
     async def prefill(self, name: str = "prefill-0", model: MemorySettings = MODEL, **settings: Any) -> PrefillWorker:
-        made = PrefillSettings(name=name, model="memory", debug_digests=True, **settings)
+        made = PrefillSettings(name=name, model="memory", **{"debug_digests": True, **settings})
         worker = PrefillWorker(made, await self._parts(made, "prefill", model))
         await self._start(worker)
         return worker
 
     async def decode(self, name: str = "decode-0", model: MemorySettings = MODEL, **settings: Any) -> DecodeWorker:
-        settings = {"watermark_blocks": 1, **settings}
-        made = DecodeSettings(name=name, model="memory", debug_digests=True, **settings)
+        settings = {"watermark_blocks": 1, "debug_digests": True, **settings}
+        made = DecodeSettings(name=name, model="memory", **settings)
         worker = DecodeWorker(made, await self._parts(made, "decode", model))
         await self._start(worker)
         return worker

@@ -162,7 +162,6 @@ class ScriptedWorker:
 
     async def beat(self) -> None:
         self._beat += 1
-        sequences = {"*": tuple(self.held)} if not self.inbox else {}
         gateways = {item.work.gateway for item in self.inbox if isinstance(item, (PrefillRequest, DecodeRequest))}
         sequences = {gateway: tuple(self.held) for gateway in gateways}
         beat = Heartbeat(self._beat, self.state, self.record, self.load, sequences)
@@ -183,6 +182,7 @@ class ScriptedWorker:
     def hold(self, work: Work, state: Any, next_index: int) -> None:
         self.held = [row for row in self.held if row.stream_id != work.stream_id]
         self.held.append(Held(work.stream_id, state, next_index))
+        self._arrived.set()
 
     def forget(self, work: Work) -> None:
         self.held = [row for row in self.held if row.stream_id != work.stream_id]
@@ -289,12 +289,20 @@ class Cluster:
     def metrics(self) -> Any:
         return self.gateway.fleet.metrics
 
-    async def worker(self, role: str, name: str, **record: Any) -> ScriptedWorker:
-        """Start one and wait until the gateway has seen it."""
+    async def worker(
+        self,
+        role: str,
+        name: str,
+        script: Callable[[ScriptedWorker], Callable[[Work], None]] | None = None,
+        **record: Any,
+    ) -> ScriptedWorker:
+        """Start one and wait until the gateway has seen it. `script` makes what it does upon acceptance."""
         bus = MemoryBus(self.broker, BusSettings("memory", name, f"inbox.{name}"), SystemRuntime())
         await bus.start()
         incarnation = 1000 + len(self.workers)
         worker = ScriptedWorker(bus, role, name, incarnation, **record)
+        if script is not None:
+            worker.accepted = script(worker)
         self.workers[f"{name}/{incarnation}"] = worker
         await worker.start()
         async with asyncio.timeout(PATIENCE_S):
@@ -307,16 +315,16 @@ class Cluster:
 
     async def speaker(self, text: str, **record: Any) -> ScriptedWorker:
         """A decode worker that answers every request with `text`, by itself."""
-        worker = await self.worker("decode", f"decode-{len(self.workers)}", **record)
+        tokens = [*tokens_of(text), EOS]
 
+        def script(worker: ScriptedWorker) -> Callable[[Work], None]:
+            def speak(work: Work) -> None:
+                limit = work.sampling.max_tokens
+                worker.say(work, tokens[:limit], reason="stop" if len(tokens) <= limit else "length")
 
-        def speak(work: Work) -> None:
-            tokens = [*tokens_of(text), EOS]
-            limit = work.sampling.max_tokens
-            worker.say(work, tokens[:limit], reason="stop" if len(tokens) <= limit else "length")
+            return speak
 
-        worker.accepted = speak
-        return worker
+        return await self.worker("decode", f"decode-{len(self.workers)}", script, **record)
 
 
 def completion(prompt: str = "hello", **fields: Any) -> dict[str, Any]:
@@ -355,4 +363,3 @@ class Events:
 def text_in(events: Sequence[Any]) -> str:
     choices = [event["choices"][0] for event in events if event.get("choices")]
     return "".join(c["text"] if "text" in c else c["delta"].get("content", "") for c in choices)
-

@@ -56,9 +56,7 @@ async def test_the_openai_client_gets_the_same_text_streamed_and_not(serving: Cl
     async with AsyncOpenAI(base_url=f"{serving.url}/v1", api_key="unused", max_retries=0) as client:
         asked: Any = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
         whole = await client.chat.completions.create(**asked)
-        stream: Any = await client.chat.completions.create(
-            **asked, stream=True, stream_options={"include_usage": True}
-        )
+        stream: Any = await client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
         chunks = [chunk async for chunk in stream]
         assert whole.choices[0].message.content == ANSWER
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == ANSWER
@@ -348,9 +346,7 @@ NEUTRAL_VALUES: dict[str, Any] = {
 async def test_every_field_that_is_not_built_is_accepted_where_it_does_nothing_and_refused_otherwise(
     serving: Cluster, kind: Any
 ) -> None:
-    path, body = (
-        ("/v1/chat/completions", chat()) if kind is ChatRequest else ("/v1/completions", completion())
-    )
+    path, body = ("/v1/chat/completions", chat()) if kind is ChatRequest else ("/v1/completions", completion())
     for field in NEUTRAL[kind]:
         neutral = NEUTRAL_VALUES.get(field, kind is CompletionRequest)  # add_special_tokens differs by route
         for value in (neutral, None):
@@ -485,9 +481,7 @@ async def test_without_a_worker_it_is_503_at_once(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("full", ["prefill", "decode"])
-async def test_when_all_workers_are_full_it_is_429_with_retry_after(
-    cluster: Cluster, stream: bool, full: str
-) -> None:
+async def test_when_all_workers_are_full_it_is_429_with_retry_after(cluster: Cluster, stream: bool, full: str) -> None:
     workers = dict(zip(("prefill", "decode"), await cluster.pair(), strict=True))
     other = await cluster.worker(full, "other")
     for worker in (workers[full], other):

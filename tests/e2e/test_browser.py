@@ -79,9 +79,7 @@ def page(stack: Stack) -> Iterator[tuple[str, Queue[dict[str, Any]]]]:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on PATH")
-def test_a_browser_streams_a_chat_from_another_origin(
-    page: tuple[str, Queue[dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_a_browser_streams_a_chat_from_another_origin(page: tuple[str, Queue[dict[str, Any]]], tmp_path: Path) -> None:
     url, results = page
     assert CHROMIUM is not None
     browser = subprocess.Popen(

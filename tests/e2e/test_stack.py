@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import subprocess
-import time  # noqa: TID251 - waits for other processes
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 

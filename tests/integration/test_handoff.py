@@ -9,6 +9,7 @@ from cluster import GREEDY, MODEL, Cluster, address_of, all_free, expected, prom
 
 from kvferry.schedule.step import StepPlan, StepResult
 from kvferry.wire.messages import Accepted, DecodeRequest, PrefillRequest, Sampling
+from kvferry.worker.report import load
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 64, 200, 400])
@@ -124,7 +125,7 @@ def test_a_first_token_that_ends_the_sequence_frees_d_without_running(late: bool
             await gateway.accepted(work, decode, prefill)
         assert (await gateway.ended(work)).reason == "length"
         await settled(lambda: all_free(prefill, decode) and not decode.scheduler.sequences, within=0.1)
-        assert decode.load().steps == 0
+        assert load(decode).steps == 0
         assert gateway.text(work) == expected(prompt_of(40), GREEDY, 1)
         assert decode.metrics.value("kvferry_pull_total", outcome="aborted_ended") == 1
         assert decode.metrics.value("kvferry_transfer_failure_total", kind="unknown_ticket") == 0
@@ -141,7 +142,7 @@ def test_an_eos_as_the_first_token_ends_with_stop() -> None:
         work = await gateway.run(prompt_of(40), decode, prefill)
         assert gateway.ends[work.stream_id].reason == "stop"
         assert gateway.text(work) == [token]
-        assert decode.load().steps == 0
+        assert load(decode).steps == 0
         ignoring = Sampling(temperature=0.0, max_tokens=3, ignore_eos=True)
         work = await gateway.run(prompt_of(40), decode, prefill, sampling=ignoring)
         assert gateway.text(work) == expected(prompt_of(40), ignoring, 3, model)

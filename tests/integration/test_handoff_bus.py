@@ -17,6 +17,7 @@ from kvferry.wire.messages import (
     WorkerAddress,
     pack_tokens,
 )
+from kvferry.worker.report import load
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -92,7 +93,7 @@ def test_a_repeated_request_gets_the_first_answer_and_changes_nothing_also_after
         await gateway.ended(work)
         await gateway.accepted(work, decode, prefill)
         assert gateway.text(work) == expected(prompt_of(60), GREEDY, 8)
-        assert decode.load().steps == 7
+        assert load(decode).steps == 7
         assert len(decode.outbox) == 1, "the repeat did not cost the end that waits for its confirmation"
         gateway.acks = True
         await settled(lambda: len(decode.outbox) == 0, within=1.0)
@@ -140,7 +141,7 @@ def test_work_that_cannot_be_done_is_rejected_with_its_reason(fields: dict[str, 
         work = type(work)(**{**{name: getattr(work, name) for name in work.__struct_fields__}, **made})
         answers = await gateway.place(work, decode, prefill)
         assert [a.reason for a in answers if isinstance(a, Rejected)] == [reason, reason]
-        assert prefill.load().steps == decode.load().steps == 0
+        assert load(prefill).steps == load(decode).steps == 0
 
     virtual(scenario)
 

@@ -8,6 +8,7 @@ import pytest
 from cluster import GREEDY, Cluster, all_free, expected, prompt_of, settled, virtual
 
 from kvferry.wire.messages import Cancel, Fence, PrefillRequest, Rejected, Sampling, Work
+from kvferry.worker.report import load
 from kvferry_decode.worker import DecodeWorker
 from kvferry_prefill.worker import PrefillWorker
 
@@ -58,11 +59,11 @@ def test_a_cancel_frees_everything_at_once_and_compute_stops_within_a_step(phase
         if phase == "held for pull":
             await gateway.cancel(blocker, prefill, decode)
         await settled(lambda: all_free(prefill, decode), within=0.2)
-        steps = (prefill.load().steps, decode.load().steps)
+        steps = (load(prefill).steps, load(decode).steps)
         got = len(gateway.tokens.get(work.stream_id, {}))
         again = await gateway.run(prompt_of(20, seed=3), decode, prefill, sampling=GREEDY)
         assert gateway.text(again) == expected(prompt_of(20, seed=3), GREEDY, 8)
-        assert (prefill.load().steps, decode.load().steps) == (steps[0] + 1, steps[1] + 7)
+        assert (load(prefill).steps, load(decode).steps) == (steps[0] + 1, steps[1] + 7)
         assert len(gateway.tokens.get(work.stream_id, {})) <= got + 1
         assert work.stream_id not in gateway.ends
         assert prefill.metrics.value("kvferry_cancel_to_free_seconds_count") == prefill.metrics.value(
@@ -79,9 +80,9 @@ def test_a_cancel_of_a_queued_request_takes_it_out_of_the_queue() -> None:
         first, queued = gateway.work(prompt_of(900), sampling=GREEDY), gateway.work(prompt_of(900, seed=2))
         await gateway.accepted(first, decode, prefill)
         await gateway.accepted(queued, decode, prefill)
-        assert prefill.load().num_waiting == 1
+        assert load(prefill).num_waiting == 1
         await gateway.cancel(queued, prefill, decode)
-        await settled(lambda: prefill.load().num_waiting == 0, within=0.01)
+        await settled(lambda: load(prefill).num_waiting == 0, within=0.01)
         await gateway.ended(first)
         assert gateway.text(first) == expected(prompt_of(900), GREEDY, 8)
         assert queued.stream_id not in gateway.tokens
@@ -98,7 +99,7 @@ def test_a_request_that_comes_after_its_cancel_is_refused() -> None:
         answer = await gateway.ask(prefill, PrefillRequest(work))
         assert isinstance(answer, Rejected)
         assert answer.reason == "cancelled"
-        assert prefill.load().steps == 0
+        assert load(prefill).steps == 0
 
     virtual(scenario)
 

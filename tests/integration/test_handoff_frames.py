@@ -11,6 +11,7 @@ from kvferry.transport.base import Connection, TransportSettings
 from kvferry.transport.memory import MemoryTransport
 from kvferry.wire.flow import Ack, Credit, Fetch, Flow, FlowCodec, Open, Progress, Unknown
 from kvferry.wire.messages import DecodeRequest, PrefillRequest, Sampling
+from kvferry.worker.report import load
 from kvferry_prefill.worker import PrefillWorker
 
 
@@ -70,7 +71,7 @@ def test_a_pull_whose_frames_are_all_bad_is_tried_once_more_and_then_given_up() 
         end = await gateway.ended(work)
         assert end.reason == "transfer_failed"
         assert list(gateway.tokens[work.stream_id]) == [0], "token 0 came from P; D drew nothing"
-        assert decode.load().steps == 0
+        assert load(decode).steps == 0
         await gateway.cancel(work, prefill, decode)
         await settled(lambda: all_free(prefill, decode), within=0.2)
         assert decode.scheduler.memory.pool.num_cached == 0, "a failed pull publishes no block"

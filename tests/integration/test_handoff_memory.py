@@ -8,6 +8,7 @@ import pytest
 from cluster import GREEDY, MODEL, Cluster, all_free, expected, prompt_of, settled, virtual
 
 from kvferry.wire.messages import Sampling
+from kvferry.worker.report import load
 
 SMALL = replace(MODEL, num_blocks=20, max_model_len=320)
 
@@ -18,7 +19,7 @@ def test_an_older_request_takes_back_younger_held_kv_on_p() -> None:
         gateway = await cluster.gateway()
         busy = gateway.work(prompt_of(60), sampling=Sampling(temperature=0.0, max_tokens=200))
         await gateway.accepted(busy, decode, prefill)
-        await settled(lambda: decode.load().num_running == 1, within=1.0)
+        await settled(lambda: load(decode).num_running == 1, within=1.0)
         younger = gateway.work(prompt_of(200, seed=1), arrival=50.0)
         older = gateway.work(prompt_of(200, seed=2), arrival=40.0)
         await gateway.accepted(younger, decode, prefill)
@@ -107,7 +108,7 @@ def test_a_request_that_no_memory_comes_free_for_ends_by_its_own_deadline() -> N
         busy = gateway.work(prompt_of(150), sampling=Sampling(temperature=0.0, max_tokens=160))
         late = gateway.work(prompt_of(250, seed=1), deadline=0.6)
         await gateway.accepted(busy, decode, prefill)
-        await settled(lambda: decode.load().num_running == 1, within=1.0)
+        await settled(lambda: load(decode).num_running == 1, within=1.0)
         await gateway.accepted(late, decode, prefill)
         assert (await gateway.ended(late, limit=1.0)).reason == "deadline"
         await gateway.cancel(late, prefill)

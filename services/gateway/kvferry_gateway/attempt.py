@@ -122,8 +122,9 @@ class AttemptTable:
             self._by_worker.setdefault(worker.incarnation, {})[attempt.stream_id] = attempt
 
     def remove(self, attempt: Attempt) -> None:
-        """From here on its tokens are nobody's."""
-        del self.streams[attempt.stream_id]
+        """From here on its tokens are nobody's. Without effect if that is so already."""
+        if self.streams.pop(attempt.stream_id, None) is None:
+            return
         attempt.stream.attempt = None
         attempt.stream.held.clear()
         for worker in attempt.workers:

@@ -30,6 +30,9 @@ Header = tuple[bytes, bytes]
 T = TypeVar("T")
 
 RETRY_AFTER_S: Final = 1.0
+# How long a client may take to read the end of an answer that is complete; the second one while shutting down.
+LINGER_S: Final = 30.0
+SHUTDOWN_LINGER_S: Final = 1.0
 
 log = get_logger(__name__)
 
@@ -57,7 +60,7 @@ class Completions:
         self._max_requests = fleet.settings.max_requests
         self._num_admitted = 0
         self._live = 0
-        self._flights: dict[Flight, None] = {}
+        self._flights: dict[Flight, ClientConnection] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -70,15 +73,16 @@ class Completions:
     async def drain(self, grace: float) -> None:
         """Take no more; give what is under way `grace` seconds, then end it with an error."""
         self.draining = True
-        if self._idle.is_set():
-            return
-        try:
-            await asyncio.wait_for(self._idle.wait(), grace)
-        except TimeoutError:
+        idle = asyncio.ensure_future(self._idle.wait())
+        await asyncio.wait((idle,), timeout=grace)
+        if not idle.done():
             log.warning("requests cut off", num_requests=self._live)
             for flight in list(self._flights):
                 flight.shut_down()
-            await self._idle.wait()
+            await asyncio.wait((idle,), timeout=SHUTDOWN_LINGER_S)
+            for connection in list(self._flights.values()):
+                connection.abort()
+            await idle
 
     # -- one request -----------------------------------------------------------------------------------------
 
@@ -128,7 +132,7 @@ class Completions:
             )
             flight = Flight(self._fleet, unit, stream, self._prompter.eos_token_ids)
             connection = _connection(scope, receive, send)
-            self._flights[flight] = None
+            self._flights[flight] = connection
             try:
                 connection.watch(flight.abandon, lambda: stream.resume(now()))
                 if connection.lost:
@@ -185,8 +189,13 @@ class Completions:
             log.exception("stream failed", request_id=caller.request_id)
             outcome, last = "internal_error", sse(internal_error().body) + DONE
         stream.close(last, now())
-        await connection.close()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        try:
+            async with asyncio.timeout(LINGER_S):
+                await connection.close()
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            self._too_slow(connection)
+            return "slow_client"
         return outcome
 
     async def _whole(

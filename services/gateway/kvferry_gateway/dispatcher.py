@@ -110,6 +110,7 @@ class Dispatcher:
         if not stream.settle(index, token):
             self._metrics.mismatches.inc()
             attempt.conclude(Lost("token_mismatch"))
+            self._table.remove(attempt)  # now: the rest of this batch must not be taken
 
     def _touch(self, stream: TokenStream) -> None:
         if not stream.touched:

@@ -133,7 +133,7 @@ class Fleet(WorkerMail):
                 return Unreachable()
             if isinstance(reply, (Accepted, Rejected)):
                 return reply
-        self._suspect(worker)
+        self.suspect(worker)
         return Unreachable()
 
     async def wait_for_news(self, stop: asyncio.Future[Exception], timeout: float) -> None:
@@ -258,7 +258,8 @@ class Fleet(WorkerMail):
             elif not attempt.running:
                 attempt.conclude(Lost(as_prefill, crashed))
 
-    def _suspect(self, worker: WorkerRecord) -> None:
+    def suspect(self, worker: WorkerRecord) -> None:
+        """A connection to it failed, here or on the data plane: ping it."""
         if self.registry.liveness.suspect(worker.incarnation, now()):
             self._ping(worker.incarnation)
 

@@ -88,6 +88,7 @@ class Flight:
         self._failures = 0
         self._crashes = 0
         self._alone = False
+        self._lost_prefills: set[int] = set()  # incarnations whose data plane broke under it
         loop = asyncio.get_running_loop()
         # Done when nobody wants the rest: with the error to end with.
         self._stop: asyncio.Future[Exception] = loop.create_future()
@@ -171,6 +172,10 @@ class Flight:
         self._retire(cancel=True)
         if verdict.reason == "deadline":
             raise deadline_exceeded(self._settings.request_deadline)
+        if verdict.reason == "prefill_lost" and attempt.prefill is not None:
+            # Whether it is gone is known only when a ping goes unanswered; the budget must not be spent till then.
+            self._lost_prefills.add(attempt.prefill.incarnation)
+            self._fleet.suspect(attempt.prefill)
         if verdict.crashed:
             self._crashes += 1
         if verdict.is_failure:
@@ -236,7 +241,7 @@ class Flight:
             unit.num_prompt + unit.sampling.max_tokens,
             self._settings.local_prefill_threshold,
             refusals.full.keys(),
-            refusals.unusable,
+            refusals.unusable | self._lost_prefills,
         )
         match place(request, fleet.registry.views()):
             case Pair(prefill, decode):

@@ -155,7 +155,8 @@ class TokenStream:
         self._backlog.append(body)
         self._backlog_bytes += len(body)
         if self._backlog_bytes > self._max_backlog and self._on_slow is not None:
-            self._on_slow()
+            on_slow, self._on_slow = self._on_slow, None
+            on_slow()
 
     def resume(self, now: float) -> None:
         """The client reads again."""

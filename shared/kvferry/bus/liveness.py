@@ -13,6 +13,7 @@ and neither speaks for the other. Nobody is judged while the observer itself cou
 - after its loop has stalled, for `STALL_GRACE`: the heartbeats are there, but were not read yet.
 
 A connection error or an exit notice is only a suspicion. It prompts a ping, whose silence is the verdict.
+Around an outage of the bus nobody is suspected: a ping would find nobody where a peer has not reconnected yet.
 
 The shell calls `tick` every `BEAT_INTERVAL`, and takes `verdicts` after it.
 """
@@ -55,6 +56,7 @@ class Liveness:
         self._peers: dict[int, _Peer] = {}  # in the order of first hearing
         self._bus_is_up = True
         self._judges_from = now
+        self._suspects_from = now
         self._ticked = now
 
     def __contains__(self, incarnation: int) -> bool:
@@ -85,6 +87,8 @@ class Liveness:
 
     def suspect(self, incarnation: int, now: float) -> bool:
         """A connection to it failed, or its supervisor says that it ended. True: ping it now."""
+        if not self._bus_is_up or now < self._suspects_from:
+            return False
         peer = self._peers.get(incarnation)
         if peer is None or peer.gone is not None or peer.suspected is not None:
             return False
@@ -114,11 +118,17 @@ class Liveness:
 
     def bus_up(self, now: float) -> None:
         self._bus_is_up = True
-        self._hold_back(now, now + BUS_GRACE)
+        self._judges_from = self._suspects_from = now + BUS_GRACE
+        for peer in self._peers.values():
+            peer.suspected = None  # the answer to its ping was lost with the connection
+            peer.refused = False
 
     def tick(self, now: float) -> None:
         if self._stalled(now):
-            self._hold_back(now, now + STALL_GRACE)
+            self._judges_from = max(self._judges_from, now + STALL_GRACE)
+            for peer in self._peers.values():
+                if peer.suspected is not None:
+                    peer.suspected = now  # the answer to its ping may be there, unread
         self._ticked = now
 
     def verdicts(self, now: float) -> tuple[int, ...]:
@@ -137,14 +147,6 @@ class Liveness:
 
     def _stalled(self, now: float) -> bool:
         return now - self._ticked > BEAT_INTERVAL + STALL
-
-    def _hold_back(self, now: float, until: float) -> None:
-        """Judge nobody before `until`. Pings that were under way get their time anew."""
-        self._judges_from = max(self._judges_from, until)
-        for peer in self._peers.values():
-            if peer.suspected is not None:
-                peer.suspected = now
-                peer.refused = False  # it may have been cut off by the same outage
 
 
 def _is_gone(peer: _Peer, now: float) -> bool:

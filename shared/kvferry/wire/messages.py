@@ -265,9 +265,7 @@ class Heartbeat(Message, frozen=True, tag="heartbeat"):
     state: WorkerState
     record: WorkerRecord
     load: Load
-    sequences: Annotated[
-        dict[Name, Annotated[tuple[Held, ...], Meta(max_length=MAX_ROWS)]], Meta(max_length=1024)
-    ] = {}  # noqa: RUF012 - msgspec copies it; keyed by gateway subject
+    sequences: Annotated[dict[Name, Annotated[tuple[Held, ...], Meta(max_length=MAX_ROWS)]], Meta(max_length=1024)] = {}  # noqa: RUF012 - msgspec copies it; keyed by gateway subject
 
 
 class GatewayHeartbeat(Message, frozen=True, tag="gateway_heartbeat"):

@@ -1,8 +1,8 @@
 """NATS subjects. Written by role, so that an account's permissions can be, too.
 
-    kvferry.<cluster>.<role>.<name>.<incarnation>             one per process: all messages to it
-    kvferry.<cluster>.beat.<role>.<name>.<incarnation>        heartbeats and exit notices
-    kvferry.<cluster>.inbox.<role>                            prefix of answers to requests
+kvferry.<cluster>.<role>.<name>.<incarnation>             one per process: all messages to it
+kvferry.<cluster>.beat.<role>.<name>.<incarnation>        heartbeats and exit notices
+kvferry.<cluster>.inbox.<role>                            prefix of answers to requests
 """
 
 from __future__ import annotations

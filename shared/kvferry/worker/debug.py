@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from kvferry.errors import SettingError
+from kvferry.worker.report import blocks, refresh_metrics
 from kvferry.worker.worker import Worker
 
 MAX_CONNECTIONS: Final = 64  # more are answered with 503
@@ -33,17 +34,17 @@ def debug_app(worker: Worker[Any]) -> Starlette:
         return JSONResponse({"state": worker.state}, status_code=200 if worker.state == "ready" else 503)
 
     async def metrics(_: Request) -> Response:
-        worker.refresh_metrics()
+        refresh_metrics(worker)
         return Response(worker.metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
 
-    async def blocks(request: Request) -> Response:
+    async def debug_blocks(request: Request) -> Response:
         if not _is_local(request):
             return JSONResponse({"error": "only from this machine"}, status_code=403)
         try:
             worker.check_integrity()
         except AssertionError as error:
             return JSONResponse({"error": f"the books do not add up: {error}"}, status_code=500)
-        return JSONResponse(worker.blocks())
+        return JSONResponse(blocks(worker))
 
     async def digests(request: Request) -> Response:
         if not _is_local(request):
@@ -55,7 +56,7 @@ def debug_app(worker: Worker[Any]) -> Starlette:
             Route("/health", health),
             Route("/ready", ready),
             Route("/metrics", metrics),
-            Route("/debug/blocks", blocks),
+            Route("/debug/blocks", debug_blocks),
             Route("/debug/digests", digests),
         ]
     )

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Generic, TypeVar, get_args
+from typing import Any, ClassVar, Final, Generic, TypeVar
 
 from kvferry.bus.base import Bus, BusMessage, Subscription
 from kvferry.bus.liveness import BEAT_INTERVAL, Liveness
@@ -25,7 +24,7 @@ from kvferry.schedule.memory import KVMemory
 from kvferry.schedule.sequence import Dropped, Emission, Key, ModelLimits, Sequence
 from kvferry.schedule.step import ModelRunner, StepPlan, StepResult
 from kvferry.transport.base import Connection, Transport
-from kvferry.transport.slots import SlotPool, SlotState
+from kvferry.transport.slots import SlotPool
 from kvferry.wire.codec import WIRE_VERSION
 from kvferry.wire.messages import (
     Accepted,
@@ -38,8 +37,6 @@ from kvferry.wire.messages import (
     Fence,
     GatewayHeartbeat,
     Heartbeat,
-    Held,
-    Load,
     Ping,
     Pong,
     PrefillRequest,
@@ -48,17 +45,16 @@ from kvferry.wire.messages import (
     Resend,
     Role,
     Work,
-    WorkerAddress,
-    WorkerRecord,
     WorkerState,
-    unpack_tokens,
 )
 from kvferry.wire.subjects import beat_subject, process_subject, role_beats
+from kvferry.worker.admission import refuse, retry_after
 from kvferry.worker.digests import Digests
 from kvferry.worker.fences import Fences
 from kvferry.worker.gateways import Gateways
 from kvferry.worker.metrics import WorkerMetrics
 from kvferry.worker.outbox import Outbox
+from kvferry.worker.report import held, load, record
 from kvferry.worker.scheduler import Decision, Scheduler
 from kvferry.worker.settings import WorkerSettings
 
@@ -107,7 +103,7 @@ class Worker(ABC, Generic[S]):
         self.tasks = TaskSet(self._task_failed)
         self.copy_lane: Lane = parts.runtime.lane("copy")
         self.debug_port = 0
-        self._pid = parts.pid
+        self.pid = parts.pid
         self._engine_lane: Lane = parts.runtime.lane("engine")
         self._codecs = Codecs()
         self._fences = Fences()
@@ -116,14 +112,13 @@ class Worker(ABC, Generic[S]):
         self._mail = asyncio.Event()
         self._beaten = asyncio.Event()
         self._sequence_ids = 0
-        self._steps = 0
-        self._step_s = 0.0
+        self.num_steps = 0
+        self.step_s = 0.0  # mean of late
         self._step_began: float | None = None
         self._beat = 0
         self._bus_lost: float | None = None
         self._freeing: list[tuple[Sequence, float]] = []  # cancelled ones whose blocks are in use, and since when
         self._loops: list[asyncio.Task[None]] = []
-        self._reported_hits = self._reported_queries = 0
         self._gateways = Gateways(parts.incarnation, Liveness(now()))
 
     # -- life cycle ------------------------------------------------------------------------------------------
@@ -254,8 +249,8 @@ class Worker(ABC, Generic[S]):
         self.mail()
 
     def _account(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
-        self._steps += 1
-        self._step_s += (seconds - self._step_s) * (STEP_SMOOTHING if self._step_s else 1.0)
+        self.num_steps += 1
+        self.step_s += (seconds - self.step_s) * (STEP_SMOOTHING if self.step_s else 1.0)
         drawn = sum(token is not None for token in result.tokens)
         self.metrics.steps.observe(seconds)
         self.metrics.batch.set(len(plan.steps))
@@ -367,7 +362,7 @@ class Worker(ABC, Generic[S]):
         work = request.work
         if self._fences.is_repeat(work):
             return Accepted(work.ticket, work.attempt)
-        reason = self._refuse(request) or self._fences.check(work)
+        reason = refuse(request, self.role, self.state, self.model_name, self.runner) or self._fences.check(work)
         if reason is None:
             self._gateways.seen(work.gateway_incarnation, now())  # its silence will free what is kept for it
             self._sequence_ids += 1
@@ -385,35 +380,12 @@ class Worker(ABC, Generic[S]):
             if reason is not None:
                 self.outbox.close(work)
         if reason is not None:
-            return Rejected(work.ticket, work.attempt, reason, self._retry_after())
+            return Rejected(work.ticket, work.attempt, reason, retry_after(self.scheduler))
         older = self._fences.accept(work)
         if older is not None:
             self.cancel(older)
         self.wake()
         return Accepted(work.ticket, work.attempt)
-
-    def _refuse(self, request: PrefillRequest | DecodeRequest) -> RejectReason | None:
-        work = request.work
-        if self.state != "ready":
-            return "draining" if self.state == "draining" else "not_ready"
-        if work.model != self.model_name:
-            return "wrong_model"
-        if isinstance(request, PrefillRequest) != (self.role == "prefill"):
-            return "malformed"
-        if len(work.prompt) % 4 or len(work.generated) % 4 or not work.prompt:
-            return "malformed"
-        if (len(work.prompt) + len(work.generated)) // 4 >= self.runner.max_model_len:
-            return "too_long"  # before anything is made of it
-        if len(work.generated) // 4 >= work.sampling.max_tokens:
-            return "malformed"  # nothing is left to draw
-        for column in (work.prompt, work.generated):
-            if column and int(unpack_tokens(column).max()) >= self.runner.vocab_size:
-                return "malformed"
-        return None
-
-    def _retry_after(self) -> float:
-        rate = self.scheduler.chunk.tokens_per_s
-        return min(30.0, max(1.0, self.scheduler.waiting_tokens / rate)) if rate else 1.0
 
     def _works_of(self, gateway_incarnation: int) -> list[Work]:
         sequences = self.scheduler.sequences.values()
@@ -497,87 +469,17 @@ class Worker(ABC, Generic[S]):
 
     async def _publish_beat(self) -> None:
         self._beat = (self._beat + 1) & 0xFFFFFFFF
-        beat = Heartbeat(self._beat, self.state, self.record(), self.load(), self._held())
+        beat = Heartbeat(self._beat, self.state, record(self), load(self), held(self))
         subject = beat_subject(self.settings.cluster, self.role, self.settings.name, self.incarnation)
         try:
             await self.bus.publish(subject, self._codecs.beat.encode(beat))
         except BusError:
             return  # the next one is 250 ms away
 
-    def _held(self) -> dict[str, tuple[Held, ...]]:
-        rows = self.outbox.held()
-        for sequence in self.scheduler.sequences.values():
-            row = Held(sequence.work.stream_id, sequence.state, sequence.next_index)
-            rows.setdefault(sequence.work.gateway, []).append(row)
-        return {subject: tuple(held) for subject, held in rows.items()}
-
-    # -- what others see -------------------------------------------------------------------------------------
-
-    def record(self) -> WorkerRecord:
-        kv_format = self.runner.kv_format
-        return WorkerRecord(
-            role=self.role,
-            name=self.settings.name,
-            incarnation=self.incarnation,
-            pid=self._pid,
-            subject=self.subject,
-            model=self.model_name,
-            transport=self.transport.scheme,
-            address=WorkerAddress(self.incarnation, (self.transport.address,)),
-            kv_format_id=kv_format.format_id,
-            numerics_id=self.runner.numerics_id,
-            max_model_len=self.runner.max_model_len,
-            block_size=kv_format.block_size,
-            num_blocks=self.runner.num_blocks,
-            kv_token_bytes=kv_format.token_bytes,
-            debug_port=self.debug_port,
-        )
-
-    def load(self) -> Load:
-        scheduler = self.scheduler
-        return Load(
-            num_waiting=scheduler.num_waiting,
-            num_running=scheduler.num_running,
-            waiting_tokens=scheduler.waiting_tokens,
-            free_blocks=scheduler.memory.pool.num_free,
-            prefill_tokens_per_s=scheduler.chunk.tokens_per_s,
-            decode_step_s=self._step_s,
-            steps=self._steps,
-        )
-
-    def refresh_metrics(self) -> None:
-        """Bring gauges up to date before they are read."""
-        memory = self.scheduler.memory
-        self.metrics.queue.set(self.scheduler.num_waiting)
-        self.metrics.running.set(self.scheduler.num_running)
-        for state, count in memory.ledger.counts().items():
-            self.metrics.blocks.labels(state.value).set(count)
-        slots = self._slot_counts()
-        for name in get_args(SlotState):
-            self.metrics.slots.labels(name).set(slots.get(name, 0))
-        self.metrics.prefix_hits.inc(memory.hit_tokens - self._reported_hits)
-        self.metrics.prefix_queries.inc(memory.queried_tokens - self._reported_queries)
-        self._reported_hits, self._reported_queries = memory.hit_tokens, memory.queried_tokens
-
-    def blocks(self) -> dict[str, Any]:
-        """The ledger, for `GET /debug/blocks`."""
-        memory = self.scheduler.memory
-        return {
-            "role": self.role,
-            "incarnation": f"{self.incarnation:016x}",
-            "num_blocks": memory.pool.num_blocks,
-            "counts": {state.value: count for state, count in memory.ledger.counts().items()},
-            "holdings": memory.ledger.rows(now()),
-            "slots": self._slot_counts(),
-            "sequences": len(self.scheduler.sequences),
-            "streams": len(self.outbox),
-        }
-
-    def _slot_counts(self) -> dict[str, int]:
-        return dict(Counter(record.state for record in self.slots.snapshot()))
+    # -- health ----------------------------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
-        """Pool, ledger, slots and sequences agree. For tests and `/debug/blocks`."""
+        """Pool, ledger and slots agree. For tests and `/debug/blocks`."""
         self.scheduler.memory.check_integrity()
         self.slots.check_integrity()
 

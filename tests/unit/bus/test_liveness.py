@@ -180,6 +180,20 @@ def test_a_refusal_counts_only_for_a_suspect_and_not_after_an_outage() -> None:
     assert observer.gone == []
 
 
+def test_around_an_outage_nobody_is_suspected_and_no_old_suspicion_lives_on() -> None:
+    observer = heard(A, B)
+    observer.liveness.suspect(A, observer.now)
+    observer.liveness.bus_down(observer.now)
+    assert not observer.liveness.suspect(B, observer.now)
+    observer.liveness.bus_up(observer.now)
+    observer.run(BEAT_INTERVAL)  # B has not reconnected yet, so a request finds nobody
+    assert not observer.liveness.suspect(B, observer.now)
+    observer.liveness.refused(B)
+    observer.run(2 * BUS_GRACE, A, B)
+    assert observer.gone == []
+    assert observer.liveness.suspect(B, observer.now)
+
+
 def test_unknown_gone_and_forgotten_ones_are_not_suspected_and_get_no_verdict() -> None:
     observer = heard(A, B)
     assert not observer.liveness.suspect(0xDEAD, observer.now)

@@ -125,7 +125,7 @@ async def test_a_slow_client_costs_only_its_own_stream(tmp_path: Path) -> None:
         writer.transport.pause_reading()  # type: ignore[attr-defined]
         writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
         slow = (await worker.wait_for(DecodeRequest)).work
-        worker.accepted = says_all(worker)
+        worker.accepted = lambda work: None if work == slow else worker.say(work, TOKENS)
         index = 0
         async with asyncio.timeout(30):
             while not worker.got(Cancel):
@@ -232,7 +232,9 @@ async def test_garbage_on_the_bus_is_counted_and_disturbs_nothing(cluster: Clust
     response = await cluster.client.post("/v1/completions", json=completion())
     assert response.json()["choices"][0]["text"] == TEXT
     metrics = cluster.metrics
-    counted = sum(metrics.value("kvferry_wire_error_total", plane="bus", kind=k) for k in ("malformed", "unknown_version"))
+    counted = sum(
+        metrics.value("kvferry_wire_error_total", plane="bus", kind=k) for k in ("malformed", "unknown_version")
+    )
     assert counted == 11
 
 
@@ -374,7 +376,14 @@ async def test_ends_that_are_nobodys_fault_place_again_without_limit(cluster: Cl
 @pytest.mark.parametrize("reason", ["transfer_failed", "prefill_lost", "error"])
 async def test_the_third_failure_ends_the_request_in_a_clear_error(cluster: Cluster, stream: bool, reason: Any) -> None:
     worker = await cluster.worker("decode", "decode-0")
-    worker.accepted = lambda work: worker.publish(work, end=(reason, 0))
+
+    def fail(work: Work) -> None:
+        index = len(work.generated) // 4
+        worker.publish(work, [(index, TOKENS[index])])
+        # Later than the acceptance: before it, a stream's error would still be a 503.
+        asyncio.get_running_loop().call_later(0.02, worker.publish, work, (), (reason, index + 1))
+
+    worker.accepted = fail
     response = await cluster.client.post("/v1/completions", json=completion(stream=stream))
     assert len(worker.works) == 3
     if stream:
@@ -457,8 +466,7 @@ async def test_without_another_worker_the_stream_waits_with_comments_for_the_res
             async with asyncio.timeout(5):
                 while events.comments < 2:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
-            restarted = await cluster.worker("decode", "decode-0")
-            restarted.accepted = says_all(restarted)
+            await cluster.worker("decode", "decode-0", says_all)
             assert text_in(await rest) == TEXT[5:]
 
 

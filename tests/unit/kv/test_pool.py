@@ -1,6 +1,6 @@
 """Block pool: what is findable, what is evicted first, and what a failed call leaves behind."""
 
-import time  # noqa: TID251 - the speed of the real thing
+import time
 
 import numpy as np
 import pytest

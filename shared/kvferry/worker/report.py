@@ -1,0 +1,91 @@
+"""What others see of a worker: its record, its load, its sequences, its ledger, its gauges."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any, get_args
+
+from kvferry.runtime import now
+from kvferry.transport.slots import SlotPool, SlotState
+from kvferry.wire.messages import Held, Load, WorkerAddress, WorkerRecord
+
+if TYPE_CHECKING:
+    from kvferry.worker.worker import Worker
+
+
+def record(worker: Worker[Any]) -> WorkerRecord:
+    """What it is, fixed for its incarnation."""
+    kv_format = worker.runner.kv_format
+    return WorkerRecord(
+        role=worker.role,
+        name=worker.settings.name,
+        incarnation=worker.incarnation,
+        pid=worker.pid,
+        subject=worker.subject,
+        model=worker.model_name,
+        transport=worker.transport.scheme,
+        address=WorkerAddress(worker.incarnation, (worker.transport.address,)),
+        kv_format_id=kv_format.format_id,
+        numerics_id=worker.runner.numerics_id,
+        max_model_len=worker.runner.max_model_len,
+        block_size=kv_format.block_size,
+        num_blocks=worker.runner.num_blocks,
+        kv_token_bytes=kv_format.token_bytes,
+        debug_port=worker.debug_port,
+    )
+
+
+def load(worker: Worker[Any]) -> Load:
+    """What it is doing, for placement."""
+    scheduler = worker.scheduler
+    return Load(
+        num_waiting=scheduler.num_waiting,
+        num_running=scheduler.num_running,
+        waiting_tokens=scheduler.waiting_tokens,
+        free_blocks=scheduler.memory.pool.num_free,
+        prefill_tokens_per_s=scheduler.chunk.tokens_per_s,
+        decode_step_s=worker.step_s,
+        steps=worker.num_steps,
+    )
+
+
+def held(worker: Worker[Any]) -> dict[str, tuple[Held, ...]]:
+    """Its sequences and its unconfirmed ends, by gateway subject."""
+    rows = worker.outbox.held()
+    for sequence in worker.scheduler.sequences.values():
+        row = Held(sequence.work.stream_id, sequence.state, sequence.next_index)
+        rows.setdefault(sequence.work.gateway, []).append(row)
+    return {subject: tuple(held) for subject, held in rows.items()}
+
+
+def blocks(worker: Worker[Any]) -> dict[str, Any]:
+    """The ledger, for `GET /debug/blocks`."""
+    memory = worker.scheduler.memory
+    return {
+        "role": worker.role,
+        "incarnation": f"{worker.incarnation:016x}",
+        "num_blocks": memory.pool.num_blocks,
+        "counts": {state.value: count for state, count in memory.ledger.counts().items()},
+        "holdings": memory.ledger.rows(now()),
+        "slots": _slot_counts(worker.slots),
+        "sequences": len(worker.scheduler.sequences),
+        "streams": len(worker.outbox),
+    }
+
+
+def refresh_metrics(worker: Worker[Any]) -> None:
+    """Bring gauges, and counters that the hot path keeps as plain numbers, up to date before they are read."""
+    memory, metrics = worker.scheduler.memory, worker.metrics
+    metrics.queue.set(worker.scheduler.num_waiting)
+    metrics.running.set(worker.scheduler.num_running)
+    for state, count in memory.ledger.counts().items():
+        metrics.blocks.labels(state.value).set(count)
+    slots = _slot_counts(worker.slots)
+    for name in get_args(SlotState):
+        metrics.slots.labels(name).set(slots.get(name, 0))
+    metrics.prefix_hits.inc(memory.hit_tokens - metrics.value("kvferry_prefix_cache_hit_token_total"))
+    metrics.prefix_queries.inc(memory.queried_tokens - metrics.value("kvferry_prefix_cache_query_token_total"))
+
+
+def _slot_counts(slots: SlotPool) -> dict[str, int]:
+    return dict(Counter(record.state for record in slots.snapshot()))

@@ -1,0 +1,79 @@
+"""The books of real workers, read over HTTP: at rest nobody holds a block, a slot or a stream."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from urllib.parse import urlsplit
+
+from bench.client import RequestError, request_json
+from stack import Stack
+
+from kvferry.runtime import blocking_clock
+
+HOST = "127.0.0.1"
+POLL_S = 0.02
+HTTP_TIMEOUT_S = 2.0
+
+Books = dict[str, Any]  # a document of /debug/blocks
+Row = dict[str, Any]  # of /v1/cluster
+
+
+def violations(books: Books) -> list[str]:
+    """In words, what a worker at rest should not have."""
+    counts, slots = books["counts"], books["slots"]
+    found = [
+        *(
+            f"{count} blocks are {state}"
+            for state, count in counts.items()
+            if count and state not in ("free", "cached")
+        ),
+        *(f"{count} slots are {state}" for state, count in slots.items() if count and state != "free"),
+        *(f"attempt {row['attempt']} holds {row['num_blocks']} blocks" for row in books["holdings"]),
+    ]
+    if (idle := counts["free"] + counts["cached"]) != books["num_blocks"]:
+        found.append(f"{idle} of {books['num_blocks']} blocks are free or cached")
+    found += [f"{books[kind]} {kind} are left" for kind in ("sequences", "streams") if books[kind]]
+    return found
+
+
+async def cluster(stack: Stack) -> list[Row]:
+    """The workers' rows of /v1/cluster."""
+    document = await request_json(HOST, port_of(stack), "/v1/cluster", HTTP_TIMEOUT_S)
+    return [row for row in document["workers"] if row["role"] in ("prefill", "decode")]
+
+
+def port_of(stack: Stack) -> int:
+    port = urlsplit(stack.url).port
+    assert port is not None
+    return port
+
+
+async def whole(stack: Stack, num_workers: int, seconds: float = 60.0) -> list[Row]:
+    """Wait until a gateway sees so many workers, all ready and heard of late."""
+    deadline = blocking_clock() + seconds
+    while True:
+        try:
+            rows = await cluster(stack)
+        except (OSError, RequestError, TimeoutError):
+            rows = []  # the gateway itself is being restarted
+        if len(rows) == num_workers and all(row["state"] == "ready" and row["silent_s"] < 1 for row in rows):
+            return rows
+        assert blocking_clock() < deadline, f"not whole: {[(row['name'], row['state']) for row in rows]}"
+        await asyncio.sleep(POLL_S)
+
+
+async def books_of(row: Row) -> Books:
+    books: Books = await request_json(HOST, row["debug_port"], "/debug/blocks", HTTP_TIMEOUT_S)
+    return books
+
+
+async def seconds_until_clean(rows: list[Row], since: float, limit: float) -> float:
+    """Seconds from `since` until no worker of `rows` holds anything. Fails after `limit`, naming what is held."""
+    while True:
+        found = [f"{row['name']}: {problem}" for row in rows for problem in violations(await books_of(row))]
+        passed = blocking_clock() - since
+        if not found:
+            return passed
+        assert passed <= limit, f"after {passed:.2f} s: " + "; ".join(found)
+        await asyncio.sleep(POLL_S)

@@ -1,0 +1,494 @@
+"""Workers, bus and gateway killed, frozen and drained under running requests, as real processes.
+
+Two prefill and two decode workers. Every token id is heard on the bus (`watch.py`), so "none lost, none twice" is
+about tokens and not about text; the client's text must be exactly theirs, and the reference pass judges it whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench.client import RequestError, Stream, stream
+from bench.prompts import Prompts
+from books import HOST, Books, Row, books_of, cluster, port_of, seconds_until_clean, violations, whole
+from stack import Stack
+from tokenizers import Tokenizer
+from watch import Request, Watch, bus_of
+
+from kvferry.engine.reference import ReferencePass
+from kvferry.engine.torch_runner import EngineSettings, TorchRunner
+from kvferry.runtime import blocking_clock
+
+MAX_MODEL_LEN = 2048
+NEW_PAIR_S = 2.0  # from a kill until a new pair has accepted
+SHORT_PAUSE_S = 2.5  # from a kill until the next token: at most 256 tokens of context and an idle survivor
+CANCELLED_S = 1.0  # from a client's disconnect until all blocks are free
+GATEWAY_GONE_S = 5.0  # from a gateway's kill until all of its blocks are free
+SETTLE_S = 3.0  # for the books after a test
+SHORT, LONG = 96, 1500  # prompt tokens
+NEVER = "\x00never"  # a stop string that no text holds: the stop path runs, and nothing is cut
+
+GREEDY = {"temperature": 0.0}
+SEEDED = {"temperature": 0.8, "top_p": 0.95, "seed": 11}
+STOPPING = {"temperature": 0.7, "top_k": 40, "seed": 5, "stop": [NEVER, "\x00also"]}
+
+
+@dataclass
+class Running:
+    """A request under way: what its client has so far, and the task that reads on."""
+
+    label: str
+    max_tokens: int
+    task: asyncio.Task[Stream]
+    so_far: Stream = field(default_factory=lambda: Stream(0.0))
+
+
+@dataclass
+class Scene:
+    """A whole stack, its workers, an ear on its bus, and a judge of its texts."""
+
+    stack: Stack
+    watch: Watch
+    rows: list[Row]  # of the workers, as the test began
+    prompts: Prompts
+    judge: ReferencePass
+    tokenizer: Tokenizer
+    started: list[Running] = field(default_factory=list)
+
+    def start(self, tokens: int, max_tokens: int, **fields: Any) -> Running:
+        """Stream a completion of a fresh prompt. It generates exactly `max_tokens`."""
+        label = f"r{len(self.started)}"
+        body = {
+            "model": "smollm2", "prompt": self.prompts.tokens(tokens), "max_tokens": max_tokens,
+            "ignore_eos": True, **fields,
+        }  # fmt: skip
+        so_far = Stream(0.0)
+        reading = stream(HOST, port_of(self.stack), "/v1/completions", body, request_id=label, into=so_far)
+        running = Running(label, max_tokens, asyncio.create_task(reading), so_far)
+        self.started.append(running)
+        return running
+
+    def row(self, request: Request, role: str) -> Row:
+        """The worker of a role that a request is on."""
+        incarnation = f"{request.last.workers[role]:016x}"
+        return next(row for row in self.rows if row["incarnation"] == incarnation)
+
+    async def complete(self, running: Running) -> Request:
+        """Read a stream to its [DONE] and hold it to all that is promised of it."""
+        async with asyncio.timeout(90):
+            answer = await running.task
+        await self.watch.given(running.label, running.max_tokens)
+        request = self.watch.requests[running.label]
+        tokens = request.tokens
+        assert len(tokens) == running.max_tokens
+        assert answer.usage is not None
+        assert answer.usage["completion_tokens"] == running.max_tokens
+        assert answer.finish_reason == "length"
+        assert answer.text == self.tokenizer.decode(tokens)
+        verdict = await asyncio.to_thread(self.judge.check, request.prompt, tokens, request.sampling, request.choice)
+        assert verdict.accepted, f"a token is {verdict.largest_gap:.2f} logit off"
+        return request
+
+    def new_pair_after(self, request: Request, moment: float) -> float:
+        """Seconds until a placement after `moment` was accepted. Raises AssertionError if there was none."""
+        later = [
+            a.accepted_at for a in request.attempts.values() if a.accepted_at is not None and a.accepted_at > moment
+        ]
+        assert later, "it was not placed again"
+        return min(later) - moment
+
+
+def pause_after(running: Running, moment: float) -> float:
+    """Seconds from `moment` until the client had its next text."""
+    return next(arrival for arrival in running.so_far.arrivals if arrival > moment) - moment
+
+
+def send(row: Row, number: signal.Signals) -> float:
+    """Send a signal; returns when."""
+    os.kill(row["pid"], number)
+    return blocking_clock()
+
+
+@contextmanager
+def frozen(row: Row) -> Iterator[float]:
+    """SIGSTOP for the block, SIGCONT after it."""
+    moment = send(row, signal.SIGSTOP)
+    try:
+        yield moment
+    finally:
+        os.kill(row["pid"], signal.SIGCONT)
+
+
+def pid_of(stack: Stack, program: str) -> int:
+    return next(
+        pid for pid, command in stack.processes().items() if program in command and "kvferry_local" not in command
+    )
+
+
+@pytest.fixture(scope="module")
+def fleet(flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Two prefill and two decode workers; no prompt is prefilled on a decode worker by choice."""
+    environ = {"KVFERRY_LOCAL_PREFILL_THRESHOLD": "0"}
+    stack = Stack(tmp_path_factory.mktemp("fleet"), *flags, "--prefill", "2", "--decode", "2", environ=environ)
+    try:
+        yield stack.start()
+    finally:
+        stack.close()
+
+
+@pytest.fixture(scope="module")
+def judge(model_dir: Path) -> Iterator[ReferencePass]:
+    runner = TorchRunner(
+        EngineSettings(model_dir, num_blocks=MAX_MODEL_LEN // 16, block_size=16, max_model_len=MAX_MODEL_LEN, threads=1)
+    )
+    yield ReferencePass(runner)
+    runner.close()
+
+
+@pytest.fixture(scope="module")
+def prompts(model_dir: Path) -> Prompts:
+    return Prompts(model_dir, seed=7)
+
+
+async def set_scene(
+    stack: Stack, num_workers: int, model_dir: Path, prompts: Prompts, judge: ReferencePass
+) -> AsyncIterator[Scene]:
+    """A whole stack for one test; afterwards it is whole again, and at rest its books are clean."""
+    rows = await whole(stack, num_workers)
+    await seconds_until_clean(rows, blocking_clock(), SETTLE_S)
+    async with bus_of(stack.facts) as bus:
+        watch = Watch(bus, stack.facts.cluster)
+        await watch.start()
+        tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+        scene = Scene(stack, watch, rows, prompts, judge, tokenizer)
+        try:
+            yield scene
+        finally:
+            for running in scene.started:
+                running.task.cancel()
+            await asyncio.gather(*(running.task for running in scene.started), return_exceptions=True)
+    rows = await whole(stack, num_workers)
+    await seconds_until_clean(rows, blocking_clock(), SETTLE_S)
+    assert "Traceback" not in stack.log.read_text()
+
+
+@pytest.fixture
+async def scene(fleet: Stack, model_dir: Path, prompts: Prompts, judge: ReferencePass) -> AsyncIterator[Scene]:
+    async for scene in set_scene(fleet, 4, model_dir, prompts, judge):
+        yield scene
+
+
+@pytest.fixture
+async def lone_pair(stack: Stack, model_dir: Path, prompts: Prompts, judge: ReferencePass) -> AsyncIterator[Scene]:
+    async for scene in set_scene(stack, 2, model_dir, prompts, judge):
+        yield scene
+
+
+# -- the checks themselves can fail ----------------------------------------------------------------------------
+
+
+async def test_the_check_of_the_books_sees_what_is_held(scene: Scene) -> None:
+    clean = await books_of(scene.rows[0])
+    assert violations(clean) == []
+    total = clean["num_blocks"]
+
+    def planted(**changes: Any) -> Books:
+        return {**deepcopy(clean), **changes}
+
+    leaks: list[Books] = [
+        planted(counts={**clean["counts"], "held": 3}),
+        planted(counts={"free": total - 1, "cached": 0}),
+        planted(slots={"free": 15, "retired": 1}),
+        planted(holdings=[{"attempt": 1, "num_blocks": 2}]),
+        planted(sequences=1),
+        planted(streams=1),
+    ]
+    assert all(violations(books) for books in leaks)
+    running = scene.start(SHORT, 200)
+    request = await scene.watch.given(running.label, 5)
+    held = violations(await books_of(scene.row(request, "decode")))
+    assert any("blocks are running" in problem for problem in held)
+    with pytest.raises(AssertionError, match="blocks are running"):
+        await seconds_until_clean(scene.rows, blocking_clock(), 0.1)
+
+
+async def test_the_judge_refuses_a_token_that_was_swapped(scene: Scene) -> None:
+    request = await scene.complete(scene.start(SHORT, 16, **GREEDY))
+    swapped = request.tokens
+    swapped[8] = (swapped[8] + 1) % 49152
+    assert not scene.judge.check(request.prompt, swapped, request.sampling, 0).accepted
+
+
+# -- a decode worker is killed ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sampling", "moment"),
+    [(GREEDY, 1), (SEEDED, 24), (STOPPING, 70)],
+    ids=["greedy, with its first token", "seeded, in mid-stream", "seeded with stop strings, near its end"],
+)
+async def test_a_decode_worker_is_killed_under_a_short_stream(
+    scene: Scene, sampling: dict[str, Any], moment: int, record_property: Any
+) -> None:
+    running = scene.start(SHORT, 80, **sampling)
+    request = await scene.watch.given(running.label, moment)
+    killed = send(scene.row(request, "decode"), signal.SIGKILL)
+    await scene.complete(running)
+    pair_s, pause_s = scene.new_pair_after(request, killed), pause_after(running, killed)
+    record_property("new_pair_s", pair_s)
+    record_property("pause_s", pause_s)
+    assert pair_s <= NEW_PAIR_S
+    assert pause_s <= SHORT_PAUSE_S
+
+
+async def test_a_decode_worker_is_killed_under_several_streams_while_one_is_fetched(
+    scene: Scene, record_property: Any
+) -> None:
+    streams = [scene.start(SHORT, 120, **sampling) for sampling in (GREEDY, SEEDED, STOPPING)]
+    for running in streams:
+        await scene.watch.given(running.label, 4)
+    streams.append(scene.start(LONG // 2, 16, **SEEDED))
+    late = await scene.watch.accepted(streams[-1].label)
+    victim = scene.row(late, "decode")
+    while not (await books_of(victim))["counts"]["fetching"]:
+        assert late.last.accepted_at is not None
+        assert blocking_clock() < late.last.accepted_at + 20
+        await asyncio.sleep(0.01)
+    hit = [r for r in streams if scene.watch.requests[r.label].on(int(victim["incarnation"], 16))]
+    killed = send(victim, signal.SIGKILL)
+    requests = [await scene.complete(running) for running in streams]
+    pairs = [scene.new_pair_after(r, killed) for r, running in zip(requests, streams, strict=True) if running in hit]
+    assert len(pairs) >= 2  # the late one, and one that was running there
+    record_property("new_pair_s", max(pairs))
+    assert max(pairs) <= NEW_PAIR_S
+    assert all(len(r.attempts) == 1 for r, running in zip(requests, streams, strict=True) if running not in hit)
+
+
+# -- a prefill worker is killed --------------------------------------------------------------------------------
+
+
+async def test_a_prefill_worker_is_killed_while_it_computes_and_holds_a_queue(
+    scene: Scene, record_property: Any
+) -> None:
+    running = [scene.start(LONG, 6, **sampling) for sampling in (GREEDY, SEEDED, STOPPING)]
+    requests = [await scene.watch.accepted(r.label) for r in running]
+    places = [request.last.workers["prefill"] for request in requests]
+    crowded = max(set(places), key=places.count)
+    hit = [request for request, place in zip(requests, places, strict=True) if place == crowded]
+    assert len(hit) == 2  # one computing, one queued
+    killed = send(scene.row(hit[0], "prefill"), signal.SIGKILL)
+    assert not any(request.last.tokens for request in hit)
+    for r in running:
+        await scene.complete(r)
+    pair_s = max(scene.new_pair_after(request, killed) for request in hit)
+    record_property("new_pair_s", pair_s)
+    assert pair_s <= NEW_PAIR_S
+
+
+@pytest.mark.parametrize("moment", ["in mid-stream of the KV", "right after its first token"])
+async def test_a_prefill_worker_is_killed_while_it_sends(scene: Scene, moment: str, record_property: Any) -> None:
+    running = scene.start(LONG, 8, **SEEDED)
+    request = await scene.watch.accepted(running.label)
+    if moment == "in mid-stream of the KV":
+        decode = scene.row(request, "decode")
+        while not (await books_of(decode))["counts"]["fetching"]:
+            assert not running.task.done()
+            await asyncio.sleep(0.01)
+        assert not request.last.tokens
+    else:
+        await scene.watch.given(running.label, 1)
+    killed = send(scene.row(request, "prefill"), signal.SIGKILL)
+    await scene.complete(running)
+    if len(request.attempts) == 1:
+        # All of its KV had arrived: once D runs, P's death changes nothing.
+        assert moment == "right after its first token"
+        return
+    pair_s = scene.new_pair_after(request, killed)
+    record_property("new_pair_s", pair_s)
+    assert pair_s <= NEW_PAIR_S
+
+
+# -- frozen, then continued ------------------------------------------------------------------------------------
+
+
+async def test_a_frozen_decode_worker_counts_as_killed_and_is_fenced_off(scene: Scene, record_property: Any) -> None:
+    running = scene.start(SHORT, 80, **SEEDED)
+    request = await scene.watch.given(running.label, 10)
+    row = scene.row(request, "decode")
+    incarnation = int(row["incarnation"], 16)
+    with frozen(row) as moment:
+        await scene.watch.accepted(running.label, attempts=2)
+        pair_s = scene.new_pair_after(request, moment)
+        await scene.watch.until(lambda: len(request.last.tokens) > 8)
+        beats = scene.watch.beats[incarnation]
+    thawed = blocking_clock()
+    await scene.watch.until(lambda: scene.watch.beats[incarnation] > beats + 1)  # it speaks again
+    freed_s = await seconds_until_clean([row], thawed, CANCELLED_S)
+    await scene.complete(running)
+    assert pause_after(running, moment) <= SHORT_PAUSE_S
+    record_property("new_pair_s", pair_s)
+    record_property("pause_s", pause_after(running, moment))
+    record_property("freed_s", freed_s)
+    assert pair_s <= NEW_PAIR_S
+    assert len(request.attempts) == 2
+    assert row["pid"] in {back["pid"] for back in await whole(scene.stack, 4)}  # it was not restarted
+
+
+async def test_a_frozen_prefill_worker_counts_as_killed_and_is_fenced_off(scene: Scene, record_property: Any) -> None:
+    running = scene.start(LONG, 8, **GREEDY)
+    request = await scene.watch.accepted(running.label)
+    row = scene.row(request, "prefill")
+    incarnation = int(row["incarnation"], 16)
+    first = request.last
+    with frozen(row) as moment:
+        assert not first.tokens
+        await scene.watch.accepted(running.label, attempts=2)
+        pair_s = scene.new_pair_after(request, moment)
+        beats = scene.watch.beats[incarnation]
+    thawed = blocking_clock()
+    await scene.watch.until(lambda: scene.watch.beats[incarnation] > beats + 1)
+    freed_s = await seconds_until_clean([row], thawed, CANCELLED_S)
+    await scene.complete(running)
+    record_property("new_pair_s", pair_s)
+    record_property("freed_s", freed_s)
+    assert pair_s <= NEW_PAIR_S
+    assert not first.tokens  # it did not compute to the end for nobody
+    assert row["pid"] in {back["pid"] for back in await whole(scene.stack, 4)}
+
+
+# -- asked to go -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["decode", "prefill"])
+async def test_a_worker_that_is_asked_to_end_drains_under_its_streams(scene: Scene, role: str) -> None:
+    running = scene.start(SHORT, 60, **GREEDY) if role == "decode" else scene.start(LONG, 8, **GREEDY)
+    request = await scene.watch.accepted(running.label)
+    if role == "decode":
+        await scene.watch.given(running.label, 8)
+    row = scene.row(request, role)
+    send(row, signal.SIGTERM)
+    await scene.complete(running)
+    while row["incarnation"] in {back["incarnation"] for back in await cluster(scene.stack)}:
+        await asyncio.sleep(0.05)
+    await whole(scene.stack, 4)
+
+
+# -- the client goes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", ["queued or computing", "fetching", "running"])
+async def test_a_client_disconnects_and_all_blocks_are_free_within_a_second(
+    scene: Scene, phase: str, record_property: Any
+) -> None:
+    match phase:
+        case "queued or computing":
+            running = [scene.start(LONG, 50) for _ in range(3)]
+            for r in running:
+                await scene.watch.accepted(r.label)
+        case "fetching":
+            running = [scene.start(LONG, 50)]
+            row = scene.row(await scene.watch.accepted(running[0].label), "decode")
+            while not (await books_of(row))["counts"]["fetching"]:
+                await asyncio.sleep(0.01)
+        case _:
+            running = [scene.start(SHORT, 400), scene.start(SHORT, 400, **SEEDED)]
+            for r in running:
+                await scene.watch.given(r.label, 10)
+    assert any([violations(await books_of(row)) for row in scene.rows])
+    for r in running:
+        assert not r.task.done()
+        r.task.cancel()  # closes its connection
+    freed_s = await seconds_until_clean(scene.rows, blocking_clock(), CANCELLED_S)
+    record_property("freed_s", freed_s)
+
+
+# -- the bus and the gateway -----------------------------------------------------------------------------------
+
+
+async def test_streams_go_on_when_nats_is_killed_and_restarted(scene: Scene, record_property: Any) -> None:
+    streams = [scene.start(SHORT, 150, **GREEDY), scene.start(SHORT, 150, **SEEDED)]
+    for running in streams:
+        await scene.watch.given(running.label, 10)
+    killed = blocking_clock()
+    os.kill(pid_of(scene.stack, "nats-server"), signal.SIGKILL)
+    async with asyncio.timeout(60):
+        answers = await asyncio.gather(*(running.task for running in streams))
+    pauses = [pause_after(running, killed) for running in streams]
+    record_property("pause_s", max(pauses))
+    for answer in answers:
+        assert answer.usage is not None
+        assert answer.usage["completion_tokens"] == 150
+    await whole(scene.stack, 4)
+    await scene.complete(scene.start(SHORT, 8, **GREEDY))
+
+
+async def test_workers_free_what_a_killed_gateway_had(scene: Scene, record_property: Any) -> None:
+    running = [scene.start(SHORT, 800, **GREEDY), scene.start(LONG, 100, **SEEDED)]
+    await scene.watch.given(running[0].label, 5)
+    await scene.watch.accepted(running[1].label)
+    assert any([violations(await books_of(row)) for row in scene.rows])
+    killed = blocking_clock()
+    os.kill(pid_of(scene.stack, "kvferry_gateway"), signal.SIGKILL)
+    freed_s = await seconds_until_clean(scene.rows, killed, GATEWAY_GONE_S)
+    record_property("freed_s", freed_s)
+    for r in running:
+        with pytest.raises((RequestError, OSError, asyncio.IncompleteReadError)):
+            await r.task
+    assert [row["pid"] for row in await whole(scene.stack, 4)] != []
+    await scene.complete(scene.start(SHORT, 8, **GREEDY))
+
+
+async def test_with_one_of_each_a_stream_waits_for_the_restart(lone_pair: Scene, record_property: Any) -> None:
+    running = lone_pair.start(SHORT, 40, **SEEDED)
+    request = await lone_pair.watch.given(running.label, 10)
+    killed = send(lone_pair.row(request, "decode"), signal.SIGKILL)
+    await lone_pair.complete(running)
+    record_property("pause_s", pause_after(running, killed))
+    assert len({attempt.workers["decode"] for attempt in request.attempts.values()}) == 2
+
+
+# -- ports -----------------------------------------------------------------------------------------------------
+
+
+def test_every_port_is_a_known_one_and_bound_to_this_machine(fleet: Stack) -> None:
+    listening = listeners(fleet.processes())
+    rows = fleet.workers()
+    known = {int(row["address"][0].rsplit(":", 1)[1]) for row in rows} | {row["debug_port"] for row in rows}
+    known |= {port_of(fleet), int(fleet.facts.nats_url.rsplit(":", 1)[1])}
+    assert {port for _, port in listening} == known
+    assert {address for address, _ in listening} == {"127.0.0.1"}
+
+
+def test_a_port_that_is_open_to_all_would_be_seen() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as planted:
+        assert ("0.0.0.0", planted.getsockname()[1]) in listeners([os.getpid()])
+
+
+def listeners(pids: Any) -> set[tuple[str, int]]:
+    """(address, port) of every listening TCP socket of these processes: what `ss -ltnp` shows of them."""
+    sockets = set()
+    for pid in pids:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                sockets.add(entry.readlink().name)
+            except FileNotFoundError:
+                continue
+    found = set()
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in sockets:
+                address, port = local.split(":")
+                words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
+                found.add((socket.inet_ntop(family, b"".join(words)), int(port, 16)))
+    return found

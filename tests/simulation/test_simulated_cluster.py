@@ -1,0 +1,288 @@
+"""A cluster of real workers and gateways in one process, on a virtual clock: what clients get, come what may.
+
+Every scenario ends in the same check: each stream has exactly its tokens, none lost and none twice, every
+worker's blocks, slots and books are clean, and no table of a gateway remembers anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from cluster import all_free, settled
+from disturbances import CANCEL_TO_FREE_S, chance_of, holds, needing, replaced
+from gateway_core import Call
+from planes import NOISE
+from processes import run_as
+from workload import MODEL, requests
+from world import World, check_exact, check_prefix, remembers, simulate
+
+from kvferry.runtime import now
+
+FREE_AFTER_GATEWAY_S = 5.0  # from a gateway's end
+
+
+def total(world: World, name: str, **labels: str) -> float:
+    """The sum of a metric over all workers that live."""
+    return sum(worker.metrics.value(name, **labels) for worker in world.workers)
+
+
+def seen(world: World, name: str, **labels: str) -> float:
+    """The sum of a metric over all gateways that live."""
+    return sum(core.fleet.metrics.value(name, **labels) for core in world.cores)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_hundred_requests_get_exactly_their_tokens(seed: int) -> None:
+    async def scenario(world: World) -> None:
+        await world.start(prefill=2, decode=2, gateways=2)
+        await world.offer(requests(seed, 100))
+        await world.all_over()
+        check_exact(world.calls)
+        assert len(world.calls) == 100
+        assert sum(call.refusals for call in world.calls) == 0
+        assert seen(world, "kvferry_token_mismatch_total") == 0
+        # Otherwise the scenario would not show what it is for.
+        assert total(world, "kvferry_pull_total", outcome="received") >= 40
+        assert seen(world, "kvferry_placement_total", kind="local") >= 20
+        assert sum(worker.scheduler.memory.hit_tokens for worker in world.workers) > 1000
+
+    simulate(seed, scenario)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_messages_lost_doubled_late_and_out_of_order_change_nothing(seed: int) -> None:
+    async def scenario(world: World) -> None:
+        await world.start(prefill=2, decode=2, gateways=2)
+        world.broker.faults = NOISE
+        await world.offer(requests(seed, 50))
+        await world.all_over()
+        check_exact(world.calls)
+        counters = world.broker.counters
+        assert min(counters.lost, counters.duplicated, counters.reordered) > 10
+        assert seen(world, "kvferry_resend_total", cause="gap") > 0
+
+    simulate(seed, scenario)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_when_a_worker_is_killed_its_requests_have_a_new_pair_within_2_s_and_lose_no_token(seed: int) -> None:
+    async def scenario(world: World) -> None:
+        chance = chance_of(seed)
+        await world.start(prefill=2, decode=2, gateways=2)
+        offering = asyncio.create_task(world.offer(requests(seed, 50)))
+        await asyncio.sleep(chance.uniform(0.2, 4.0))
+        victim = chance.choice(world.workers)
+        await settled(lambda: bool(needing(world, victim)), within=5.0)
+        affected = needing(world, victim)
+        await world.kill(victim)
+        await replaced(affected)
+        await offering
+        await world.all_over()
+        check_exact(world.calls)
+
+    simulate(seed, scenario)
+
+
+@pytest.mark.parametrize("deaf", [False, True], ids=["heard", "dropped"])
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_a_worker_says_after_a_freeze_reaches_no_client(seed: int, role: str, deaf: bool) -> None:
+    """It finds the fence in its queue when it wakes; or speaks first, because the server dropped that."""
+
+    async def scenario(world: World) -> None:
+        chance = chance_of(seed)
+        await world.start(prefill=2, decode=2, gateways=2)
+        offering = asyncio.create_task(world.offer(requests(seed, 50)))
+        await asyncio.sleep(chance.uniform(0.2, 3.0))
+        victim = chance.choice([worker for worker in world.workers if worker.role == role])
+        await settled(lambda: bool(needing(world, victim)) and victim.scheduler.num_running > 0, within=5.0)
+        affected = needing(world, victim)
+        world.freeze(victim.settings.name, deaf=deaf)
+        await replaced(affected)
+        await asyncio.sleep(chance.uniform(0.0, 4.0))
+        late = seen(world, "kvferry_late_row_total")
+        world.thaw(victim.settings.name)
+        if role == "decode" and deaf:
+            await settled(lambda: seen(world, "kvferry_late_row_total") > late, within=1.0)
+        await settled(lambda: not any(holds(victim, attempt) for _, attempt in affected), within=2.0)
+        await offering
+        await world.all_over()
+        check_exact(world.calls)
+        assert all(len(core.fleet.registry) == 4 for core in world.cores), "it serves again"
+
+    simulate(seed, scenario)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_with_one_pair_the_streams_wait_for_the_restart(seed: int) -> None:
+    async def scenario(world: World) -> None:
+        chance = chance_of(seed)
+        await world.start(prefill=1, decode=1)
+        offering = asyncio.create_task(world.offer(requests(seed, 40)))
+        await asyncio.sleep(chance.uniform(0.2, 3.0))
+        victim = world.workers[seed % 2]
+        await settled(lambda: bool(needing(world, victim)), within=5.0)
+        await world.kill(victim)
+        await asyncio.sleep(chance.uniform(1.0, 5.0))
+        start = world.prefill if victim.role == "prefill" else world.decode
+        await start(victim.settings.name)
+        await offering
+        await world.all_over()
+        check_exact(world.calls)
+
+    simulate(seed, scenario)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_when_clients_leave_their_blocks_are_free_within_1_s(seed: int) -> None:
+    async def scenario(world: World) -> None:
+        chance = chance_of(seed)
+        await world.start(prefill=2, decode=2, gateways=2)
+        offering = asyncio.create_task(world.offer(requests(seed, 60)))
+
+        async def leave(call: Call) -> None:
+            attempt = None if call.stream is None else call.stream.attempt
+            await run_as("client", _lost(call))
+            if attempt is not None:
+                await settled(lambda: not any(holds(worker, attempt) for worker in world.workers), CANCEL_TO_FREE_S)
+
+        leaving: list[tuple[Call, asyncio.Task[None]]] = []
+        while not offering.done():
+            await asyncio.sleep(chance.uniform(0.02, 0.2))
+            if staying := [call for call in world.calls if call.outcome == "open" and not call.client.lost]:
+                call = chance.choice(staying)
+                leaving.append((call, asyncio.create_task(leave(call))))
+        await offering
+        await asyncio.gather(*(task for _, task in leaving))
+        await world.all_over()
+        assert len(leaving) >= 15
+        assert all(call.outcome == "client_gone" for call, _ in leaving)
+        for call, _ in leaving:
+            check_prefix(call)
+        check_exact([call for call in world.calls if not call.client.lost])
+
+    simulate(seed, scenario)
+
+
+async def _lost(call: Call) -> None:
+    call.client.note_lost()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bad_kv_frames_never_reach_a_sequence(seed: int) -> None:
+    async def scenario(world: World) -> None:
+        await world.start(prefill=2, decode=2)
+        world.network.faults.corruption = 0.06
+        await world.offer(requests(seed, 60))
+        await world.all_over()
+        check_exact(world.calls)
+        assert world.network.faults.applied > 0
+        kinds = ("checksum", "header", "short", "long")
+        counted = sum(total(world, "kvferry_transfer_failure_total", kind=kind) for kind in kinds)
+        assert 0 < counted <= world.network.faults.applied, "the rest came when its pull was over"
+
+    simulate(seed, scenario)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pools_that_are_far_too_small_for_the_load_delay_it_and_nothing_else(seed: int) -> None:
+    async def scenario(world: World) -> None:
+        small = replace(MODEL, num_blocks=20)  # 320 tokens
+        for number in range(2):
+            await world.prefill(f"prefill-{number}", small)
+            await world.decode(f"decode-{number}", small)
+        await world.start(prefill=0, decode=0, gateways=2)
+        # 60 % of a pool is the longest prompt, and its output must fit, too.
+        await world.offer(requests(seed, 50, max_prompt=192, seconds=0.5))
+        await world.all_over()
+        check_exact(world.calls)
+        assert total(world, "kvferry_preemption_total") > 0
+
+    simulate(seed, scenario)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_when_a_gateway_is_killed_its_blocks_are_free_within_5_s_and_the_others_streams_go_on(seed: int) -> None:
+    async def scenario(world: World) -> None:
+        chance = chance_of(seed)
+        await world.start(prefill=2, decode=2, gateways=2)
+        # All requests are there before the kill: the rest of the load could hide what is left.
+        await world.offer(requests(seed, 40, seconds=1.0))
+        await asyncio.sleep(chance.uniform(0.0, 0.5))
+        victim = world.cores[seed % 2]
+        attempts = [a for call in victim.calls.values() if call.outcome == "open" and (a := call.stream.attempt)]
+        assert any(holds(worker, attempt) for worker in world.workers for attempt in attempts)
+        await world.kill_gateway(victim)
+        await settled(
+            lambda: not any(holds(worker, attempt) for worker in world.workers for attempt in attempts),
+            within=FREE_AFTER_GATEWAY_S,
+        )
+        await world.all_over()
+        check_exact([call for call in world.calls if call.outcome != "gateway_gone"])
+        assert all(call.outcome in ("gateway_gone", "stop", "length") for call in victim.calls.values())
+
+    simulate(seed, scenario)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_streams_go_on_when_the_bus_was_away_for_3_s(seed: int) -> None:
+    async def scenario(world: World) -> None:
+        chance = chance_of(seed)
+        await world.start(prefill=2, decode=2, gateways=2)
+        offering = asyncio.create_task(world.offer(requests(seed, 50)))
+        await asyncio.sleep(chance.uniform(0.2, 3.0))
+        world.broker.stop()
+        await asyncio.sleep(3.0)
+        world.broker.restart()
+        back = now()
+        await settled(lambda: all(worker.bus.connected for worker in world.workers), within=1.5)
+        await offering
+        await world.all_over()
+        check_exact(world.calls)
+        assert now() - back < 10.0
+        assert seen(world, "kvferry_worker_gone_total") == 0, "nobody was judged while nobody could be heard"
+
+    simulate(seed, scenario)
+
+
+def test_the_end_of_a_scenario_notices_a_worker_that_remembers_an_ended_request() -> None:
+    """Negative control of `simulate`."""
+
+    async def scenario(world: World) -> None:
+        await world.start(prefill=1, decode=1)
+        deaf = world.workers[1]
+        deaf.outbox.acknowledge = lambda gateway, streams: None  # type: ignore[method-assign]
+        deaf.outbox.close = lambda work: None  # type: ignore[method-assign]
+        await world.offer(requests(1, 5))
+        await world.all_over()
+        check_exact(world.calls)
+        assert remembers(deaf)
+        assert all_free(*world.workers)
+
+    with pytest.raises(AssertionError, match="not within"):
+        simulate(1, scenario)
+
+
+def test_one_flipped_bit_of_kv_that_no_checksum_sees_fails_the_check() -> None:
+    """Negative control of `check_exact`: the bit is flipped in P's blocks' copy before the frame is sealed."""
+
+    async def scenario(world: World) -> None:
+        await world.start(prefill=1, decode=1)
+        runner = world.workers[0].runner
+        gather = runner.gather
+
+        def flipping(piece: object, block_table: object, out: memoryview) -> None:
+            gather(piece, block_table, out)  # type: ignore[arg-type]
+            out[len(out) // 2] ^= 1
+            runner.gather = gather  # type: ignore[method-assign]  # once
+
+        runner.gather = flipping  # type: ignore[method-assign, assignment]
+        await world.offer(requests(1, 20))
+        await world.all_over()
+        with pytest.raises(AssertionError, match="instead of"):
+            check_exact(world.calls)
+        assert total(world, "kvferry_transfer_failure_total") == 0
+
+    simulate(1, scenario)
