@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,9 @@ class Scene:
 
 
 def pause_after(running: Running, moment: float) -> float:
-    """Seconds from `moment` until the client had its next text."""
-    return next(arrival for arrival in running.so_far.arrivals if arrival > moment) - moment
+    """The longest time after `moment` for which the client had no new text, in seconds."""
+    later = [moment, *(arrival for arrival in running.so_far.arrivals if arrival > moment)]
+    return max(after - before for before, after in pairwise(later))
 
 
 def send(row: Row, number: signal.Signals) -> float:

@@ -196,7 +196,7 @@ class Completions:
         except TimeoutError:
             self._too_slow(connection)
             return "slow_client"
-        return outcome
+        return "client_gone" if connection.lost else outcome
 
     async def _whole(
         self, flight: Flight, answer: Answer, caller: Caller, connection: ClientConnection, send: Send

@@ -18,8 +18,8 @@ from kvferry.engine.kv_cache import KVCache
 from kvferry.engine.limits import Slots, slots_of
 from kvferry.schedule.step import SequenceStep, StepPlan
 
-# A group pads every sequence to its longest context: this bounds the padding to a half of what is read.
-MIN_GROUP_FILL: Final = 0.5
+# A group pads every sequence to its longest context: this bounds the padding to a quarter of what is read.
+MIN_GROUP_FILL: Final = 0.75
 
 
 @dataclass(frozen=True, slots=True)

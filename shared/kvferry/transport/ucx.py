@@ -38,11 +38,16 @@ OPTIONS: Final = {
     "TCP_KEEPCNT": "3",
     "RNDV_FRAG_MEM_TYPE": "host",
 }
+# By itself UCX sends large frames over TCP as fragments, which the receiver's thread then copies once more;
+# this way the kernel copies them into the posted buffer. Not for other wires, which UCX chooses well for.
+TCP_OPTIONS: Final = {"RNDV_SCHEME": "put_zcopy"}
 
 
 def context_options(net_devices: str) -> dict[str, str]:
     """What to give the context: our options without those that the user's environment sets."""
     wanted = OPTIONS | {"NET_DEVICES": net_devices}
+    if os.environ.get("UCX_TLS", OPTIONS["TLS"]) == "tcp":
+        wanted |= TCP_OPTIONS
     return {name: value for name, value in wanted.items() if f"UCX_{name}" not in os.environ}
 
 

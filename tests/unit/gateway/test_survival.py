@@ -33,6 +33,7 @@ from kvferry.wire.subjects import role_beats
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
+OUTCOMES = ("ok", "client_gone")
 TEXT = "The quick brown fox"
 TOKENS = [*tokens_of(TEXT), EOS]
 
@@ -617,3 +618,27 @@ async def test_what_does_not_end_within_the_grace_time_ends_in_an_error(cluster:
         rest = await events.rest()
     assert rest[-1]["error"]["code"] == "shutting_down"
     await worker.wait_for(Cancel)
+
+
+async def test_a_client_that_never_reads_the_end_of_its_answer_does_not_hold_up_a_drain(tmp_path: Path) -> None:
+    """The answer is complete, the client does not read, and what waits for it is within the bound."""
+    options = {"max_backlog_bytes": 64 << 20, "model_options": {"max_context": 1 << 20}}
+    async with Cluster(tmp_path, **options) as cluster:
+        worker = await cluster.worker("decode", "decode-0", max_model_len=1 << 20, num_blocks=1 << 17)
+        num_tokens = 60_000  # some 10 MB of events: more than the kernel's buffers take
+        body = cluster.client.build_request(
+            "POST", "/v1/completions", json=completion(stream=True, max_tokens=num_tokens)
+        ).content
+        _, writer = await asyncio.open_connection("127.0.0.1", cluster.http.address[1], limit=1024)
+        writer.transport.pause_reading()
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        work = (await worker.wait_for(DecodeRequest)).work
+        for start in range(0, num_tokens, 1000):
+            worker.publish(work, [(index, 1 + ord("x")) for index in range(start, start + 1000)])
+        worker.publish(work, end=("length", num_tokens))
+        await worker.wait_for(EndAck)
+        async with asyncio.timeout(5):
+            await cluster.gateway.completions.drain(0.05)
+        outcomes = {o: cluster.metrics.value("kvferry_request_total", route="text", outcome=o) for o in OUTCOMES}
+        assert outcomes == {"ok": 0, "client_gone": 1}, "it was not delivered"
+        writer.close()
