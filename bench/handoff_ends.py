@@ -95,7 +95,8 @@ def sequence(worker: Any, number: int, num_tokens: int) -> Sequence:
 
 
 async def serve_prefill(model_dir: Path, transport: str, num_tokens: int, rounds: int) -> None:
-    worker = CountedPrefillWorker(PrefillSettings.model_validate({}), await parts("prefill", model_dir, transport, num_tokens))
+    settings = PrefillSettings.model_validate({})
+    worker = CountedPrefillWorker(settings, await parts("prefill", model_dir, transport, num_tokens))
     worker.gone = asyncio.Event()
     await worker.transport.start(worker.attach)
     await worker.start()

@@ -51,7 +51,7 @@ async def leaks_since(before: Holdings) -> list[str]:
     """What is left once things had `SETTLE_S` to end. Empty: no leak."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + SETTLE_S
-    while (left := Holdings.now().beyond(before)) and loop.time() < deadline:  # noqa: ASYNC110
+    while (left := Holdings.now().beyond(before)) and loop.time() < deadline:
         await asyncio.sleep(POLL_S)
     return left
 

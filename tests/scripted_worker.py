@@ -306,7 +306,7 @@ class Cluster:
         self.workers[f"{name}/{incarnation}"] = worker
         await worker.start()
         async with asyncio.timeout(PATIENCE_S):
-            while self.gateway.fleet.registry.state_of(incarnation) is None:  # noqa: ASYNC110 - its beats come by themselves
+            while self.gateway.fleet.registry.state_of(incarnation) is None:
                 await asyncio.sleep(0.005)
         return worker
 

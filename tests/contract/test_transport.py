@@ -264,7 +264,7 @@ async def test_after_an_end_in_mid_transfer_no_buffer_is_ever_written(made: Back
 
 
 async def _begun(buffer: bytearray) -> None:
-    while buffer[0] == 0:  # noqa: ASYNC110 - memory changes without an event
+    while buffer[0] == 0:
         await asyncio.sleep(0)
 
 

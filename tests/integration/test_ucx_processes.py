@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -67,7 +68,7 @@ async def transport(kind: str) -> AsyncIterator[Transport]:
 
 
 async def begun(buffer: bytearray) -> None:
-    while buffer[0] == 0:  # noqa: ASYNC110 - memory changes without an event
+    while buffer[0] == 0:
         await asyncio.sleep(0)
 
 
@@ -230,7 +231,10 @@ async def test_only_loopback_ports_are_open(kind: str) -> None:
 
 def listening_sockets(pid: int) -> list[tuple[str, int]]:
     """(host, port) of every IPv4 socket that a process listens on; none may listen on IPv6."""
-    mine = {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    mine = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            mine.add(os.readlink(entry))
     found = []
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
+
 from disturbances import chance_of
 from planes import NOISE
 from workload import requests
 from world import Scenario, World, check_exact, simulate
 
 NUM_REQUESTS = 50
-
 
 
 def storm(seed: int, *, unordered: bool = False) -> Scenario:

@@ -17,7 +17,7 @@ from gateway_core import Call, GatewayCore
 from planes import SimulatedBroker, SimulatedBus, SimulatedNetwork
 from processes import ProcessLoop, run_as
 from scripted_worker import text_of, write_model
-from virtual_loop import EventLog
+from virtual_loop import Deadlock, EventLog
 from workload import MODEL, ClientRequest
 
 from kvferry.bus.base import BusSettings
@@ -174,7 +174,7 @@ def simulate(seed: int, scenario: Scenario) -> EventLog:
     loop = ProcessLoop(LIMIT_S)
     log = EventLog(loop.time)
 
-    async def body() -> None:
+    async def run() -> None:
         world = World(seed, log)
         await scenario(world)
         await world.all_over()
@@ -184,8 +184,21 @@ def simulate(seed: int, scenario: Scenario) -> EventLog:
         left = [task.get_name() for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         assert not left, f"tasks left: {left}"
 
-    with errors_collected() as errors, asyncio.Runner(loop_factory=lambda: loop) as runner:
-        runner.run(body())
+    async def body() -> None:
+        try:
+            await run()
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    failed: list[BaseException] = []
+    with errors_collected() as errors:
+        try:
+            with asyncio.Runner(loop_factory=lambda: loop) as runner:
+                runner.run(body())
+        except Deadlock as deadlock:
+            # Where a scenario fails, receives may be left that no cancel ends: its own error says more.
+            raise (failed or [deadlock])[0] from None
     assert not errors, errors
     return log
 

@@ -57,7 +57,7 @@ def test_waiting_for_what_never_comes_is_a_deadlock_and_says_when() -> None:
 
 def test_timers_that_only_set_each_other_run_into_the_limit() -> None:
     async def scenario(runtime: SeededRuntime, log: EventLog) -> None:
-        while True:  # noqa: ASYNC110 - the fault that the limit is for
+        while True:
             await asyncio.sleep(0.25)
 
     with pytest.raises(VirtualTimeout):

@@ -20,7 +20,8 @@ from kvferry_gateway.errors import (
     too_many_requests,
 )
 from kvferry_gateway.fleet import Fleet
-from kvferry_gateway.flight import Flight, Unit
+from kvferry_gateway.flight import Flight
+from kvferry_gateway.offer import Unit
 from kvferry_gateway.openai import ChatRequest, CompletionRequest, parse
 from kvferry_gateway.prompt import Prompter
 from kvferry_gateway.streams import TokenStream

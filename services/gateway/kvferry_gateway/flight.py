@@ -10,22 +10,12 @@ The gateway owns prompt and generated tokens, so every attempt goes on at exactl
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kvferry.bus.liveness import BEAT_INTERVAL
 from kvferry.log import get_logger
 from kvferry.runtime import now
-from kvferry.wire.messages import (
-    Accepted,
-    DecodeRequest,
-    PrefillRequest,
-    Rejected,
-    Sampling,
-    Work,
-    WorkerRecord,
-    pack_tokens,
-)
+from kvferry.wire.messages import Work, WorkerRecord, pack_tokens
 from kvferry_gateway.answers import FinishReason
 from kvferry_gateway.attempt import Attempt, Finished, Lost, Verdict
 from kvferry_gateway.errors import (
@@ -34,45 +24,16 @@ from kvferry_gateway.errors import (
     context_length_exceeded,
     deadline_exceeded,
     failures_used_up,
-    no_worker,
     shutting_down,
-    too_many_requests,
 )
-from kvferry_gateway.fleet import Fleet, Reply, Unreachable
+from kvferry_gateway.fleet import Fleet
+from kvferry_gateway.offer import Refusals, Unit, offer
 from kvferry_gateway.placement import Local, NoWorker, Pair, Placement, TooLong, place
 from kvferry_gateway.streams import TokenStream
 
 CRASHES_TO_ISOLATE: Final = 2  # workers that crashed under a request before it runs alone
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """What is placed: fixed for the life of the request."""
-
-    number: int
-    request_id: str  # the client's label
-    model: str
-    prompt: bytes  # u32 column
-    sampling: Sampling
-    salt: bytes
-    arrival: float  # Unix seconds: the ordering key
-    prompt_field: str  # for errors
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.prompt) // 4
-
-
-@dataclass(slots=True)
-class _Refusals:
-    """What one round of placement has met."""
-
-    full: dict[int, float] = field(default_factory=dict)  # incarnation -> retry_after
-    unusable: set[int] = field(default_factory=set)
-    too_long: bool = False
-    bus_down: bool = False
 
 
 class Flight:
@@ -218,11 +179,12 @@ class Flight:
 
     async def _place(self, *, first: bool) -> None:
         """Ask one choice of workers after the other, until one accepts. Raises `ApiError`, `ClientGone`."""
-        refusals = _Refusals()
+        refusals = Refusals()
         while True:
             self._check_stop()
             attempt = self._begin(refusals, first=first)
-            await self._ask(attempt, refusals)
+            await offer(self._fleet, attempt, self._work(attempt), self._stop, refusals)
+            self._check_stop()
             if attempt.accepted:
                 kind = "local" if attempt.prefill is None else "pair"
                 self._fleet.metrics.placements.labels(kind).inc()
@@ -231,7 +193,7 @@ class Flight:
                 self._lose(lost)
             self._retire(cancel=True)
 
-    def _begin(self, refusals: _Refusals, *, first: bool) -> Attempt:
+    def _begin(self, refusals: Refusals, *, first: bool) -> Attempt:
         """Choose workers and give the attempt its numbers."""
         fleet, unit = self._fleet, self.unit
         num_tokens = unit.num_prompt + len(self.stream.tokens)
@@ -254,7 +216,7 @@ class Flight:
                     unit.prompt_field,
                 )
             case TooLong() | NoWorker():
-                raise _refused(refusals, unit)
+                raise refusals.error(unit)
         attempt = Attempt(
             number=fleet.new_attempt_number(),
             ticket=fleet.runtime.random_bytes(16),
@@ -292,61 +254,3 @@ class Flight:
             deadline=max(0.0, self._deadline - now()),
             unit=unit.number,
         )
-
-    async def _ask(self, attempt: Attempt, refusals: _Refusals) -> None:
-        """Send both requests at the same moment. Sets `attempt.accepted`, or notes who refused and why."""
-        work = self._work(attempt)
-        spawn = self._fleet.tasks.spawn
-        decode = DecodeRequest(work, None if attempt.prefill is None else attempt.prefill.address)
-        asked = {spawn(self._fleet.ask(attempt.decode, decode), "ask-decode"): attempt.decode}
-        if attempt.prefill is not None:
-            prefill = PrefillRequest(work)
-            asked[spawn(self._fleet.ask(attempt.prefill, prefill), "ask-prefill")] = attempt.prefill
-        refused = False
-        try:
-            waiting: set[asyncio.Task[Reply]] = set(asked)
-            while waiting and not refused:
-                waits: tuple[asyncio.Future[Any], ...] = (*waiting, attempt.over, self._stop)
-                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-                self._check_stop()
-                if attempt.over.done():
-                    # A first token that is also the last one may overtake the answers; all else refuses.
-                    attempt.accepted = isinstance(attempt.over.result(), Finished)
-                    return
-                for task in [task for task in waiting if task.done()]:
-                    waiting.discard(task)
-                    refused |= self._note(asked[task], task.result(), refusals)
-            attempt.accepted = not refused
-        finally:
-            for task in asked:
-                task.cancel()
-
-    def _note(self, worker: WorkerRecord, reply: Reply, refusals: _Refusals) -> bool:
-        """Whether an answer is a refusal; then it is remembered for this round."""
-        match reply:
-            case Accepted():
-                return False
-            case Rejected(_, _, "queue_full", retry_after):
-                reason = "queue_full"
-                refusals.full[worker.incarnation] = retry_after
-            case Rejected(_, _, reason):
-                refusals.unusable.add(worker.incarnation)
-                refusals.too_long |= reason == "too_long"
-            case Unreachable(bus_down):
-                reason = "unreachable"
-                refusals.unusable.add(worker.incarnation)
-                refusals.bus_down |= bus_down
-        self._fleet.metrics.refusals.labels(reason).inc()
-        log.info("placement refused", request_id=self.unit.request_id, worker=worker.name, reason=reason)
-        return True
-
-
-def _refused(refusals: _Refusals, unit: Unit) -> ApiError:
-    if refusals.full:
-        retry_after = min(refusals.full.values())
-        return too_many_requests("All workers are busy; try again later.", retry_after)
-    if refusals.too_long:
-        return context_length_exceeded("Prompt and output fit no worker.", unit.prompt_field)
-    if refusals.bus_down:
-        return no_worker("The workers can't be reached at the moment.")
-    return no_worker(f"No worker serves the model '{unit.model}' at the moment.")

@@ -26,9 +26,7 @@ MIN_VERSION: Final = (1, 19)
 
 OK: Final = 0
 INPROGRESS: Final = 1
-ERR_BUSY: Final = -15
 ERR_CANCELED: Final = -16
-ERR_CONNECTION_RESET: Final = -25
 _LAST_ERROR: Final = -100
 
 FEATURE_WAKEUP: Final = 1 << 4
@@ -51,11 +49,6 @@ OP_CALLBACK: Final = 1 << 1
 OP_USER_DATA: Final = 1 << 2
 OP_FLAGS: Final = 1 << 4
 AM_SEND_REPLY: Final = 1 << 0
-AM_SEND_EAGER: Final = 1 << 1
-AM_SEND_RNDV: Final = 1 << 2
-AM_SEND_COPY_HEADER: Final = 1 << 3
-AM_RECV_REPLY_EP: Final = 1 << 0
-AM_RECV_DATA: Final = 1 << 16
 AM_RECV_RNDV: Final = 1 << 17
 AM_HANDLER_ID: Final = 1 << 0
 AM_HANDLER_FLAGS: Final = 1 << 1
@@ -194,6 +187,7 @@ class LibUcp:
             raise TransportUnavailable("ucx", f"UCX {self.version} is too old: 1.19 or newer is needed")
 
     def __getattr__(self, name: str) -> Any:
+        """For type checkers: the functions are set in `__init__`."""
         raise AttributeError(name)
 
     @property

@@ -90,7 +90,7 @@ async def test_negative_control_the_client_library_alone_does_replay_it(server: 
             for payload in STALE:
                 await client.publish("news", payload)
                 await asyncio.sleep(0.01)
-            while client.is_connected:  # noqa: ASYNC110 - its callback waits for the frozen server, too
+            while client.is_connected:
                 await asyncio.sleep(0.05)
             server.thaw()
             await back.wait()

@@ -109,7 +109,7 @@ async def test_a_disconnect_before_the_first_token_cancels_too(cluster: Cluster,
     await prefill.wait_for(PrefillRequest)
     if phase == "accepted":
         async with asyncio.timeout(5):
-            while not cluster.metrics.value("kvferry_placement_total", kind="pair"):  # noqa: ASYNC110
+            while not cluster.metrics.value("kvferry_placement_total", kind="pair"):
                 await asyncio.sleep(0.005)
     writer.close()
     assert (await decode.wait_for(Cancel)).attempt == decode.works[0].attempt
@@ -346,7 +346,7 @@ async def test_prefill_lost_before_decode_runs_is_placed_again_and_afterwards_ch
         await read(events, 4)
         await spare.exit("killed")
         async with asyncio.timeout(5):
-            while cluster.gateway.fleet.registry.state_of(spare.incarnation):  # noqa: ASYNC110
+            while cluster.gateway.fleet.registry.state_of(spare.incarnation):
                 await asyncio.sleep(0.005)
         work = decode.works[-1]
         decode.say(work, TOKENS)
@@ -465,7 +465,7 @@ async def test_without_another_worker_the_stream_waits_with_comments_for_the_res
             await first.exit("crashed")
             rest = asyncio.create_task(events.rest())
             async with asyncio.timeout(5):
-                while events.comments < 2:  # noqa: ASYNC110
+                while events.comments < 2:
                     await asyncio.sleep(0.01)
             await cluster.worker("decode", "decode-0", says_all)
             assert text_in(await rest) == TEXT[5:]
@@ -503,7 +503,7 @@ async def test_a_request_under_which_two_workers_crashed_runs_alone_and_a_third_
         answer = group.create_task(cluster.client.post("/v1/completions", json=completion()))
         for number in range(3):
             async with asyncio.timeout(5):
-                while sum(len(worker.works) for worker in workers) <= number:  # noqa: ASYNC110
+                while sum(len(worker.works) for worker in workers) <= number:
                     await asyncio.sleep(0.005)
             victim = next(worker for worker in workers if worker.works and worker not in victims)
             victims.append(victim)
@@ -522,7 +522,7 @@ async def test_killing_workers_from_outside_isolates_nobody(tmp_path: Path) -> N
             seen: list[Work] = []
             for _ in range(3):
                 async with asyncio.timeout(5):
-                    while not (fresh := [w for w in cluster.workers.values() if w.works and not w.frozen]):  # noqa: ASYNC110
+                    while not (fresh := [w for w in cluster.workers.values() if w.works and not w.frozen]):
                         await asyncio.sleep(0.005)
                 seen.append(fresh[0].works[0])
                 await fresh[0].exit("killed")
@@ -586,7 +586,7 @@ async def test_a_bus_outage_is_a_pause_and_requests_meanwhile_are_refused(cluste
         assert response.status_code == 503
         cluster.broker.heal(cluster.bus)
         async with asyncio.timeout(5):
-            while not cluster.bus.connected:  # noqa: ASYNC110
+            while not cluster.bus.connected:
                 await asyncio.sleep(0.01)
         worker.say(worker.works[0], TOKENS)
         assert text_in(await events.rest()) == TEXT[5:]

@@ -1,0 +1,104 @@
+"""One offer of a request to a choice of workers: both are asked at the same moment, and both must accept."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvferry.log import get_logger
+from kvferry.wire.messages import Accepted, DecodeRequest, PrefillRequest, Rejected, Sampling, Work, WorkerRecord
+from kvferry_gateway.attempt import Attempt, Finished
+from kvferry_gateway.errors import ApiError, context_length_exceeded, no_worker, too_many_requests
+from kvferry_gateway.fleet import Fleet, Reply, Unreachable
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is placed: fixed for the life of the request."""
+
+    number: int
+    request_id: str  # the client's label
+    model: str
+    prompt: bytes  # u32 column
+    sampling: Sampling
+    salt: bytes
+    arrival: float  # Unix seconds: the ordering key
+    prompt_field: str  # for errors
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt) // 4
+
+
+@dataclass(slots=True)
+class Refusals:
+    """What one round of placement has met."""
+
+    full: dict[int, float] = field(default_factory=dict)  # incarnation -> retry_after
+    unusable: set[int] = field(default_factory=set)
+    too_long: bool = False
+    bus_down: bool = False
+
+    def note(self, worker: WorkerRecord, reply: Reply) -> str | None:
+        """Remember an answer for this round. Why it is a refusal; None: it is none."""
+        match reply:
+            case Accepted():
+                return None
+            case Rejected(_, _, "queue_full", retry_after):
+                self.full[worker.incarnation] = retry_after
+                return "queue_full"
+            case Rejected(_, _, reason):
+                self.unusable.add(worker.incarnation)
+                self.too_long |= reason == "too_long"
+                return reason
+            case Unreachable(bus_down):
+                self.unusable.add(worker.incarnation)
+                self.bus_down |= bus_down
+                return "unreachable"
+
+    def error(self, unit: Unit) -> ApiError:
+        """What the client is told when nobody is left."""
+        if self.full:
+            return too_many_requests("All workers are busy; try again later.", min(self.full.values()))
+        if self.too_long:
+            return context_length_exceeded("Prompt and output fit no worker.", unit.prompt_field)
+        if self.bus_down:
+            return no_worker("The workers can't be reached at the moment.")
+        return no_worker(f"No worker serves the model '{unit.model}' at the moment.")
+
+
+async def offer(
+    fleet: Fleet, attempt: Attempt, work: Work, stop: asyncio.Future[Exception], refusals: Refusals
+) -> None:
+    """Sets `attempt.accepted`, or notes who refused and why. Returns early when `stop` is done."""
+    spawn = fleet.tasks.spawn
+    decode = DecodeRequest(work, None if attempt.prefill is None else attempt.prefill.address)
+    asked = {spawn(fleet.ask(attempt.decode, decode), "ask-decode"): attempt.decode}
+    if attempt.prefill is not None:
+        asked[spawn(fleet.ask(attempt.prefill, PrefillRequest(work)), "ask-prefill")] = attempt.prefill
+    refused = False
+    try:
+        waiting: set[asyncio.Task[Reply]] = set(asked)
+        while waiting and not refused:
+            waits: tuple[asyncio.Future[Any], ...] = (*waiting, attempt.over, stop)
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if stop.done():
+                return
+            if attempt.over.done():
+                # A first token that is also the last one may overtake the answers; all else refuses.
+                attempt.accepted = isinstance(attempt.over.result(), Finished)
+                return
+            for task, worker in asked.items():
+                if task in waiting and task.done():
+                    waiting.discard(task)
+                    if (reason := refusals.note(worker, task.result())) is not None:
+                        refused = True
+                        fleet.metrics.refusals.labels(reason).inc()
+                        log.info("refused", request_id=work.request_id, worker=worker.name, reason=reason)
+        attempt.accepted = not refused
+    finally:
+        for task in asked:
+            task.cancel()
