@@ -124,9 +124,10 @@ async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
 async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> AsyncIterator[bytes]:
     """The body as it arrives: chunked, by length, or up to the end of the connection."""
     if "chunked" in headers.get("transfer-encoding", ""):
-        while size := int((await reader.readline()).split(b";")[0], 16):
+        # readuntil, for a connection that breaks between two chunks is no end of the body
+        while size := int((await reader.readuntil(b"\n")).split(b";")[0], 16):
             yield (await reader.readexactly(size + 2))[:-2]
-        await reader.readline()
+        await reader.readuntil(b"\n")
     elif "content-length" in headers:
         yield await reader.readexactly(int(headers["content-length"]))
     else:

@@ -35,15 +35,15 @@ def needing(world: World, worker: Worker[Any]) -> list[tuple[Call, Attempt]]:
     return found
 
 
-async def replaced(affected: list[tuple[Call, Attempt]], within: float = ACCEPTED_AGAIN_S) -> float:
-    """Until each of these calls is over, runs without the worker after all, or has a new pair that accepted it."""
+async def replaced(affected: list[tuple[Call, Attempt]], lost: Worker[Any], within: float = ACCEPTED_AGAIN_S) -> float:
+    """Until each of these calls is over, has a new pair that accepted it, or turns out to have its KV from a lost P."""
 
     def goes_on(call: Call, before: Attempt) -> bool:
         if call.outcome != "open":
             return True
         attempt = None if call.stream is None else call.stream.attempt
         if attempt is before:
-            return attempt.prefill is not None and attempt.running and attempt.accepted and not before.over.done()
+            return before.decode.incarnation != lost.incarnation and before.running and not before.over.done()
         return attempt is not None and attempt.accepted
 
     return await settled(lambda: all(goes_on(call, before) for call, before in affected), within)

@@ -62,6 +62,7 @@ class ProcessLoop(VirtualLoop):
         heapq.heapify(self._scheduled)
         for handle in ready:
             self._ready.remove(handle)
+            self.call_soon(_nothing)  # the turn that runs now counts on as many handles as it has seen
         self._parked[name] = (ready, timers)
 
     def thaw(self, name: str) -> None:
@@ -77,6 +78,10 @@ class ProcessLoop(VirtualLoop):
             self._ready.pop()
             parked[0].append(handle)
         return handle
+
+
+def _nothing() -> None:
+    pass
 
 
 def _owner(handle: asyncio.Handle) -> Any:

@@ -51,7 +51,7 @@ def test_a_hundred_requests_get_exactly_their_tokens(seed: int) -> None:
     simulate(seed, scenario)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_messages_lost_doubled_late_and_out_of_order_change_nothing(seed: int) -> None:
     async def scenario(world: World) -> None:
         await world.start(prefill=2, decode=2, gateways=2)
@@ -77,7 +77,7 @@ def test_when_a_worker_is_killed_its_requests_have_a_new_pair_within_2_s_and_los
         await settled(lambda: bool(needing(world, victim)), within=5.0)
         affected = needing(world, victim)
         await world.kill(victim)
-        await replaced(affected)
+        await replaced(affected, victim)
         await offering
         await world.all_over()
         check_exact(world.calls)
@@ -100,7 +100,7 @@ def test_what_a_worker_says_after_a_freeze_reaches_no_client(seed: int, role: st
         await settled(lambda: bool(needing(world, victim)) and victim.scheduler.num_running > 0, within=5.0)
         affected = needing(world, victim)
         world.freeze(victim.settings.name, deaf=deaf)
-        await replaced(affected)
+        await replaced(affected, victim)
         await asyncio.sleep(chance.uniform(0.0, 4.0))
         late = seen(world, "kvferry_late_row_total")
         world.thaw(victim.settings.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 STEP_TARGET_S: Final = 0.3  # a cancel waits for at most one step
+FIRST_TOKENS: Final = 128  # until something is measured: short even on a slow or crowded core
 SMOOTHING: Final = 0.3
 MIN_RATE_TOKENS: Final = 32  # steps with fewer rows say nothing about prefill speed
 
@@ -22,7 +23,7 @@ class ChunkBudget:
     def tokens(self) -> int:
         """Rows that the next step may have, a multiple of the block size where there is room for one."""
         if self.tokens_per_s == 0.0:
-            return self._max_tokens
+            return min(FIRST_TOKENS, self._max_tokens)
         fitting = int(self.tokens_per_s * self._target_s) // self._block_size * self._block_size
         return max(min(self._block_size, self._max_tokens), min(self._max_tokens, fitting))
 

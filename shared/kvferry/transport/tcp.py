@@ -35,6 +35,7 @@ KIND_FLOW: Final = 1
 KIND_FRAME: Final = 2
 MAX_FRAME_BYTES: Final = 1 << 28  # a frame that claims more is no frame
 INBOX_BYTES: Final = 16 * 1024  # headers and flow messages; what it catches of a frame is copied once
+MAX_DIRECT_RECEIVES: Final = 2  # in a row before other work of the loop gets its turn
 ACCEPT_RETRY_SECONDS: Final = 0.1  # after accept() failed, as when this process has no descriptor left
 
 
@@ -64,6 +65,7 @@ class TcpLink(Link):
         self._sock = sock
         self._outbox: deque[_Outgoing] = deque()
         self._posted: dict[int, _Posted] = {}
+        self._num_direct = 0
         self._wake = asyncio.Event()
         self._stop: asyncio.Future[None] = loop.create_future()
         self._task = loop.create_task(self._run(), name="kvferry tcp connection")
@@ -159,7 +161,7 @@ class TcpLink(Link):
                 start = await self._take(inbox, start, end)
                 inbox[: end - start] = bytes(inbox[start:end])
                 start, end = 0, end - start
-                count = await self._loop.sock_recv_into(self._sock, inbox[end:])
+                count = await self._receive(inbox[end:])
                 if count == 0:
                     return
                 end += count
@@ -199,10 +201,19 @@ class TcpLink(Link):
 
     async def _fill(self, view: memoryview) -> None:
         while view:
-            count = await self._loop.sock_recv_into(self._sock, view)
+            count = await self._receive(view)
             if count == 0:
                 raise ConnectionResetError("the peer ended the connection within a frame")
             view = view[count:]
+
+    async def _receive(self, view: memoryview) -> int:
+        """Some bytes, 0 at the end. What has come already is taken without a turn of the loop, within limits."""
+        if self._num_direct < MAX_DIRECT_RECEIVES:
+            self._num_direct += 1
+            with contextlib.suppress(BlockingIOError):
+                return self._sock.recv_into(view)
+        self._num_direct = 0
+        return await self._loop.sock_recv_into(self._sock, view)
 
     async def _skip(self, count: int) -> None:
         waste = memoryview(bytearray(min(count, INBOX_BYTES)))

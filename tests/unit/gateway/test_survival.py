@@ -355,6 +355,26 @@ async def test_prefill_lost_before_decode_runs_is_placed_again_and_afterwards_ch
     assert cluster.metrics.value("kvferry_replacement_total", reason="prefill_gone") == 1
 
 
+async def test_a_prefill_worker_whose_data_plane_broke_is_not_tried_again_though_it_is_not_judged_yet(
+    cluster: Cluster,
+) -> None:
+    prefill, decode = await cluster.pair()
+    lost = prefill.record.address
+
+    def fails_with_the_lost_one(work: Work) -> None:
+        if decode.got(DecodeRequest)[-1].prefill == lost:
+            decode.publish(work, end=("prefill_lost", 0))
+        else:
+            decode.say(work, TOKENS)
+
+    decode.accepted = fails_with_the_lost_one
+    async with streaming(cluster) as events:
+        assert text_in(await events.rest()) == TEXT
+    assert [request.prefill for request in decode.got(DecodeRequest)] == [lost, None]
+    assert cluster.gateway.fleet.registry.state_of(prefill.incarnation)  # it lives: it answered its ping
+    assert cluster.metrics.value("kvferry_replacement_total", reason="prefill_lost") == 1
+
+
 @pytest.mark.parametrize("reason", ["preempted", "draining", "expired"])
 async def test_ends_that_are_nobodys_fault_place_again_without_limit(cluster: Cluster, reason: Any) -> None:
     worker = await cluster.worker("decode", "decode-0")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from kvferry.schedule.chunk import MIN_RATE_TOKENS, ChunkBudget
+from kvferry.schedule.chunk import FIRST_TOKENS, MIN_RATE_TOKENS, ChunkBudget
 
 
-def test_before_anything_is_measured_the_setting_is_the_budget() -> None:
-    assert ChunkBudget(512, 16).tokens == 512
+def test_before_anything_is_measured_the_budget_is_small_and_within_the_setting() -> None:
+    assert ChunkBudget(512, 16).tokens == FIRST_TOKENS
+    assert ChunkBudget(4, 16).tokens == 4
 
 
 def test_a_slow_engine_gets_smaller_chunks_of_whole_blocks() -> None:
