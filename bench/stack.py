@@ -21,7 +21,7 @@ from bench.client import Stream, request_bytes, request_json, stream
 from bench.options import MODEL_NAME, Options
 from bench.processes import Process, stack_processes
 from kvferry.runfile import RunFile
-from kvferry.runtime import blocking_clock
+from kvferry.runtime import blocking_clock, wall_clock
 
 HOST: Final = "127.0.0.1"
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -47,6 +47,7 @@ class Stack:
     run_file: RunFile
     log: Path
     ready_s: float  # from the start of the process to its word that all is ready
+    ready_at: float  # Unix seconds of that word
 
     async def complete(self, body: Mapping[str, Any], *, request_id: str = "", into: Stream | None = None) -> Stream:
         """Stream one completion; the model's name is filled in."""
@@ -134,7 +135,7 @@ async def running(
         try:
             await _wait_ready(process, log)
             ready_s = blocking_clock() - began
-            yield Stack(port, process.pid, RunFile.read(run_file, "run_file"), log, ready_s)
+            yield Stack(port, process.pid, RunFile.read(run_file, "run_file"), log, ready_s, wall_clock())
         finally:
             await _stop(process)
 

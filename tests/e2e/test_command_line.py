@@ -72,7 +72,7 @@ def test_an_unreachable_nats_server_is_named(environ: dict[str, str], model_dir:
 
 
 def test_ucx_where_it_is_not_installed_is_named(environ: dict[str, str]) -> None:
-    program = "import sys; sys.modules['ucxx'] = None; from kvferry_local.cli import main; main()"
+    program = "import sys; sys.modules['libucx'] = None; from kvferry_local.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", program, "up", "--transport", "ucx"],
         capture_output=True, text=True, timeout=60, check=False, env=environ,

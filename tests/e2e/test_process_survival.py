@@ -36,7 +36,7 @@ SHORT_PAUSE_S = 2.5  # from a kill until the next token: at most 256 tokens of c
 CANCELLED_S = 1.0  # from a client's disconnect until all blocks are free
 GATEWAY_GONE_S = 5.0  # from a gateway's kill until all of its blocks are free
 SETTLE_S = 3.0  # for the books after a test
-SHORT, LONG = 96, 1500  # prompt tokens
+SHORT, LONG = 96, 1200  # prompt tokens
 NEVER = "\x00never"  # a stop string that no text holds: the stop path runs, and nothing is cut
 
 GREEDY = {"temperature": 0.0}
@@ -256,10 +256,10 @@ async def test_a_decode_worker_is_killed_under_a_short_stream(
 async def test_a_decode_worker_is_killed_under_several_streams_while_one_is_fetched(
     scene: Scene, record_property: Any
 ) -> None:
-    streams = [scene.start(SHORT, 120, **sampling) for sampling in (GREEDY, SEEDED, STOPPING)]
+    streams = [scene.start(SHORT, 250, **sampling) for sampling in (GREEDY, SEEDED, STOPPING)]
     for running in streams:
         await scene.watch.given(running.label, 4)
-    streams.append(scene.start(LONG // 2, 16, **SEEDED))
+    streams.append(scene.start(LONG // 3, 16, **SEEDED))
     late = await scene.watch.accepted(streams[-1].label)
     victim = scene.row(late, "decode")
     while not (await books_of(victim))["counts"]["fetching"]:

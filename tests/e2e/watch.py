@@ -7,6 +7,7 @@ gateway and workers and changes nothing. What the gateway holds is never guessed
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -90,7 +91,7 @@ class Watch:
         self.bus = bus
         self.cluster = cluster
         self.requests: dict[str, Request] = {}
-        self.beats: dict[int, int] = {}  # incarnation -> heartbeats heard
+        self.beats: Counter[int] = Counter()  # heartbeats heard, by incarnation
         self._streams: dict[int, Attempt] = {}
         self._tickets: dict[tuple[bytes, int], Attempt] = {}
         self._codecs = Codecs()
@@ -173,8 +174,7 @@ class Watch:
     def _on_beat(self, message: BusMessage) -> None:
         beat = self._codecs.beat.decode(message.payload)
         if isinstance(beat, Heartbeat):
-            incarnation = beat.record.incarnation
-            self.beats[incarnation] = self.beats.get(incarnation, 0) + 1
+            self.beats[beat.record.incarnation] += 1
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes.util
 import importlib.util
 import os
 import signal
@@ -41,7 +42,8 @@ STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # HUP: its
 
 def check_settings(settings: UpSettings) -> None:
     """What would fail later, and slower. Raises `SettingError`."""
-    if settings.transport == "ucx" and importlib.util.find_spec("ucxx") is None:
+    has_ucx = importlib.util.find_spec("libucx") is not None or ctypes.util.find_library("ucp") is not None
+    if settings.transport == "ucx" and not has_ucx:
         raise SettingError("--transport", "ucx is not installed: pip install 'kvferry[ucx]', or use tcp")
     if settings.api_key_file is not None and not settings.api_key_file.is_file():
         raise SettingError("--api-key-file", f"{settings.api_key_file} does not exist")
