@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import mmap
 import random
 import secrets
 import signal
@@ -130,6 +131,21 @@ def wall_clock() -> float:
 def blocking_sleep(seconds: float) -> None:
     """For threads and plain programs without an event loop."""
     time.sleep(seconds)
+
+
+def mapped_memory(num_bytes: int) -> mmap.mmap:
+    """Zeroed, page-aligned, in huge pages where the kernel gives them; takes no RAM until it is written.
+
+    With 4 KiB pages the copies of KV miss the TLB at every page. Private, because the pages of a shared
+    mapping are a file's, and stay small.
+    """
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        return mmap.mmap(-1, num_bytes)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 class TaskSet:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from kvferry.engine.limits import Slots, slots_of
+from kvferry.runtime import mapped_memory
 from kvferry.schedule.step import BlockTable, KVFormat
 from kvferry.wire.frame import Piece
 
@@ -97,8 +98,8 @@ def _as_rows(tensor: torch.Tensor, row: np.dtype[np.void]) -> Rows:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeroed memory. On a CPU it comes from calloc, whose pages take no RAM until they are written."""
+    """Zeroed memory. On a CPU its pages take no RAM until they are written."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    raw = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(shape)
+    memory = mapped_memory(math.prod(shape) * dtype.itemsize)
+    return torch.from_numpy(np.frombuffer(memory, np.uint8)).view(dtype).view(shape)

@@ -12,12 +12,12 @@ slot that has a new owner. A slot whose owner has let go and whose transfer does
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import mmap
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from kvferry.runtime import mapped_memory
 from kvferry.wire.frame import HEADER_BYTES
 
 DEFAULT_PAYLOAD_BYTES: Final = 4 << 20
@@ -60,10 +60,10 @@ class SlotPool:
         self.slot_bytes: Final = HEADER_BYTES + payload_bytes
         self.num_retirements = 0
         stride = -(-self.slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._memory = _allocate(num_slots * stride)
+        self._memory = mapped_memory(num_slots * stride)
         whole = memoryview(self._memory)
         self._slots = [Slot(i, whole[i * stride : i * stride + self.slot_bytes]) for i in range(num_slots)]
-        self._free: deque[Slot] = deque(self._slots)
+        self._free = list(self._slots)
         self._waiters: deque[tuple[asyncio.Future[Slot], str]] = deque()
 
     @property
@@ -140,7 +140,7 @@ class SlotPool:
             slot.view.release()
 
     def _hand_out(self, label: str) -> Slot:
-        slot = self._free.popleft()
+        slot = self._free.pop()  # the one used last: its memory is still in the caches
         slot.state = "packing"
         slot.label = label or "?"
         return slot
@@ -167,13 +167,3 @@ class SlotPool:
     def _retire(self, slot: Slot) -> None:
         slot.state, slot.timer, slot.deadline = "retired", None, None
         self.num_retirements += 1
-
-
-def _allocate(num_bytes: int) -> mmap.mmap:
-    """Page-aligned, in huge pages where the kernel gives them: with 4 KiB pages a frame's copies miss the TLB at
-    every page. Private, because the pages of a shared mapping are a file's, and stay small."""
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel built without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
