@@ -125,6 +125,7 @@ class Registry:
                 "max_model_len": worker.record.max_model_len,
                 "block_size": worker.record.block_size,
                 "num_blocks": worker.record.num_blocks,
+                "kv_token_bytes": worker.record.kv_token_bytes,
                 "load": {field: getattr(worker.load, field) for field in worker.load.__struct_fields__},
             }
             for worker in self._workers.values()
