@@ -26,7 +26,7 @@ from kvferry.transport.slots import Slot, SlotPool
 from kvferry.wire.flow import Abort, Aborted, Ack, Credit, Fetch, Flow, FlowCodec, Open, Progress, Unknown
 from kvferry.wire.frame import frame_tag
 from kvferry.wire.messages import EndReason, WorkerAddress
-from kvferry.worker.digests import Digests, digest_tokens
+from kvferry.worker.digests import Digests
 from kvferry.worker.metrics import WorkerMetrics
 from kvferry_decode.incoming import Incoming, Landed, Tiling, land
 from kvferry_decode.timing import TransferRate, is_due
@@ -379,16 +379,8 @@ class Puller:
 
     def _keep_digests(self, sequence: Sequence, from_token: int) -> None:
         self._pin(sequence)
-        table = sequence.block_table.copy()
-
-        async def digest() -> None:
-            try:
-                rows = await self._copy_lane.run(digest_tokens, self._runner, table, from_token, sequence.num_context)
-                self._digests.keep(sequence.work.ticket, rows)
-            finally:
-                self._unpin(sequence)
-
-        self._tasks.spawn(digest(), "digest")
+        digesting = self._digests.take(self._runner, self._copy_lane, sequence, from_token, self._unpin)
+        self._tasks.spawn(digesting, "digest")
 
     # -- ends ------------------------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ from kvferry.wire.frame import (
     frame_tag,
     seal,
 )
-from kvferry.worker.digests import Digests, digest_tokens
+from kvferry.worker.digests import Digests
 from kvferry.worker.metrics import WorkerMetrics
 from kvferry_prefill.outgoing import MANIFEST, PAD, Content, Outgoing
 from kvferry_prefill.scheduler import PrefillScheduler
@@ -270,16 +270,8 @@ class Sender:
 
     def _keep_digests(self, sequence: Sequence, from_token: int) -> None:
         self._scheduler.memory.pin(sequence)
-        table = sequence.block_table.copy()
-
-        async def digest() -> None:
-            try:
-                rows = await self._copy_lane.run(digest_tokens, self._runner, table, from_token, sequence.num_context)
-                self._digests.keep(sequence.work.ticket, rows)
-            finally:
-                self._unpin(sequence)
-
-        self._tasks.spawn(digest(), "digest")
+        digesting = self._digests.take(self._runner, self._copy_lane, sequence, from_token, self._unpin)
+        self._tasks.spawn(digesting, "digest")
 
     # -- what the worker tells -------------------------------------------------------------------------------
 

@@ -6,9 +6,12 @@ frames' checksum. Off unless `debug_digests` is set.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from kvferry.kv.digest import slot_digests
+from kvferry.runtime import Lane
+from kvferry.schedule.sequence import Sequence
 from kvferry.schedule.step import BlockTable, ModelRunner
 from kvferry.wire.frame import Piece
 
@@ -22,6 +25,22 @@ class Digests:
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
         self._kept: dict[str, dict[int, str]] = {}
+
+    async def take(
+        self,
+        runner: ModelRunner,
+        copy_lane: Lane,
+        sequence: Sequence,
+        from_token: int,
+        unpin: Callable[[Sequence], None],
+    ) -> None:
+        """Digest a pinned sequence's context from `from_token` on, keep that, unpin."""
+        try:
+            end = sequence.num_context
+            rows = await copy_lane.run(digest_tokens, runner, sequence.block_table.copy(), from_token, end)
+            self.keep(sequence.work.ticket, rows)
+        finally:
+            unpin(sequence)
 
     def keep(self, ticket: bytes, digests: dict[int, str]) -> None:
         self._kept[ticket.hex()] = digests
