@@ -256,9 +256,14 @@ async def test_a_decode_worker_is_killed_under_a_short_stream(
 async def test_a_decode_worker_is_killed_under_several_streams_while_one_is_fetched(
     scene: Scene, record_property: Any
 ) -> None:
-    streams = [scene.start(SHORT, 250, **sampling) for sampling in (GREEDY, SEEDED, STOPPING)]
-    for running in streams:
-        await scene.watch.given(running.label, 4)
+    streams, busy = [], set[int]()
+    for sampling in (GREEDY, SEEDED, STOPPING, GREEDY, SEEDED, STOPPING):  # until each of the two has one to lose
+        streams.append(scene.start(SHORT, 400, **sampling))
+        request = await scene.watch.given(streams[-1].label, 4)
+        busy.add(request.last.workers["decode"])
+        if len(busy) == 2:
+            break
+    assert len(busy) == 2
     streams.append(scene.start(LONG // 3, 16, **SEEDED))
     late = await scene.watch.accepted(streams[-1].label)
     victim = scene.row(late, "decode")
@@ -267,6 +272,7 @@ async def test_a_decode_worker_is_killed_under_several_streams_while_one_is_fetc
         assert blocking_clock() < late.last.accepted_at + 20
         await asyncio.sleep(0.01)
     hit = [r for r in streams if scene.watch.requests[r.label].on(int(victim["incarnation"], 16))]
+    assert not any(r.task.done() for r in hit)
     killed = send(victim, signal.SIGKILL)
     requests = [await scene.complete(running) for running in streams]
     pairs = [scene.new_pair_after(r, killed) for r, running in zip(requests, streams, strict=True) if running in hit]
