@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from bench import handoff, handoff_cost, idle, interference, parity, startup
+from bench import handoff, handoff_cost, idle, interference, parity, startup, versus
 from bench.options import Benchmark, Options
 from bench.report import Report
 
@@ -22,11 +22,15 @@ STACK: Final[Mapping[str, Benchmark]] = {
     "handoff_cost": handoff_cost.measure,
     "interference": interference.measure,
     "parity": parity.measure,
+    "parity_kill": parity.measure_with_a_kill,
+    "versus": versus.measure,
 }
 # Programs of their own, so that nothing of this process shares their cores' caches or their UCX settings.
 PROGRAMS: Final[Mapping[str, Callable[[Options], list[str]]]] = {
     "engine": lambda options: ["-m", "bench.engine", str(options.model_dir)],
+    "accuracy": lambda options: ["-m", "bench.accuracy", str(options.model_dir)],
     "transport": lambda options: ["-m", "bench.transport"],
+    "placement": lambda options: ["-m", "bench.placement", *(["--quick"] if options.quick else [])],
 }
 NAMES: Final = (*PROGRAMS, *STACK)
 

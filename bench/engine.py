@@ -1,9 +1,11 @@
-"""Speed of the engine alone: one runner in this process, no scheduler, no bus.
+"""Speed of the engines alone: one runner in this process, no scheduler, no bus.
 
     prefill  tok/s of one prompt of 512 and of 2,048 tokens, in chunks of 512, into an empty cache
-    decode   tok/s of 1, 4 and 8 streams at a context of 256, greedy
+    decode   tok/s of 1, 4 and 8 streams at a context of 256, greedy and seeded
 
-Each figure is the median of several rounds after a warm-up. Run it alone on its cores.
+Each figure is the median of several rounds after a warm-up. Run it alone on its cores. The native figures stand
+beside the machine's own limits, measured in the same run on one thread (`bench/machine.py`): prefill against
+multiply-adds that stay in registers, decode of one stream against reading memory.
 """
 
 from __future__ import annotations
@@ -11,17 +13,24 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
-from kvferry.engine.torch_runner import EngineSettings, TorchRunner
+from bench.machine import Machine, decode_bytes, prefill_flops
+from kvferry.engine.config import ModelConfig
+from kvferry.engine.native.library import LibraryUnavailable, open_library
+from kvferry.engine.native.runner import NativeRunner
+from kvferry.engine.settings import EngineSettings
 from kvferry.runtime import blocking_clock
 from kvferry.schedule.step import BlockTable, Draw, ModelRunner, SequenceStep, StepPlan
 from kvferry.wire.messages import Sampling
 
-CHUNK = 512
-CONTEXT = 256
+CHUNK: Final = 512
+CONTEXT: Final = 256
+ENGINES: Final = ("native", "torch")
 
 
 def prompt(length: int, vocab_size: int) -> np.ndarray:
@@ -78,35 +87,71 @@ def median(rounds: int, measure: Callable[[], float]) -> float:
     return statistics.median(measure() for _ in range(rounds))
 
 
+def make(engine: str, settings: EngineSettings) -> ModelRunner:
+    if engine == "native":
+        return NativeRunner(settings)
+    from kvferry.engine.torch_runner import TorchRunner
+
+    return TorchRunner(settings)
+
+
+def measure(engine: str, settings: EngineSettings, rounds: int, steps: int) -> None:
+    """Print one engine's figures, the native one's with their share of the machine."""
+    started = blocking_clock()
+    runner = make(engine, settings)
+    loaded = blocking_clock()
+    runner.warm_up()
+    warm = blocking_clock()
+    print(f"\n{engine}: load {loaded - started:.2f} s, warm-up {warm - loaded:.2f} s, {runner.numerics_id}")
+    config = ModelConfig.read(settings.model_dir)
+    # The limits are those of one thread and of bf16.
+    compared = engine == "native" and settings.threads == 1 and settings.quantization == "none"
+    machine = Machine.measured(open_library(settings.isa)) if compared else None
+    if machine is not None:
+        print(f"the machine: {machine.flops / 1e9:.0f} GFLOP/s in registers, {machine.read / 1e9:.1f} GB/s read")
+    for length in (512, 2048):
+        seconds = median(rounds, lambda length=length: prefill_seconds(runner, length))  # type: ignore[misc]
+        share = f", {prefill_flops(config, length) / seconds / machine.flops:.2f} of the machine" if machine else ""
+        print(f"prefill {length:5d} tokens: {length / seconds:7.0f} tok/s{share}", flush=True)
+    for name, sampling in (("greedy", Sampling(temperature=0)), ("seeded", Sampling(temperature=0.8, seed=1))):
+        for streams in (1, 4, 8):
+            seconds = decode_seconds(runner, streams, steps, sampling)
+            share = ""
+            if machine is not None and streams == 1:
+                share = f", {decode_bytes(config) / seconds / machine.read:.2f} of the machine"
+            line = f"decode {streams} streams, {name}: {streams / seconds:7.1f} tok/s, {seconds * 1e3:.2f} ms a step"
+            print(line + share, flush=True)
+    runner.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="Hugging Face model directory")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--engine", choices=ENGINES, action="append", help="one or both; both unless given")
+    parser.add_argument("--quantization", choices=("none", "int8"), default="none", help="of the native engine")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="of the torch engine")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=32)
     args = parser.parse_args()
-
-    started = blocking_clock()
     settings = EngineSettings(
-        args.model, args.device, args.dtype, num_blocks=512, max_model_len=4096, threads=args.threads
-    )
-    runner = TorchRunner(settings)
-    loaded = blocking_clock()
-    runner.warm_up()
-    print(f"load {loaded - started:.2f} s, warm-up {blocking_clock() - loaded:.2f} s, {runner.numerics_id}")
-    for length in (512, 2048):
-        seconds = median(args.rounds, lambda length=length: prefill_seconds(runner, length))  # type: ignore[misc]
-        print(f"prefill {length:5d} tokens: {length / seconds:7.0f} tok/s", flush=True)
-    for name, sampling in (("greedy", Sampling(temperature=0)), ("seeded", Sampling(temperature=0.8, seed=1))):
-        for streams in (1, 4, 8):
-            seconds = decode_seconds(runner, streams, args.steps, sampling)
-            rate = streams / seconds
-            print(f"decode {streams} streams, {name}: {rate:7.1f} tok/s, {seconds * 1e3:.2f} ms a step", flush=True)
+        args.model, dtype=args.dtype, num_blocks=512, max_model_len=4096, threads=args.threads
+    )  # fmt: skip
+    own = {
+        "native": replace(settings, quantization=args.quantization),
+        "torch": replace(settings, device=args.device),
+    }
+    for engine in args.engine or ENGINES:
+        try:
+            measure(engine, own[engine], args.rounds, args.steps)
+        except LibraryUnavailable as error:
+            print(f"\nnative: {error}")
+    engines = " ".join(f"--engine {engine}" for engine in args.engine or ENGINES)
     print(
-        f"repeat: OMP_NUM_THREADS={args.threads} python bench/engine.py {args.model} --threads {args.threads} "
-        f"--device {args.device} --dtype {args.dtype} --rounds {args.rounds} --steps {args.steps}"
+        f"\nrepeat: OMP_NUM_THREADS={args.threads} python -m bench.engine {args.model} {engines} "
+        f"--quantization {args.quantization} --threads {args.threads} --device {args.device} --dtype {args.dtype} "
+        f"--rounds {args.rounds} --steps {args.steps}"
     )
 
 

@@ -15,7 +15,8 @@ from bench.handoff_ends import pull
 from bench.options import Options
 from bench.report import Report
 from bench.transport_ends import FRAME_BYTES, WINDOW, send_over_transport
-from kvferry.engine.torch_runner import EngineSettings, TorchRunner
+from kvferry.engine.settings import EngineSettings
+from kvferry.engine.torch_runner import TorchRunner
 
 NUM_TOKENS: Final = 2048
 HANDOFFS: Final = 16  # of each round
@@ -40,8 +41,7 @@ async def measure(options: Options) -> Report:
         bare, whole = [], []
         for _ in range(1 if options.quick else ROUNDS):
             bare.append(await _bare(backend))
-            seconds = await _handoffs(options, backend)
-            whole.append(num_bytes / statistics.median(seconds[WARM_UP:]))
+            whole.append(await whole_rate(options, backend, num_bytes))
         ratios = [w / b for w, b in zip(whole, bare, strict=True)]
         report.add(f"{backend}: bare transport", statistics.median(bare) / GB, "GB/s")
         report.add(f"{backend}: whole hand-off", statistics.median(whole) / GB, "GB/s")
@@ -58,6 +58,11 @@ async def _bare(backend: str) -> float:
     rate = await send_over_transport(backend, address, FRAMES)
     await receiver.wait()
     return rate
+
+
+async def whole_rate(options: Options, backend: str, num_bytes: int) -> float:
+    """Bytes per second of whole hand-offs of `NUM_TOKENS` tokens, whose KV takes `num_bytes`."""
+    return num_bytes / statistics.median((await _handoffs(options, backend))[WARM_UP:])
 
 
 async def _handoffs(options: Options, backend: str) -> list[float]:

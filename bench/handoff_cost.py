@@ -10,10 +10,13 @@ import statistics
 from collections.abc import Sequence
 from typing import Final
 
+from bench import handoff
 from bench.options import Options
 from bench.prompts import Prompts
 from bench.report import Report
 from bench.stack import Metrics, Stack, metric, running
+from kvferry.engine.settings import EngineSettings
+from kvferry.engine.torch_runner import TorchRunner
 
 PAIRS: Final = 20
 QUICK_PAIRS: Final = 3
@@ -34,6 +37,8 @@ async def measure(options: Options) -> Report:
     )
     prompts = Prompts(options.model_dir, seed=2)
     num_pairs = QUICK_PAIRS if options.quick else PAIRS
+    token_bytes = TorchRunner(EngineSettings(options.model_dir, num_blocks=1)).kv_format.token_bytes
+    rate = await handoff.whole_rate(options, "ucx", handoff.NUM_TOKENS * token_bytes)
     async with (
         running(options, "--threads", "1", settings={"local_prefill_threshold": "0"}) as apart,
         running(options, "--threads", "1", "--prefill", "0", "--decode", "1") as single,
@@ -42,13 +47,16 @@ async def measure(options: Options) -> Report:
         await single.pin({"decode": [0], "": [1]})
         for length, limit in LIMITS.items():
             await _pairs(prompts, length, WARM_UP_PAIRS, apart, single)
-            before = await apart.metrics("decode")
+            before = await _both(apart)
             pairs = await _pairs(prompts, length, num_pairs, apart, single)
-            after = await apart.metrics("decode")
-            _require_transfers(before, after, len(pairs), length)
+            after = await _both(apart)
+            _require_transfers(before[1], after[1], len(pairs), length)
             _add(report, length, limit, pairs)
-            tail = _mean_tail(before, after)
+            tail = _mean_tail(before[0], after[0])
             prefill = statistics.median(one for _, one in pairs)
+            report.add(
+                f"{length} tokens: tail of the hand-off", tail * 1e3, "ms", _tail_limit(before, after, rate) * 1e3
+            )
             report.add(f"{length} tokens: tail of the hand-off ÷ prefill time", tail / prefill, "", TAIL_LIMIT)
     return report
 
@@ -86,6 +94,20 @@ def _require_transfers(before: Metrics, after: Metrics, count: int, length: int)
     moved = metric(after, name, direction="received") - metric(before, name, direction="received")
     if moved < count * (length - 1):
         raise RuntimeError(f"{count} prompts of {length} tokens moved the KV of {moved:.0f} tokens only")
+
+
+async def _both(stack: Stack) -> tuple[Metrics, Metrics]:
+    return await stack.metrics("prefill"), await stack.metrics("decode")
+
+
+def _tail_limit(before: tuple[Metrics, Metrics], after: tuple[Metrics, Metrics], rate: float) -> float:
+    """1.5 × the last piece ÷ the rate of whole hand-offs just measured, + 5 ms. A piece is what one step computed."""
+
+    def risen(side: int, name: str, **labels: str) -> float:
+        return metric(after[side], name, **labels) - metric(before[side], name, **labels)
+
+    piece = risen(1, "kvferry_kv_bytes_total", direction="received") / risen(0, "kvferry_step_seconds_count")
+    return 1.5 * piece / rate + 5e-3
 
 
 def _mean_tail(before: Metrics, after: Metrics) -> float:

@@ -19,7 +19,8 @@ import uvloop
 
 from kvferry.bus.base import BusSettings
 from kvferry.bus.memory import MemoryBroker, MemoryBus
-from kvferry.engine.torch_runner import EngineSettings, TorchRunner
+from kvferry.engine.settings import EngineSettings
+from kvferry.engine.torch_runner import TorchRunner
 from kvferry.runtime import SystemRuntime, now
 from kvferry.schedule.sequence import Emission, Sequence
 from kvferry.schedule.step import StepPlan, StepResult

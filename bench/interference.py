@@ -17,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from bench.client import Stream
@@ -93,7 +94,7 @@ Judge = Callable[[Stack, int, "int | None"], Awaitable[Interference]]
 def _judge(options: Options) -> Judge:
     async def by_peers(stack: Stack, bursts: int, core: int | None) -> Interference:
         assert options.peers is not None
-        return await _peers_client(str(options.peers / "interference.py"), stack, bursts, core)
+        return await judged_by_peers(options.peers, stack.port, bursts, core)
 
     async def by_own(stack: Stack, bursts: int, core: int | None) -> Interference:
         cores = os.sched_getaffinity(0)
@@ -126,9 +127,11 @@ def _add(report: Report, name: str, result: Interference, limit: float | None) -
     report.raw[f"{name}: stall per arrival, ms"] = [round(stall, 1) for stall in result.stalls]
 
 
-async def _peers_client(script: str, stack: Stack, bursts: int, core: int | None) -> Interference:
+async def judged_by_peers(peers: Path, port: int, bursts: int, core: int | None) -> Interference:
+    """Any server on a port, by the peers' own client, on one core unless None."""
+    script = str(peers / "interference.py")
     flags = {
-        "--port": stack.port, "--model": MODEL_NAME, "--streams": STREAMS, "--prompt-len": STREAM_PROMPT,
+        "--port": port, "--model": MODEL_NAME, "--streams": STREAMS, "--prompt-len": STREAM_PROMPT,
         "--max": STREAM_TOKENS, "--burst-len": BURST_PROMPT, "--burst-max": BURST_TOKENS,
         "--burst-every": BURST_EVERY_S, "--bursts": bursts,
     }  # fmt: skip

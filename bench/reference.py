@@ -10,7 +10,8 @@ import numpy as np
 
 from bench.tap import Heard
 from kvferry.engine.reference import ReferencePass
-from kvferry.engine.torch_runner import EngineSettings, TorchRunner
+from kvferry.engine.settings import EngineSettings
+from kvferry.engine.torch_runner import TorchRunner
 from kvferry.kv.digest import slot_digests
 from kvferry.schedule.step import SequenceStep, StepPlan
 from kvferry.wire.frame import Piece
@@ -34,7 +35,7 @@ def largest_gap(model_dir: Path, max_model_len: int, texts: Sequence[Heard]) -> 
 
 def swapped_token_is_refused(model_dir: Path, text: Heard) -> bool:
     """Whether the reference pass refuses a text whose last token was replaced by another one."""
-    runner = _runner(model_dir, len(text.prompt) + len(text.tokens) + 1)
+    runner = _runner(model_dir, len(text.prompt) + len(text.generated) + 1)
     try:
         generated = text.generated
         generated[-1] = (generated[-1] + 1) % runner.vocab_size

@@ -1,7 +1,7 @@
 """Time from `make run` to ready with a warm cache, how much of it follows the workers' loading, and the memory.
 
 "After the slowest worker" is the time from the moment that the last worker had imported, loaded and warmed up to
-the line that says ready.
+the line that says ready: it may be 2 s at most, in every round.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ async def measure(options: Options) -> Report:
                     report.add(f"memory: {process.name}", rss, "MiB")
                     report.raw[f"pss_mib {process.name}"] = round(pss, 1)
     report.add("make run to ready, median", statistics.median(times), "s")
-    report.add("after the slowest worker was warm, median", statistics.median(after), "s", AFTER_LIMIT_S)
+    report.add("after the slowest worker was warm, median", statistics.median(after), "s")
+    report.add("after the slowest worker was warm, worst", max(after), "s", AFTER_LIMIT_S)
     report.raw["ready_s"] = times
+    report.raw["after_slowest_worker_s"] = after
     return report
 
 

@@ -6,7 +6,7 @@ import asyncio
 
 from kvferry.bus.base import Bus, BusMessage
 
-PATIENCE = 10.0  # seconds until a test stops waiting for what must happen
+PATIENCE = 60.0  # seconds until a test stops waiting for what must happen
 
 
 class Collector:

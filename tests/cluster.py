@@ -18,7 +18,8 @@ from kvferry.bus.base import BusMessage, BusSettings
 from kvferry.bus.memory import MemoryBroker, MemoryBus
 from kvferry.engine.memory import MemoryRunner, MemorySettings, continuation
 from kvferry.errors import BusUnavailable
-from kvferry.runtime import InlineLane, Lane, SeededRuntime, TaskSet, now
+from kvferry.lane import InlineLane, Lane
+from kvferry.runtime import SeededRuntime, TaskSet, now
 from kvferry.schedule.step import StepResult
 from kvferry.transport.base import TransportSettings
 from kvferry.transport.memory import MemoryNetwork, MemoryTransport
@@ -59,7 +60,7 @@ MODEL = MemorySettings(num_blocks=64, seconds_per_step=0.004, seconds_per_token=
 class VirtualEngineLane(InlineLane):
     """Runs a step at once; its future is done when the step's own virtual seconds have passed."""
 
-    def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
+    def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -77,7 +78,7 @@ class VirtualEngineLane(InlineLane):
 
 
 class SimulationRuntime(SeededRuntime):
-    def lane(self, name: str) -> Lane:
+    def lane(self, name: str, nice: int = 0) -> Lane:
         return VirtualEngineLane() if name == "engine" else InlineLane()
 
 

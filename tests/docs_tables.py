@@ -56,7 +56,7 @@ CONSTANTS: Final = (
     ("kvferry_prefill.outgoing", "MAX_AGAIN_QUEUED", "repeats that one pull is owed"),
     ("kvferry_prefill.sender", "PARK_S", "seconds that an Open waits for its request"),
     ("kvferry_prefill.sender", "MAX_PARKED", "Opens that wait at once"),
-    ("kvferry_decode.puller", "WINDOW", "receives posted at once by one pull"),
+    ("kvferry_decode.incoming", "WINDOW", "receives posted at once by one pull"),
     ("kvferry_decode.puller", "ABORT_TIMEOUT", "seconds that P has to answer an Abort"),
     ("kvferry_decode.puller", "MAX_TRIES", "tries of a pull before it is a failure"),
     ("kvferry_decode.incoming", "MAX_AGAIN", "bad frames of one pull that are asked for again"),

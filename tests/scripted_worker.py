@@ -51,7 +51,7 @@ from kvferry_gateway.settings import GatewaySettings
 CLUSTER = "test"
 MODEL = "tiny"
 EOS = 0
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 M = TypeVar("M")
 Row = tuple[int, int, int]  # stream_id, index, token
@@ -266,7 +266,7 @@ class Cluster:
         self.gateway = await Gateway.start(self.settings, runtime, self.bus, model, pid=7, created=1)
         self._stack.push_async_callback(self.gateway.stop)
         listener = self._stack.enter_context(contextlib.closing(listen("127.0.0.1", 0)))
-        self.http = HttpServer(self.gateway.app, listener, 5.0)
+        self.http = HttpServer(self.gateway.app, listener, self.settings, 5.0)
         await self.http.start()
         self._stack.push_async_callback(self._stop_http)
         self.url = f"http://127.0.0.1:{self.http.address[1]}"

@@ -16,8 +16,8 @@ import httpx
 
 from kvferry.runfile import RunFile
 
-READY_TIMEOUT_S = 180.0
-STOP_TIMEOUT_S = 60.0
+READY_TIMEOUT_S = 240.0
+STOP_TIMEOUT_S = 120.0
 MARK = "KVFERRY_TEST_STACK"  # in the environment of every process of one stack
 KVFERRY = str(Path(sys.executable).with_name("kvferry"))
 

@@ -18,7 +18,7 @@ from kvferry.transport.tcp import TcpTransport
 from kvferry.transport.ucx import UcxLink, UcxTransport
 from kvferry.transport.ucx_endpoint import Endpoint
 
-PATIENCE = 10.0  # seconds until a test gives up on an event
+PATIENCE = 60.0  # seconds until a test gives up on an event
 DATA_KEY = b"the data key of the test cluster"
 
 

@@ -1,6 +1,6 @@
 """How a service tells its supervisor how far it is: JSON lines on an inherited pipe.
 
-    {"event": "progress", "stage": "import" | "load" | "warm-up", …}
+    {"event": "progress", "stage": "build" | "import" | "load" | "warm-up", …}
     {"event": "ready", "incarnation": …, …}
 
 The pipe's descriptor number stands in `KVFERRY_READY_FD`. Without it (a service started by hand or by

@@ -8,7 +8,6 @@ keeps `time`, `random`, `uuid`, `secrets` and `to_thread` inside this file.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import mmap
 import random
@@ -16,23 +15,12 @@ import secrets
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
 
-P = ParamSpec("P")
+from kvferry.lane import InlineLane, Lane, ThreadLane
+
 T = TypeVar("T")
-
-
-class Lane(ABC):
-    """A queue of blocking calls that run one after the other, off the event loop."""
-
-    @abstractmethod
-    def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
-        """Run `call` after all calls given before it. Awaiting the result is optional."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Wait for what runs, then end the thread."""
 
 
 class Runtime(ABC):
@@ -46,7 +34,8 @@ class Runtime(ABC):
         """In [0, 1): for jitter, never for ids."""
 
     @abstractmethod
-    def lane(self, name: str) -> Lane: ...
+    def lane(self, name: str, nice: int = 0) -> Lane:
+        """A new lane. Its thread gives way to others of the process by `nice`, as a Unix process would."""
 
     def random_u64(self) -> int:
         return int.from_bytes(self.random_bytes(8), "little")
@@ -64,22 +53,8 @@ class SystemRuntime(Runtime):
     def uniform(self) -> float:
         return self._jitter.random()
 
-    def lane(self, name: str) -> Lane:
-        return ThreadLane(name)
-
-
-class ThreadLane(Lane):
-    """One thread."""
-
-    def __init__(self, name: str) -> None:
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=name)
-
-    def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
-        future = self._pool.submit(call, *args, **kwargs)
-        return asyncio.wrap_future(future)
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def lane(self, name: str, nice: int = 0) -> Lane:
+        return ThreadLane(name, nice)
 
 
 class SeededRuntime(Runtime):
@@ -94,23 +69,8 @@ class SeededRuntime(Runtime):
     def uniform(self) -> float:
         return self._random.random()
 
-    def lane(self, name: str) -> Lane:
+    def lane(self, name: str, nice: int = 0) -> Lane:
         return InlineLane()
-
-
-class InlineLane(Lane):
-    """Runs each call at once, on the loop; its result is a finished future."""
-
-    def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        try:
-            future.set_result(call(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def close(self) -> None:
-        pass
 
 
 def now() -> float:

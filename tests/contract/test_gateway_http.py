@@ -195,6 +195,18 @@ async def test_sampling_fields_reach_the_worker_and_the_rest_comes_from_the_mode
     assert first.seed != second.seed, "requests without a seed differ"
 
 
+async def test_penalties_reach_the_worker_and_are_neutral_unless_given(cluster: Cluster) -> None:
+    worker = await cluster.speaker("x")
+    fields = {"presence_penalty": -2, "frequency_penalty": 0.5, "repetition_penalty": 1.25}
+    for path, body in (("/v1/completions", completion()), ("/v1/chat/completions", chat())):
+        assert (await post(cluster, path, body | fields)).status_code == 200
+        await post(cluster, path, body)
+        given, bare = (work.sampling for work in worker.works[-2:])
+        assert (given.presence_penalty, given.frequency_penalty, given.repetition_penalty) == (-2, 0.5, 1.25)
+        assert given.penalised
+        assert not bare.penalised
+
+
 async def test_prefill_and_decode_are_asked_with_the_same_ticket_and_know_of_each_other(cluster: Cluster) -> None:
     prefill, decode = await cluster.pair()
     decode.accepted = lambda work: decode.say(work, [EOS])
@@ -252,6 +264,11 @@ BAD_COMMON = [
     ({"top_k": -2}, "top_k"),
     ({"top_k": 1.5}, "top_k"),
     ({"min_p": 2}, "min_p"),
+    ({"presence_penalty": 2.1}, "presence_penalty"),
+    ({"frequency_penalty": -2.1}, "frequency_penalty"),
+    ({"frequency_penalty": "1"}, "frequency_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"repetition_penalty": 101}, "repetition_penalty"),
     ({"seed": "x"}, "seed"),
     ({"seed": 1 << 63}, "seed"),
     ({"max_tokens": 0}, "max_tokens"),
@@ -331,7 +348,7 @@ async def test_a_missing_field_is_named(cluster: Cluster, missing: str) -> None:
 
 
 NEUTRAL_VALUES: dict[str, Any] = {
-    "n": 1, "presence_penalty": 0.0, "frequency_penalty": 0, "repetition_penalty": 1.0, "length_penalty": 1,
+    "n": 1, "length_penalty": 1,
     "logit_bias": {}, "min_tokens": 0, "stop_token_ids": [], "bad_words": [], "skip_special_tokens": True,
     "spaces_between_special_tokens": True, "include_stop_str_in_output": False, "use_beam_search": False,
     "response_format": {"type": "text"}, "priority": 0, "return_token_ids": False, "logprobs": False,
@@ -437,7 +454,7 @@ async def raw(cluster: Cluster, *sent: bytes) -> bytes:
         for part in sent:
             writer.write(part)
         await writer.drain()
-        return await asyncio.wait_for(reader.read(), 5)
+        return await asyncio.wait_for(reader.read(), 60)
     finally:
         writer.close()
 

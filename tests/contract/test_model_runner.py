@@ -1,15 +1,18 @@
-"""What every ModelRunner must do: the torch engine on a tiny checkpoint in fp32, and the in-memory twin."""
+"""What every ModelRunner must do: torch on a tiny checkpoint in fp32, native in bf16 and int8, the in-memory twin."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 from checkpoints import SHAPES, build
+from runners import NATIVE, runner_of
 
 from kvferry.engine.memory import MemoryRunner, MemorySettings
-from kvferry.engine.torch_runner import EngineSettings, TorchRunner
+from kvferry.engine.settings import EngineSettings
 from kvferry.schedule.step import Draw, ModelRunner, SequenceStep, StepPlan
 from kvferry.wire.frame import Piece
 from kvferry.wire.messages import Sampling
@@ -20,12 +23,18 @@ PROMPT = np.random.default_rng(0).integers(0, 190, 75).astype(np.uint32)
 MakeRunner = Callable[[], ModelRunner]
 
 
-@pytest.fixture(scope="module", params=["torch", "memory"])
+@pytest.fixture(scope="module", params=["torch", *NATIVE, "int8", "memory"])
 def make_runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MakeRunner:
     if request.param == "memory":
         return lambda: MemoryRunner(MemorySettings(num_blocks=32, vocab_size=199, max_model_len=256))
     directory = build(SHAPES[0], tmp_path_factory.mktemp("checkpoint"))
-    return lambda: TorchRunner(EngineSettings(directory, num_blocks=32, threads=1))
+    settings = EngineSettings(directory, num_blocks=32, threads=1)
+    if request.param == "torch":
+        return lambda: runner_of("torch", settings)
+    settings = replace(settings, dtype="bfloat16", threads=2)
+    if request.param == "int8":
+        return lambda: runner_of("native", replace(settings, quantization="int8"))
+    return lambda: runner_of(request.param, settings)
 
 
 @pytest.fixture
@@ -55,7 +64,7 @@ def generate(
 ) -> list[int]:
     tokens: list[int] = []
     for index in range(count):
-        draw = Draw(sampling, choice, index)
+        draw = Draw(sampling, choice, index, np.asarray([*PROMPT, *tokens], np.uint32), len(PROMPT))
         if index == 0:
             drawn = prefill(runner, blocks, PROMPT, size, draw)
         else:
@@ -89,6 +98,37 @@ def test_seed_and_choice_change_seeded_tokens_but_not_greedy_ones(runner: ModelR
     assert generate(runner, blocks, Sampling(temperature=1.0, top_p=0.95, seed=1235), 12) != seeded
     greedy = generate(runner, blocks, GREEDY, 12)
     assert generate(runner, blocks, Sampling(temperature=0, seed=99), 12, choice=1) == greedy
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize(
+    "penalty", [{"frequency_penalty": -2.0}, {"presence_penalty": -2.0}, {"repetition_penalty": 9.0}]
+)
+def test_every_runner_honours_penalties(runner: ModelRunner, sampling: Sampling, penalty: dict[str, float]) -> None:
+    blocks, penalised = table(0, 1, 2, 3, 4, 5), msgspec.structs.replace(sampling, **penalty)
+    text = generate(runner, blocks, penalised, 16)
+    assert text != generate(runner, blocks, sampling, 16)
+    assert generate(runner, blocks, penalised, 16, size=11) == text
+
+
+def test_log_probabilities_come_back_where_they_were_asked_for(runner: ModelRunner) -> None:
+    plan = StepPlan(
+        (
+            SequenceStep(0, PROMPT[:20], 0, table(0, 1), Draw(GREEDY, 0, 0, num_logprobs=3)),
+            SequenceStep(1, PROMPT[:9], 0, table(2)),
+            SequenceStep(2, PROMPT[:9], 0, table(3), Draw(GREEDY, 0, 0)),
+        )
+    )
+    result = runner.execute(plan)
+    if isinstance(runner, MemoryRunner):
+        assert result.logprobs == (), "the twin has no logits"
+        return
+    assert result.logprobs[1:] == (None, None)
+    found = result.logprobs[0]
+    assert found is not None
+    assert (found.rank, found.top_tokens[0], found.top_logprobs[0]) == (1, result.tokens[0], found.logprob)
+    assert 0 > found.logprob > found.top_logprobs[1] > found.top_logprobs[2]
+    assert runner.execute(StepPlan(plan.steps[1:])).logprobs == ()
 
 
 def test_tokens_do_not_depend_on_the_batch(runner: ModelRunner) -> None:
@@ -208,13 +248,15 @@ def test_a_piece_or_buffer_that_does_not_fit_is_refused(runner: ModelRunner, pie
 
 
 def test_warm_up_changes_no_block(runner: ModelRunner) -> None:
-    every_block = np.arange(32, dtype=np.int32)
-    piece = all_of(runner, 0, 512)
-    runner.scatter(piece, every_block, memoryview(bytearray(b"\x11" * len(slot_for(runner, piece)))))
+    every_block = np.arange(32, dtype=np.int32).reshape(2, 16)  # as two sequences of the greatest length
+    piece = all_of(runner, 0, 256)
+    for blocks in every_block:
+        runner.scatter(piece, blocks, memoryview(bytearray(b"\x11" * len(slot_for(runner, piece)))))
     runner.warm_up()
-    after = slot_for(runner, piece)
-    runner.gather(piece, every_block, memoryview(after))
-    assert set(after) == {0x11}
+    for blocks in every_block:
+        after = slot_for(runner, piece)
+        runner.gather(piece, blocks, memoryview(after))
+        assert set(after) == {0x11}
 
 
 def test_an_empty_plan_is_a_step_without_tokens(runner: ModelRunner) -> None:

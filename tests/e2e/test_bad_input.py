@@ -17,18 +17,18 @@ from typing import Any
 import httpx
 import pytest
 from bench.client import request_bytes
+from bench.tap import bus_of
 from books import HOST, Row, cluster, port_of, seconds_until_clean, whole
 from nats_server import running_nats
 from prometheus_client.parser import text_string_to_metric_families
 from stack import KVFERRY, Stack
-from watch import bus_of
 
 from kvferry.bus.nats import NatsBus
 from kvferry.runtime import blocking_clock
 from kvferry.wire.messages import Codecs, Ping
 from kvferry.wire.subjects import beat_subject, process_subject
 
-SETTLE_S = 3.0  # until connections that a test made are closed on the other side, too
+SETTLE_S = 15.0  # at most, until connections that a test made are closed on the other side, too
 MAX_BODY_BYTES = 4 << 20
 GARBAGE = bytes(range(256)) * 64
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -58,7 +58,7 @@ async def rows(stack: Stack) -> AsyncIterator[list[Row]]:
     await answers_a_chat(stack)  # so that every connection that lasts is there
     yield rows
     await answers_a_chat(stack)
-    await seconds_until_clean(rows, blocking_clock(), SETTLE_S)
+    await seconds_until_clean(rows, blocking_clock(), lambda: SETTLE_S)
     assert {row["incarnation"] for row in await cluster(stack)} == incarnations  # nobody died of it
 
 
@@ -90,7 +90,7 @@ async def few_more_descriptors(stack: Stack, before: dict[int, int], most: int) 
 
 
 async def answers_a_chat(stack: Stack) -> None:
-    async with httpx.AsyncClient(base_url=stack.url, timeout=30, trust_env=False) as http:
+    async with httpx.AsyncClient(base_url=stack.url, timeout=90, trust_env=False) as http:
         answer = await http.post("/v1/chat/completions", json=chat())
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["completion_tokens"] >= 1
@@ -138,7 +138,7 @@ REFUSED: dict[str, tuple[str, Any, int, str | None]] = {
 async def test_a_bad_request_is_refused_by_name_and_reaches_no_worker(stack: Stack, rows: list[Row]) -> None:
     """All in one test: what follows each is the same, and the fixture's checks cost more than the requests."""
     placed = await sample(port_of(stack), "kvferry_prompt_token_total")
-    async with httpx.AsyncClient(base_url=stack.url, timeout=30, trust_env=False) as http:
+    async with httpx.AsyncClient(base_url=stack.url, timeout=90, trust_env=False) as http:
         for name, (path, body, status, param) in REFUSED.items():
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
             answer = await http.post(path, content=content, headers={"content-type": "application/json"})
@@ -162,7 +162,7 @@ async def test_a_body_without_a_length_is_cut_off_at_the_limit(stack: Stack, row
             sent += 1 << 16
             yield b" " * (1 << 16)
 
-    async with httpx.AsyncClient(base_url=stack.url, timeout=30, trust_env=False) as http:
+    async with httpx.AsyncClient(base_url=stack.url, timeout=90, trust_env=False) as http:
         try:
             answer = await http.post(CHAT, content=endless())
         except httpx.TransportError:
@@ -188,7 +188,7 @@ def test_what_is_no_http_is_refused_at_the_gateway(stack: Stack, rows: list[Row]
 
 def read_to_the_end(port: int, *pieces: bytes) -> bytes:
     """Send, and read until the other side closes."""
-    with socket.create_connection((HOST, port), timeout=15) as client:
+    with socket.create_connection((HOST, port), timeout=60) as client:
         received = b""
         try:
             for piece in pieces:
@@ -207,7 +207,7 @@ def write_garbage(port: int) -> int:
         leaves_at_once.sendall(b"\xff")
     kinds = (GARBAGE, bytes(4096), b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
     for garbage in kinds:
-        with socket.create_connection((HOST, port), timeout=5) as client:
+        with socket.create_connection((HOST, port), timeout=60) as client:
             client.sendall(garbage)
             client.shutdown(socket.SHUT_WR)
     silent.close()
@@ -265,7 +265,7 @@ async def counts_each_bad_message(bus: NatsBus, subject: str, port: int) -> None
         counter = ("kvferry_wire_error_total", {"plane": "bus", "kind": kind})
         before = await sample(port, counter[0], **counter[1])
         await bus.publish(subject, payload())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while await sample(port, counter[0], **counter[1]) <= before:
                 await asyncio.sleep(0.01)
         assert await sample(port, counter[0], **counter[1]) == before + 1, (subject, what)
@@ -275,7 +275,7 @@ async def counts_each_bad_message(bus: NatsBus, subject: str, port: int) -> None
 
 
 async def up_fails(tmp_path: Path, *flags: str, **environ: str) -> tuple[int, str]:
-    """Exit code and the one line that it says on stderr besides its log."""
+    """Exit code and the one line that it says on stderr besides its log, which is kept in `tmp_path`/up.log."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("KVFERRY_")}
     process = await asyncio.create_subprocess_exec(
         KVFERRY, "up", "--port", "0", "--run-file", str(tmp_path / "run.json"), "--log-format", "json",
@@ -284,12 +284,13 @@ async def up_fails(tmp_path: Path, *flags: str, **environ: str) -> tuple[int, st
         env={**clean, "OMP_NUM_THREADS": "1", **environ}, start_new_session=True,
     )  # fmt: skip
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(150):
             out, err = await process.communicate()
     except BaseException:
         process.kill()
         await process.wait()
         raise
+    (tmp_path / "up.log").write_bytes(err)
     assert b"Traceback" not in err, err.decode()
     assert b"ready on" not in out
     said = [line for line in err.decode().splitlines() if line.startswith("kvferry: ")]
@@ -309,6 +310,8 @@ async def test_a_server_whose_max_payload_is_too_small_is_named(model_dir: Path,
     assert code == 2, line
     assert "max_payload" in line
     assert "4096" in line
+    # Told at once: no child had begun to load a model.
+    assert not any(child in (tmp_path / "up.log").read_text() for child in ("gateway-0", "prefill-0", "decode-0"))
 
 
 async def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>kvferry</title><script>
 async function main() {
-  const body = {model: "smollm2", stream: true, max_tokens: 16, temperature: 0,
+  const body = {model: "smollm2", stream: true, max_tokens: 300, ignore_eos: true, temperature: 0,
                 messages: [{role: "user", content: "Say hello in one short sentence."}]};
   const response = await fetch("GATEWAY/v1/chat/completions", {method: "POST",
       headers: {"content-type": "application/json"}, body: JSON.stringify(body)});

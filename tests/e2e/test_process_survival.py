@@ -2,6 +2,11 @@
 
 Two prefill and two decode workers. Every token id is heard on the bus (`watch.py`), so "none lost, none twice" is
 about tokens and not about text; the client's text must be exactly theirs, and the reference pass judges it whole.
+
+An engine may be ten times as fast as the one that these tests were first run with, and the machine busy with other
+things. So a blow that must fall in mid-stream is repeated if the stream was over before it fell (`TRIES`), streams
+that are cut off have far more tokens to give than anybody waits for, and a bound is one on what the stack itself does
+(`contention.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -21,13 +26,16 @@ from typing import Any
 import pytest
 from bench.client import RequestError, Stream, stream
 from bench.prompts import Prompts
+from bench.tap import Attempt, Heard, bus_of
 from books import HOST, Books, Row, books_of, cluster, port_of, seconds_until_clean, violations, whole
+from contention import Contention
 from stack import Stack
 from tokenizers import Tokenizer
-from watch import Request, Watch, bus_of
+from watch import Watch
 
 from kvferry.engine.reference import ReferencePass
-from kvferry.engine.torch_runner import EngineSettings, TorchRunner
+from kvferry.engine.settings import EngineSettings
+from kvferry.engine.torch_runner import TorchRunner
 from kvferry.runtime import blocking_clock
 
 MAX_MODEL_LEN = 2048
@@ -35,8 +43,12 @@ NEW_PAIR_S = 2.0  # from a kill until a new pair has accepted
 SHORT_PAUSE_S = 2.5  # from a kill until the next token: at most 256 tokens of context and an idle survivor
 CANCELLED_S = 1.0  # from a client's disconnect until all blocks are free
 GATEWAY_GONE_S = 5.0  # from a gateway's kill until all of its blocks are free
-SETTLE_S = 3.0  # for the books after a test
-SHORT, LONG = 96, 1200  # prompt tokens
+FENCED_S = 3.0  # from a frozen worker's first words until it has heard that its work is elsewhere
+SETTLE_S = 10.0  # for the books after a test
+STREAM_S = 150.0  # until a stream is read to its end, on a slow and busy machine
+TRIES = 5  # of what a fast engine may have done before the test could act
+SHORT, LONG = 96, 1600  # prompt tokens
+ENDLESS = MAX_MODEL_LEN - SHORT  # tokens of a stream that somebody ends before its time
 NEVER = "\x00never"  # a stop string that no text holds: the stop path runs, and nothing is cut
 
 GREEDY = {"temperature": 0.0}
@@ -64,6 +76,7 @@ class Scene:
     prompts: Prompts
     judge: ReferencePass
     tokenizer: Tokenizer
+    contention: Contention
     started: list[Running] = field(default_factory=list)
 
     def start(self, tokens: int, max_tokens: int, **fields: Any) -> Running:
@@ -79,18 +92,18 @@ class Scene:
         self.started.append(running)
         return running
 
-    def row(self, request: Request, role: str) -> Row:
+    def row(self, request: Heard, role: str) -> Row:
         """The worker of a role that a request is on."""
         incarnation = f"{request.last.workers[role]:016x}"
         return next(row for row in self.rows if row["incarnation"] == incarnation)
 
-    async def complete(self, running: Running) -> Request:
+    async def complete(self, running: Running) -> Heard:
         """Read a stream to its [DONE] and hold it to all that is promised of it."""
-        async with asyncio.timeout(90):
+        async with asyncio.timeout(STREAM_S):
             answer = await running.task
         await self.watch.given(running.label, running.max_tokens)
         request = self.watch.requests[running.label]
-        tokens = request.tokens
+        tokens = request.generated
         assert len(tokens) == running.max_tokens
         assert answer.usage is not None
         assert answer.usage["completion_tokens"] == running.max_tokens
@@ -100,7 +113,33 @@ class Scene:
         assert verdict.accepted, f"a token is {verdict.largest_gap:.2f} logit off"
         return request
 
-    def new_pair_after(self, request: Request, moment: float) -> float:
+    async def in_time(self, running: Running, condition: Callable[[], bool]) -> bool:
+        """Wait for what must happen while a stream runs. False: the stream was over first."""
+        await self.watch.until(lambda: condition() or running.task.done())
+        if running.task.done():
+            running.task.result()  # it may have failed
+        return condition()
+
+    async def recover(self) -> None:
+        """Wait for the restart of what a blow that came too late has killed."""
+        self.rows = await whole(self.stack, len(self.rows))
+        self.contention.follow(self.stack.processes())
+
+    async def fetching(self, running: Running) -> Row | None:
+        """The decode worker of a request while it fetches its KV; None: it has fetched all, or no longer needs to."""
+        request = await self.watch.accepted(running.label)
+        row = self.row(request, "decode")
+        while not request.last.tokens:
+            if (await books_of(row))["counts"]["fetching"]:
+                return row
+            await asyncio.sleep(0.005)
+        return None
+
+    def bound(self, moment: float, seconds: float) -> float:
+        """What a time that is bounded by `seconds`, from `moment` on, may be on this machine now."""
+        return seconds + self.contention.granted(moment, seconds)
+
+    def new_pair_after(self, request: Heard, moment: float) -> float:
         """Seconds until a placement after `moment` was accepted. Raises AssertionError if there was none."""
         later = [
             a.accepted_at for a in request.attempts.values() if a.accepted_at is not None and a.accepted_at > moment
@@ -167,20 +206,23 @@ async def set_scene(
 ) -> AsyncIterator[Scene]:
     """A whole stack for one test; afterwards it is whole again, and at rest its books are clean."""
     rows = await whole(stack, num_workers)
-    await seconds_until_clean(rows, blocking_clock(), SETTLE_S)
+    await seconds_until_clean(rows, blocking_clock(), lambda: SETTLE_S)
     async with bus_of(stack.facts) as bus:
         watch = Watch(bus, stack.facts.cluster)
         await watch.start()
         tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
-        scene = Scene(stack, watch, rows, prompts, judge, tokenizer)
+        contention = Contention(stack.processes())
+        sampling = asyncio.create_task(contention.run())
+        scene = Scene(stack, watch, rows, prompts, judge, tokenizer, contention)
         try:
             yield scene
         finally:
+            sampling.cancel()
             for running in scene.started:
                 running.task.cancel()
-            await asyncio.gather(*(running.task for running in scene.started), return_exceptions=True)
+            await asyncio.gather(sampling, *(running.task for running in scene.started), return_exceptions=True)
     rows = await whole(stack, num_workers)
-    await seconds_until_clean(rows, blocking_clock(), SETTLE_S)
+    await seconds_until_clean(rows, blocking_clock(), lambda: SETTLE_S)
     assert "Traceback" not in stack.log.read_text()
 
 
@@ -216,17 +258,17 @@ async def test_the_check_of_the_books_sees_what_is_held(scene: Scene) -> None:
         planted(streams=1),
     ]
     assert all(violations(books) for books in leaks)
-    running = scene.start(SHORT, 200)
+    running = scene.start(SHORT, ENDLESS)
     request = await scene.watch.given(running.label, 5)
     held = violations(await books_of(scene.row(request, "decode")))
     assert any("blocks are running" in problem for problem in held)
     with pytest.raises(AssertionError, match="blocks are running"):
-        await seconds_until_clean(scene.rows, blocking_clock(), 0.1)
+        await seconds_until_clean(scene.rows, blocking_clock(), lambda: 0.1)
 
 
 async def test_the_judge_refuses_a_token_that_was_swapped(scene: Scene) -> None:
     request = await scene.complete(scene.start(SHORT, 16, **GREEDY))
-    swapped = request.tokens
+    swapped = request.generated
     swapped[8] = (swapped[8] + 1) % 49152
     assert not scene.judge.check(request.prompt, swapped, request.sampling, 0).accepted
 
@@ -237,20 +279,24 @@ async def test_the_judge_refuses_a_token_that_was_swapped(scene: Scene) -> None:
 @pytest.mark.parametrize(
     ("sampling", "moment"),
     [(GREEDY, 1), (SEEDED, 24), (STOPPING, 70)],
-    ids=["greedy, with its first token", "seeded, in mid-stream", "seeded with stop strings, near its end"],
+    ids=["greedy, with its first token", "seeded, in mid-stream", "seeded with stop strings, later"],
 )
 async def test_a_decode_worker_is_killed_under_a_short_stream(
     scene: Scene, sampling: dict[str, Any], moment: int, record_property: Any
 ) -> None:
-    running = scene.start(SHORT, 80, **sampling)
-    request = await scene.watch.given(running.label, moment)
-    killed = send(scene.row(request, "decode"), signal.SIGKILL)
-    await scene.complete(running)
+    for _ in range(TRIES):
+        running = scene.start(SHORT, 256 - SHORT, **sampling)
+        request = await scene.watch.given(running.label, moment)
+        killed = send(scene.row(request, "decode"), signal.SIGKILL)
+        await scene.complete(running)
+        if len(request.attempts) > 1:
+            break
+        await scene.recover()  # it had given its last token
     pair_s, pause_s = scene.new_pair_after(request, killed), pause_after(running, killed)
     record_property("new_pair_s", pair_s)
     record_property("pause_s", pause_s)
-    assert pair_s <= NEW_PAIR_S
-    assert pause_s <= SHORT_PAUSE_S
+    assert pair_s <= scene.bound(killed, NEW_PAIR_S)
+    assert pause_s <= scene.bound(killed, SHORT_PAUSE_S)
 
 
 async def test_a_decode_worker_is_killed_under_several_streams_while_one_is_fetched(
@@ -258,28 +304,29 @@ async def test_a_decode_worker_is_killed_under_several_streams_while_one_is_fetc
 ) -> None:
     streams, busy = [], set[int]()
     for sampling in (GREEDY, SEEDED, STOPPING, GREEDY, SEEDED, STOPPING):  # until each of the two has one to lose
-        streams.append(scene.start(SHORT, 400, **sampling))
+        streams.append(scene.start(SHORT, 500, **sampling))
         request = await scene.watch.given(streams[-1].label, 4)
         busy.add(request.last.workers["decode"])
         if len(busy) == 2:
             break
     assert len(busy) == 2
-    streams.append(scene.start(LONG // 3, 16, **SEEDED))
-    late = await scene.watch.accepted(streams[-1].label)
-    victim = scene.row(late, "decode")
-    while not (await books_of(victim))["counts"]["fetching"]:
-        assert late.last.accepted_at is not None
-        assert blocking_clock() < late.last.accepted_at + 20
-        await asyncio.sleep(0.01)
-    hit = [r for r in streams if scene.watch.requests[r.label].on(int(victim["incarnation"], 16))]
-    assert not any(r.task.done() for r in hit)
+    for _ in range(TRIES):
+        streams.append(scene.start(LONG // 2, 16, **SEEDED))
+        if (victim := await scene.fetching(streams[-1])) is not None:
+            break
+    assert victim is not None
     killed = send(victim, signal.SIGKILL)
+    lost = int(victim["incarnation"], 16)
+    # A stream may have given its last token just before; the others must have been on that worker.
+    hit = [r for r in streams if scene.watch.requests[r.label].on(lost) and not r.task.done()]
     requests = [await scene.complete(running) for running in streams]
-    pairs = [scene.new_pair_after(r, killed) for r, running in zip(requests, streams, strict=True) if running in hit]
-    assert len(pairs) >= 2  # the late one, and one that was running there
-    record_property("new_pair_s", max(pairs))
-    assert max(pairs) <= NEW_PAIR_S
-    assert all(len(r.attempts) == 1 for r, running in zip(requests, streams, strict=True) if running not in hit)
+    again = {r.label for r, request in zip(streams, requests, strict=True) if len(request.attempts) > 1}
+    assert streams[-1].label in again  # the one that was fetched
+    assert len(again) >= 2  # and one that was running there
+    assert again <= {running.label for running in hit}
+    pair_s = max(scene.new_pair_after(scene.watch.requests[label], killed) for label in again)
+    record_property("new_pair_s", pair_s)
+    assert pair_s <= scene.bound(killed, NEW_PAIR_S)
 
 
 # -- a prefill worker is killed --------------------------------------------------------------------------------
@@ -288,90 +335,109 @@ async def test_a_decode_worker_is_killed_under_several_streams_while_one_is_fetc
 async def test_a_prefill_worker_is_killed_while_it_computes_and_holds_a_queue(
     scene: Scene, record_property: Any
 ) -> None:
-    running = [scene.start(LONG, 6, **sampling) for sampling in (GREEDY, SEEDED, STOPPING)]
-    requests = [await scene.watch.accepted(r.label) for r in running]
-    places = [request.last.workers["prefill"] for request in requests]
-    crowded = max(set(places), key=places.count)
-    hit = [request for request, place in zip(requests, places, strict=True) if place == crowded]
-    assert len(hit) == 2  # one computing, one queued
-    killed = send(scene.row(hit[0], "prefill"), signal.SIGKILL)
-    assert not any(request.last.tokens for request in hit)
+    for _ in range(TRIES):
+        running = [scene.start(LONG // 2, 6, **sampling) for sampling in (GREEDY, SEEDED, STOPPING, GREEDY, SEEDED)]
+        requests = [await scene.watch.accepted(r.label) for r in running]
+        places = [request.last.workers["prefill"] for request in requests]
+        crowded = max(set(places), key=places.count)
+        hit = [request for request, place in zip(requests, places, strict=True) if place == crowded]
+        assert len(hit) >= 3  # one computing, two queued; the first ones may have been computed meanwhile
+        killed = send(scene.row(hit[0], "prefill"), signal.SIGKILL)
+        hit = [request for request in hit if not request.last.tokens]
+        if len(hit) >= 2:
+            break
+        await asyncio.gather(*(scene.complete(r) for r in running))
+        await scene.recover()
+    assert len(hit) >= 2
     for r in running:
         await scene.complete(r)
     pair_s = max(scene.new_pair_after(request, killed) for request in hit)
     record_property("new_pair_s", pair_s)
-    assert pair_s <= NEW_PAIR_S
+    assert pair_s <= scene.bound(killed, NEW_PAIR_S)
 
 
-@pytest.mark.parametrize("moment", ["in mid-stream of the KV", "right after its first token"])
-async def test_a_prefill_worker_is_killed_while_it_sends(scene: Scene, moment: str, record_property: Any) -> None:
+async def test_a_prefill_worker_is_killed_in_mid_stream_of_the_kv(scene: Scene, record_property: Any) -> None:
+    for _ in range(TRIES):
+        running = scene.start(LONG, 8, **SEEDED)
+        fetching = await scene.fetching(running)
+        request = scene.watch.requests[running.label]
+        killed = send(scene.row(request, "prefill"), signal.SIGKILL)
+        await scene.complete(running)
+        if fetching is not None and len(request.attempts) > 1:
+            break
+        await scene.recover()  # its last frame had left
+    pair_s = scene.new_pair_after(request, killed)
+    record_property("new_pair_s", pair_s)
+    assert pair_s <= scene.bound(killed, NEW_PAIR_S)
+
+
+async def test_a_prefill_worker_is_killed_right_after_its_first_token(scene: Scene, record_property: Any) -> None:
     running = scene.start(LONG, 8, **SEEDED)
-    request = await scene.watch.accepted(running.label)
-    if moment == "in mid-stream of the KV":
-        decode = scene.row(request, "decode")
-        while not (await books_of(decode))["counts"]["fetching"]:
-            assert not running.task.done()
-            await asyncio.sleep(0.01)
-        assert not request.last.tokens
-    else:
-        await scene.watch.given(running.label, 1)
+    request = await scene.watch.given(running.label, 1)
     killed = send(scene.row(request, "prefill"), signal.SIGKILL)
     await scene.complete(running)
     if len(request.attempts) == 1:
-        # All of its KV had arrived: once D runs, P's death changes nothing.
-        assert moment == "right after its first token"
-        return
+        return  # all of its KV had arrived: once D runs, P's death changes nothing
     pair_s = scene.new_pair_after(request, killed)
     record_property("new_pair_s", pair_s)
-    assert pair_s <= NEW_PAIR_S
+    assert pair_s <= scene.bound(killed, NEW_PAIR_S)
 
 
 # -- frozen, then continued ------------------------------------------------------------------------------------
 
 
-async def test_a_frozen_decode_worker_counts_as_killed_and_is_fenced_off(scene: Scene, record_property: Any) -> None:
-    running = scene.start(SHORT, 80, **SEEDED)
-    request = await scene.watch.given(running.label, 10)
-    row = scene.row(request, "decode")
+@dataclass
+class Freeze:
+    """A worker that was stopped under a request until that had a new pair, and then went on."""
+
+    running: Running
+    request: Heard
+    row: Row
+    first: Attempt  # the one that it was stopped under
+    moment: float
+    thawed: float
+
+
+async def freeze(scene: Scene, role: str, running: Running, first_token: int) -> Freeze | None:
+    """Stop a worker once its request has so many tokens. None: it had no more to do for it by then."""
+    request = await scene.watch.given(running.label, first_token) if first_token else None
+    request = request or await scene.watch.accepted(running.label)
+    row, first = scene.row(request, role), request.last
     incarnation = int(row["incarnation"], 16)
     with frozen(row) as moment:
-        await scene.watch.accepted(running.label, attempts=2)
-        pair_s = scene.new_pair_after(request, moment)
-        await scene.watch.until(lambda: len(request.last.tokens) > 8)
+        hit = await scene.in_time(running, lambda: request.last is not first and request.last.accepted_at is not None)
+        if hit and role == "decode":
+            await scene.in_time(running, lambda: len(request.last.tokens) > 8)
         beats = scene.watch.beats[incarnation]
     thawed = blocking_clock()
     await scene.watch.until(lambda: scene.watch.beats[incarnation] > beats + 1)  # it speaks again
-    freed_s = await seconds_until_clean([row], thawed, CANCELLED_S)
-    await scene.complete(running)
-    assert pause_after(running, moment) <= SHORT_PAUSE_S
-    record_property("new_pair_s", pair_s)
-    record_property("pause_s", pause_after(running, moment))
-    record_property("freed_s", freed_s)
-    assert pair_s <= NEW_PAIR_S
-    assert len(request.attempts) == 2
-    assert row["pid"] in {back["pid"] for back in await whole(scene.stack, 4)}  # it was not restarted
+    return Freeze(running, request, row, first, moment, thawed) if hit else None
 
 
-async def test_a_frozen_prefill_worker_counts_as_killed_and_is_fenced_off(scene: Scene, record_property: Any) -> None:
-    running = scene.start(LONG, 8, **GREEDY)
-    request = await scene.watch.accepted(running.label)
-    row = scene.row(request, "prefill")
-    incarnation = int(row["incarnation"], 16)
-    first = request.last
-    with frozen(row) as moment:
-        assert not first.tokens
-        await scene.watch.accepted(running.label, attempts=2)
-        pair_s = scene.new_pair_after(request, moment)
-        beats = scene.watch.beats[incarnation]
-    thawed = blocking_clock()
-    await scene.watch.until(lambda: scene.watch.beats[incarnation] > beats + 1)
-    freed_s = await seconds_until_clean([row], thawed, CANCELLED_S)
-    await scene.complete(running)
+@pytest.mark.parametrize("role", ["decode", "prefill"])
+async def test_a_frozen_worker_counts_as_killed_and_is_fenced_off(
+    scene: Scene, role: str, record_property: Any
+) -> None:
+    for _ in range(TRIES):
+        if role == "decode":
+            found = await freeze(scene, role, scene.start(SHORT, 256 - SHORT, **SEEDED), 10)
+        else:
+            found = await freeze(scene, role, scene.start(LONG, 8, **GREEDY), 0)
+        if found is not None:
+            break
+    assert found is not None
+    freed_s = await seconds_until_clean([found.row], found.thawed, lambda: scene.bound(found.thawed, FENCED_S))
+    await scene.complete(found.running)
+    pair_s, pause_s = scene.new_pair_after(found.request, found.moment), pause_after(found.running, found.moment)
     record_property("new_pair_s", pair_s)
+    record_property("pause_s", pause_s)
     record_property("freed_s", freed_s)
-    assert pair_s <= NEW_PAIR_S
-    assert not first.tokens  # it did not compute to the end for nobody
-    assert row["pid"] in {back["pid"] for back in await whole(scene.stack, 4)}
+    assert pair_s <= scene.bound(found.moment, NEW_PAIR_S)
+    if role == "decode":
+        assert pause_s <= scene.bound(found.moment, SHORT_PAUSE_S)
+    else:
+        assert not found.first.tokens  # it did not compute to the end for nobody
+    assert found.row["pid"] in {back["pid"] for back in await whole(scene.stack, 4)}  # it was not restarted
 
 
 # -- asked to go -----------------------------------------------------------------------------------------------
@@ -400,23 +466,25 @@ async def test_a_client_disconnects_and_all_blocks_are_free_within_a_second(
 ) -> None:
     match phase:
         case "queued or computing":
-            running = [scene.start(LONG, 50) for _ in range(3)]
+            running = [scene.start(LONG, 400) for _ in range(3)]
             for r in running:
                 await scene.watch.accepted(r.label)
         case "fetching":
-            running = [scene.start(LONG, 50)]
-            row = scene.row(await scene.watch.accepted(running[0].label), "decode")
-            while not (await books_of(row))["counts"]["fetching"]:
-                await asyncio.sleep(0.01)
+            for _ in range(TRIES):
+                running = [scene.start(LONG, 400)]
+                if await scene.fetching(running[0]) is not None:
+                    break
+                running[0].task.cancel()
         case _:
-            running = [scene.start(SHORT, 400), scene.start(SHORT, 400, **SEEDED)]
+            running = [scene.start(SHORT, ENDLESS), scene.start(SHORT, ENDLESS, **SEEDED)]
             for r in running:
                 await scene.watch.given(r.label, 10)
     assert any([violations(await books_of(row)) for row in scene.rows])
     for r in running:
         assert not r.task.done()
         r.task.cancel()  # closes its connection
-    freed_s = await seconds_until_clean(scene.rows, blocking_clock(), CANCELLED_S)
+    gone = blocking_clock()
+    freed_s = await seconds_until_clean(scene.rows, gone, lambda: scene.bound(gone, CANCELLED_S))
     record_property("freed_s", freed_s)
 
 
@@ -424,30 +492,32 @@ async def test_a_client_disconnects_and_all_blocks_are_free_within_a_second(
 
 
 async def test_streams_go_on_when_nats_is_killed_and_restarted(scene: Scene, record_property: Any) -> None:
-    streams = [scene.start(SHORT, 150, **GREEDY), scene.start(SHORT, 150, **SEEDED)]
+    num_tokens = 400
+    streams = [scene.start(SHORT, num_tokens, **GREEDY), scene.start(SHORT, num_tokens, **SEEDED)]
     for running in streams:
         await scene.watch.given(running.label, 10)
     killed = blocking_clock()
     os.kill(pid_of(scene.stack, "nats-server"), signal.SIGKILL)
-    async with asyncio.timeout(60):
+    assert not any(running.task.done() for running in streams)
+    async with asyncio.timeout(STREAM_S):
         answers = await asyncio.gather(*(running.task for running in streams))
     pauses = [pause_after(running, killed) for running in streams]
     record_property("pause_s", max(pauses))
     for answer in answers:
         assert answer.usage is not None
-        assert answer.usage["completion_tokens"] == 150
+        assert answer.usage["completion_tokens"] == num_tokens
     await whole(scene.stack, 4)
     await scene.complete(scene.start(SHORT, 8, **GREEDY))
 
 
 async def test_workers_free_what_a_killed_gateway_had(scene: Scene, record_property: Any) -> None:
-    running = [scene.start(SHORT, 800, **GREEDY), scene.start(LONG, 100, **SEEDED)]
+    running = [scene.start(SHORT, ENDLESS, **GREEDY), scene.start(LONG, 400, **SEEDED)]
     await scene.watch.given(running[0].label, 5)
     await scene.watch.accepted(running[1].label)
     assert any([violations(await books_of(row)) for row in scene.rows])
     killed = blocking_clock()
     os.kill(pid_of(scene.stack, "kvferry_gateway"), signal.SIGKILL)
-    freed_s = await seconds_until_clean(scene.rows, killed, GATEWAY_GONE_S)
+    freed_s = await seconds_until_clean(scene.rows, killed, lambda: scene.bound(killed, GATEWAY_GONE_S))
     record_property("freed_s", freed_s)
     for r in running:
         with pytest.raises((RequestError, OSError, asyncio.IncompleteReadError)):
@@ -457,7 +527,7 @@ async def test_workers_free_what_a_killed_gateway_had(scene: Scene, record_prope
 
 
 async def test_with_one_of_each_a_stream_waits_for_the_restart(lone_pair: Scene, record_property: Any) -> None:
-    running = lone_pair.start(SHORT, 40, **SEEDED)
+    running = lone_pair.start(SHORT, 300, **SEEDED)
     request = await lone_pair.watch.given(running.label, 10)
     killed = send(lone_pair.row(request, "decode"), signal.SIGKILL)
     await lone_pair.complete(running)

@@ -1,197 +1,51 @@
-"""A listener on the bus of a real stack: every placement of every request, who accepted it, which tokens it gave.
-
-HTTP carries text, and text names neither tokens nor workers. The bus does, so a test subscribes beside
-gateway and workers and changes nothing. What the gateway holds is never guessed: each new attempt carries it.
-"""
+"""The bench's listener on a stack's bus, for tests: they wait for what it hears."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Final
 
-from kvferry.bus.base import Bus, BusMessage, BusSettings
-from kvferry.bus.nats import NatsBus
-from kvferry.errors import WireError
-from kvferry.runfile import RunFile
-from kvferry.runtime import SystemRuntime, blocking_clock
-from kvferry.wire.messages import (
-    Accepted,
-    Codecs,
-    DecodeRequest,
-    Heartbeat,
-    PrefillRequest,
-    Sampling,
-    TokenBatch,
-    unpack_tokens,
-)
-from kvferry.wire.subjects import ROOT, inbox_prefix
+from bench.tap import Heard, Tap
 
-ROLE: Final = "observer"
+from kvferry.bus.base import Bus
+
+PATIENCE_S: Final = 90.0  # many times what anything here takes on a machine that is busy besides
 
 
-@dataclass(slots=True)
-class Attempt:
-    """One placement. Times are of `blocking_clock`."""
-
-    number: int
-    stream_id: int
-    generated: list[int]  # what the gateway held when it placed
-    workers: dict[str, int] = field(default_factory=dict)  # role -> incarnation
-    answers: dict[str, float] = field(default_factory=dict)  # inbox -> when it was told Accepted
-    tokens: dict[int, int] = field(default_factory=dict)  # generated index -> id
-    contradictions: int = 0  # an index that was given two ids
-
-    @property
-    def accepted_at(self) -> float | None:
-        """When the last of its workers had accepted. A worker that was asked twice makes it later, never earlier."""
-        return max(self.answers.values()) if len(self.answers) >= len(self.workers) else None
-
-
-@dataclass(slots=True)
-class Request:
-    """One request of one choice, by its x-request-id."""
-
-    prompt: list[int]
-    sampling: Sampling
-    choice: int
-    attempts: dict[int, Attempt] = field(default_factory=dict)
-
-    @property
-    def last(self) -> Attempt:
-        return self.attempts[max(self.attempts)]
-
-    @property
-    def tokens(self) -> list[int]:
-        """What the client was given: what the last attempt began with, and what it added.
-
-        Raises AssertionError if an index is missing, or an attempt began with what the ones before never gave.
-        """
-        last = self.last
-        first = len(last.generated)
-        assert sorted(last.tokens) == list(range(first, first + len(last.tokens))), "an index is missing"
-        whole = last.generated + [last.tokens[index] for index in sorted(last.tokens)]
-        for attempt in self.attempts.values():
-            assert whole[: len(attempt.generated)] == attempt.generated, "a token changed between two attempts"
-            assert not attempt.contradictions, "one attempt gave two ids to an index"
-        return whole
-
-    def on(self, incarnation: int) -> bool:
-        """Whether the last attempt needs this worker."""
-        return incarnation in self.last.workers.values()
-
-
-class Watch:
+class Watch(Tap):
     """What was heard so far; `until` waits for more."""
 
     def __init__(self, bus: Bus, cluster: str) -> None:
-        self.bus = bus
-        self.cluster = cluster
-        self.requests: dict[str, Request] = {}
-        self.beats: Counter[int] = Counter()  # heartbeats heard, by incarnation
-        self._streams: dict[int, Attempt] = {}
-        self._tickets: dict[tuple[bytes, int], Attempt] = {}
-        self._codecs = Codecs()
-        self._changed = asyncio.Event()
+        super().__init__(bus, cluster)
+        self._news = asyncio.Event()
 
-    async def start(self) -> None:
-        # One subscription, so that an answer is never heard before its request.
-        await self.bus.subscribe(f"{ROOT}.{self.cluster}.>", self._on_message)
+    def changed(self) -> None:
+        self._news.set()
 
-    async def until(self, holds: Callable[[], bool], seconds: float = 30.0) -> None:
+    async def until(self, holds: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
         """Returns at the first message after which `holds()`."""
         async with asyncio.timeout(seconds):
             while not holds():
-                self._changed.clear()
-                await self._changed.wait()
+                self._news.clear()
+                await self._news.wait()
 
-    async def accepted(self, label: str, *, attempts: int = 1) -> Request:
+    async def accepted(self, label: str, *, attempts: int = 1) -> Heard:
         """Once the `attempts`-th attempt of a request has been accepted."""
 
         def holds() -> bool:
-            request = self.requests.get(label)
-            return request is not None and sum(a.accepted_at is not None for a in request.attempts.values()) >= attempts
+            heard = self.requests.get(label)
+            return heard is not None and sum(a.accepted_at is not None for a in heard.attempts.values()) >= attempts
 
         await self.until(holds)
         return self.requests[label]
 
-    async def given(self, label: str, count: int) -> Request:
-        """Once generated index `count - 1` of a request has been heard."""
+    async def given(self, label: str, count: int) -> Heard:
+        """Once generated index `count - 1` of a request has been heard from its last attempt, or was there before."""
 
         def holds() -> bool:
-            request = self.requests.get(label)
-            return request is not None and count - 1 in request.last.tokens
+            heard = self.requests.get(label)
+            return heard is not None and (count - 1 in heard.last.tokens or len(heard.last.held) >= count)
 
         await self.until(holds)
         return self.requests[label]
-
-    def _on_message(self, message: BusMessage) -> None:
-        handlers = {
-            "prefill": self._on_request, "decode": self._on_request, "gateway": self._on_tokens,
-            "inbox": self._on_answer, "beat": self._on_beat,
-        }  # fmt: skip
-        try:
-            handlers[message.subject.split(".")[2]](message)
-        except WireError:
-            return  # a pong's, an echo's, or a test's own garbage
-        self._changed.set()
-
-    def _on_request(self, message: BusMessage) -> None:
-        asked = self._codecs.to_worker.decode(message.payload)
-        if not isinstance(asked, PrefillRequest | DecodeRequest):
-            return
-        work = asked.work
-        request = self.requests.setdefault(
-            work.request_id, Request(unpack_tokens(work.prompt).tolist(), work.sampling, work.choice)
-        )
-        attempt = request.attempts.get(work.attempt)
-        if attempt is None:
-            attempt = Attempt(work.attempt, work.stream_id, unpack_tokens(work.generated).tolist())
-            request.attempts[work.attempt] = attempt
-            self._streams[work.stream_id] = attempt
-            self._tickets[work.key] = attempt
-            if isinstance(asked, DecodeRequest) and asked.prefill is not None:
-                attempt.workers["prefill"] = asked.prefill.incarnation  # so that D alone is not taken for the pair
-        _, _, role, _, incarnation = message.subject.split(".")
-        attempt.workers[role] = int(incarnation, 16)
-
-    def _on_answer(self, message: BusMessage) -> None:
-        answer = self._codecs.answer.decode(message.payload)
-        if isinstance(answer, Accepted) and (attempt := self._tickets.get((answer.ticket, answer.attempt))):
-            attempt.answers[message.subject] = blocking_clock()
-
-    def _on_tokens(self, message: BusMessage) -> None:
-        batch: TokenBatch = self._codecs.to_gateway.decode(message.payload)
-        columns = (unpack_tokens(column).tolist() for column in (batch.stream_ids, batch.indices, batch.tokens))
-        for stream_id, index, token in zip(*columns, strict=True):
-            attempt = self._streams.get(stream_id)
-            if attempt is not None and attempt.tokens.setdefault(index, token) != token:
-                attempt.contradictions += 1
-
-    def _on_beat(self, message: BusMessage) -> None:
-        beat = self._codecs.beat.decode(message.payload)
-        if isinstance(beat, Heartbeat):
-            self.beats[beat.record.incarnation] += 1
-
-
-@asynccontextmanager
-async def bus_of(run_file: RunFile) -> AsyncIterator[NatsBus]:
-    """A connection with the credentials of a stack."""
-    bus = NatsBus(
-        BusSettings(
-            url=run_file.nats_url,
-            name="kvferry-observer",
-            inbox_prefix=inbox_prefix(run_file.cluster, ROLE),
-            user=run_file.nats_user,
-            password=run_file.nats_password.get_secret_value(),
-        ),
-        SystemRuntime(),
-    )
-    await bus.start()
-    try:
-        yield bus
-    finally:
-        await bus.close()

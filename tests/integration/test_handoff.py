@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 from cluster import GREEDY, MODEL, Cluster, address_of, all_free, expected, prompt_of, settled, virtual
 
@@ -106,6 +107,26 @@ def test_seeded_draws_do_not_depend_on_where_they_are_drawn() -> None:
             work = await gateway.run(prompt_of(50), decode, helper, sampling=sampling)
             assert gateway.text(work) == expected(prompt_of(50), sampling, 12)
         assert expected(prompt_of(50), sampling, 12) != expected(prompt_of(50), GREEDY, 12)
+
+    virtual(scenario)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_penalties_count_the_same_tokens_wherever_a_sequence_is_drawn(temperature: float) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        prefill, decode = await cluster.prefill(), await cluster.decode()
+        gateway = await cluster.gateway()
+        sampling = Sampling(temperature=temperature, seed=42, max_tokens=12, frequency_penalty=0.5)
+        whole = expected(prompt_of(50), sampling, 12)
+        for helper in (prefill, None):  # token 0 is drawn on P, then on D
+            work = await gateway.run(prompt_of(50), decode, helper, sampling=sampling)
+            assert gateway.text(work) == whole
+            # As after a failure: what was generated so far is generated, not prompt.
+            again = await gateway.run(prompt_of(50), decode, helper, sampling=sampling, generated=whole[:5])
+            assert gateway.text(again) == whole[5:]
+        assert whole != expected(prompt_of(50), msgspec.structs.replace(sampling, frequency_penalty=0.0), 12)
+        longer = prompt_of(50) + whole[:5]
+        assert expected(longer, sampling, 7) != whole[5:], "the twin tells prompt and generated tokens apart"
 
     virtual(scenario)
 

@@ -89,7 +89,7 @@ def test_a_p_that_answers_but_sends_no_frame_is_a_stall_too() -> None:
     async def scenario(cluster: Cluster) -> None:
         prefill, decode = await cluster.prefill(), await cluster.decode(pull_stall=0.6)
         gateway = await cluster.gateway()
-        prefill._sender._use_credits = _never  # type: ignore[method-assign]
+        prefill._sender._pump.run = _never  # type: ignore[method-assign]
         work = gateway.work(prompt_of(100))
         await gateway.accepted(work, decode, prefill)
         end = await gateway.ended(work, limit=5.0)

@@ -27,7 +27,7 @@ from kvferry.transport.factory import open_transport
 pytestmark = pytest.mark.usefixtures("no_leaks")
 PEER = Path(__file__).parents[1] / "transport_peer.py"
 LARGE = 64 << 20  # takes tens of milliseconds
-NOTICE_S = 1.0  # in which a dead peer must be noticed
+NOTICE_S = 3.0  # in which a dead peer must be noticed; it takes milliseconds, and keepalive would take 5 s
 IDLE_S = 5.0
 LISTEN = "0A"  # the state's code in /proc/net/tcp
 
@@ -156,7 +156,7 @@ async def test_closing_while_the_peer_is_frozen_takes_about_a_second(kind: str, 
         os.kill(process.pid, signal.SIGSTOP)
         before = time.monotonic()
         await connection.close()
-        assert time.monotonic() - before < 2.0
+        assert time.monotonic() - before < 5.0
 
 
 async def test_an_idle_connection_with_a_pending_receive_costs_no_cpu(kind: str, transport: Transport) -> None:
@@ -215,7 +215,7 @@ async def test_a_process_ends_soon_after_sigterm_and_prints_nothing_else(
         connection = await transport.connect(address, PATIENCE)
         await fetch(connection, 1, 1 << 20)
         process.terminate()
-        output, _ = await asyncio.wait_for(process.communicate(), 5.0)
+        output, _ = await asyncio.wait_for(process.communicate(), PATIENCE)
         assert process.returncode == 0
         assert output == b""
         await ended(connection)
@@ -262,6 +262,21 @@ async def test_garbage_at_every_open_port_disturbs_nothing(kind: str, transport:
         assert set(await fetch(another, 1, 4 << 20)) == {170}
         for _, writer in silent:
             writer.close()
+
+
+async def test_garbage_of_a_port_scan_leaves_no_descriptor_behind(kind: str, transport: Transport) -> None:
+    async with running_peer(kind) as (process, _):
+        descriptors = f"/proc/{process.pid}/fd"
+        before = len(os.listdir(descriptors))
+        for _, port in listening_sockets(process.pid):
+            for garbage in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 4096, os.urandom(4096)):
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(garbage)
+                await writer.drain()
+                writer.close()
+        async with asyncio.timeout(PATIENCE):
+            while len(os.listdir(descriptors)) > before:
+                await asyncio.sleep(0.01)
 
 
 async def test_the_environment_is_left_as_it_was() -> None:

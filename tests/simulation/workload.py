@@ -31,9 +31,9 @@ class ClientRequest:
     sampling: Sampling
     arrival: float  # seconds after the start
 
-    def answer(self) -> list[int]:
-        """The tokens that it must get."""
-        tokens = expected(list(self.prompt), self.sampling, self.sampling.max_tokens, MODEL)
+    def answer(self, model: MemorySettings = MODEL) -> list[int]:
+        """The tokens that it must get from workers of `model`."""
+        tokens = expected(list(self.prompt), self.sampling, self.sampling.max_tokens, model)
         if EOS in tokens and not self.sampling.ignore_eos:
             return tokens[: tokens.index(EOS) + 1]
         return tokens
@@ -54,6 +54,7 @@ def requests(seed: int, count: int, *, seconds: float = 4.0, max_prompt: int = M
             seed=chance.getrandbits(64),
             max_tokens=chance.randint(1, MAX_TOKENS),
             ignore_eos=chance.random() < 0.5,
+            presence_penalty=0.5 if number % 3 == 0 else 0.0,
         )
         made.append(ClientRequest(number, prompt, sampling, arrival))
     return made

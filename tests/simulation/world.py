@@ -54,13 +54,14 @@ class World(Cluster):
     # -- processes -------------------------------------------------------------------------------------------
 
     async def start(self, *, prefill: int, decode: int, gateways: int = 1, **settings: Any) -> None:
-        """`settings` go to every worker and gateway that has them; `gateway_…` to gateways alone."""
+        """`settings` go to every worker, those that begin with `gateway_` to the gateways."""
+        own = {name.removeprefix("gateway_"): settings.pop(name) for name in list(settings) if name[:8] == "gateway_"}
         for number in range(prefill):
             await self.prefill(f"prefill-{number}", **settings)
         for number in range(decode):
             await self.decode(f"decode-{number}", **settings)
         for number in range(gateways):
-            await self.core(f"gateway-{number}")
+            await self.core(f"gateway-{number}", **own)
         await settled(lambda: all(len(c.fleet.registry) == prefill + decode for c in self.cores), within=5.0)
 
     async def prefill(self, name: str = "prefill-0", model: MemorySettings = MODEL, **settings: Any) -> PrefillWorker:

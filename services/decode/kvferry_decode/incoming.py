@@ -15,6 +15,7 @@ from kvferry.schedule.step import BlockTable, KVFormat, ModelRunner
 from kvferry.wire.flow import Manifest, ManifestCodec
 from kvferry.wire.frame import HEADER_BYTES, KIND_KV, KIND_MANIFEST, FrameHeader, check
 
+WINDOW: Final = 4  # receives posted at once by one pull
 MAX_AGAIN: Final = 3  # bad frames of one pull before it counts as failed
 
 
@@ -26,10 +27,12 @@ class Tiling:
         self._start = token_start
         self._end = token_end
         self._come = np.zeros((kv.num_layers, token_end - token_start), dtype=np.bool_)
+        self._num_missing = self._come.size
 
     @property
-    def complete(self) -> bool:
-        return bool(self._come.all())
+    def missing_bytes(self) -> int:
+        """KV of the range that has not come."""
+        return self._num_missing * (self._kv.token_bytes // self._kv.num_layers)
 
     def claim(self, header: FrameHeader) -> None:
         """Raises `CorruptFrame` if the frame's piece is not a new part of the range in this KV format."""
@@ -49,6 +52,7 @@ class Tiling:
         if cells.any():
             raise CorruptFrame("twice", str(piece))
         cells[:] = True
+        self._num_missing -= cells.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ class Landed:
 
     header: FrameHeader
     manifest: Manifest | None
-    complete: bool  # all KV of the range has come
+    missing_bytes: int  # KV of the range that has not come yet
 
 
 def land(
@@ -83,7 +87,7 @@ def land(
             manifest = ManifestCodec().decode(payload)
         except WireError as error:
             raise CorruptFrame("manifest", str(error)) from None
-    return Landed(header, manifest, tiling.complete)
+    return Landed(header, manifest, tiling.missing_bytes)
 
 
 @dataclass(slots=True)
@@ -92,10 +96,9 @@ class Incoming:
 
     pull_id: int
     from_token: int
+    missing_bytes: int  # KV of the range that has not come
     num_posted: int = 0
-    num_good: int = 0  # KV frames
     num_bad: int = 0
-    complete: bool = False
     manifest: Manifest | None = None
     manifest_frame: int = 0
     over: bool = False  # verified, aborted or failed: no more credits
@@ -106,15 +109,20 @@ class Incoming:
         self.num_posted += 1
         return frame
 
-    def good(self, landed: Landed) -> bool:
-        """Take a good frame. True if its slot should be posted again with a new credit."""
-        if landed.header.kind == KIND_KV:
-            self.num_good += 1
-        elif landed.manifest is not None:
+    def num_wanted(self, num_open: int, frame_bytes: int) -> int:
+        """How many receives to post beside the `num_open` that wait: the window, and towards the end no more than
+        P has frames for at the least, because it must fill the others with pads."""
+        if self.over or self.manifest is not None:
+            return 0
+        num_frames = -(-self.missing_bytes // frame_bytes) + 1  # the manifest
+        return max(0, min(WINDOW, num_frames) - num_open)
+
+    def good(self, landed: Landed) -> None:
+        """Take a good frame."""
+        self.missing_bytes = min(self.missing_bytes, landed.missing_bytes)
+        if landed.manifest is not None:
             self.manifest = landed.manifest
             self.manifest_frame = landed.header.frame
-        self.complete = self.complete or landed.complete
-        return landed.header.kind == KIND_KV and self.manifest is None and not self.over
 
     def bad(self) -> bool:
         """Take a bad frame. True if it should be asked for again, False if the pull has failed."""
@@ -123,7 +131,8 @@ class Incoming:
 
     @property
     def whole(self) -> bool:
-        return self.complete and self.manifest is not None
+        """All has come, the manifest included."""
+        return self.missing_bytes == 0 and self.manifest is not None
 
     def fault(self, kv_format_id: str, hash_from: bytes, hash_end: bytes) -> str | None:
         """What is wrong with a whole pull, or None: then the sequence may run."""

@@ -1,4 +1,4 @@
-"""The data plane of a decode worker: opens hand-offs, posts receives, lands frames, gives the verdict.
+"""The data plane of a decode worker: opens hand-offs, lets their frames land (`landing.py`), gives the verdict.
 
     open ──Open──> opening ──Progress: due──> (scheduler reserves) ──fetch──> fetching ──whole, verified──> gone
        │              └─ Unknown, Aborted ─> dropped                             ├─ bad frame: asked again
@@ -10,29 +10,28 @@ back when their receives complete, whatever has become of the pull.
 
 from __future__ import annotations
 
-import asyncio
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from kvferry.errors import CorruptFrame, TransportError, WireError
+from kvferry.errors import TransportError, WireError
+from kvferry.lane import Lane
 from kvferry.log import get_logger
-from kvferry.runtime import Lane, TaskSet, now
+from kvferry.runtime import TaskSet, now
 from kvferry.schedule.sequence import Key, Sequence
 from kvferry.schedule.step import ModelRunner
 from kvferry.transport.base import Connection
 from kvferry.transport.pool import ConnectionPool
-from kvferry.transport.slots import Slot, SlotPool
-from kvferry.wire.flow import Abort, Aborted, Ack, Credit, Fetch, Flow, FlowCodec, Open, Progress, Unknown
-from kvferry.wire.frame import frame_tag
+from kvferry.transport.slots import SlotPool
+from kvferry.wire.flow import Abort, Aborted, Ack, Flow, FlowCodec, Open, Progress, Unknown
 from kvferry.wire.messages import EndReason, WorkerAddress
 from kvferry.worker.digests import Digests
 from kvferry.worker.metrics import WorkerMetrics
-from kvferry_decode.incoming import Incoming, Landed, Tiling, land
+from kvferry_decode.landing import Dock, Landing
 from kvferry_decode.timing import TransferRate, is_due
 
 log = get_logger(__name__)
-WINDOW: Final = 4  # receives posted at once by one pull
 ABORT_TIMEOUT: Final = 0.5
 CONNECT_TIMEOUT: Final = 2.0
 MAX_TRIES: Final = 2
@@ -56,12 +55,11 @@ class _Pull:
     tries: int = 0
     pull_id: int = 0
     link: _Link | None = None
-    incoming: Incoming | None = None
-    tiling: Tiling | None = None
+    landing: Landing | None = None  # from Fetch on
     began: float = 0.0
-    heard: float = 0.0  # last sign of life of this pull
+    computed_at: float | None = None  # when P said that nothing is left to compute
+    heard: float = 0.0  # last sign of life of this pull, its frames apart
     aborting_since: float | None = None
-    posted: dict[int, Slot] = field(default_factory=dict)  # frame -> slot that the transport holds
 
     @property
     def key(self) -> Key:
@@ -104,7 +102,6 @@ class Puller:
     ) -> None:
         self._connections = connections
         self._runner = runner
-        self._slots = slots
         self._copy_lane = copy_lane
         self._tasks = tasks
         self._metrics = metrics
@@ -116,6 +113,7 @@ class Puller:
         self._fetched = fetched
         self._failed = failed
         self._codec = FlowCodec()
+        self._dock = Dock(runner, slots, copy_lane, metrics, self._codec, pin, unpin)
         self._links: dict[Connection, _Link] = {}
         self._pulls: dict[Key, _Pull] = {}
         self._next_pull_id = 0
@@ -173,7 +171,9 @@ class Puller:
         if pull is None:
             return  # ended on this side already
         complete = isinstance(message, Progress) and message.num_computed >= message.num_tokens
-        if not complete or pull.incoming is None:
+        if complete and pull.computed_at is None:
+            pull.computed_at = now()
+        if not complete or pull.landing is None:
             pull.heard = now()  # a P that has computed all owes frames, and only they show that it lives
         match message:
             case Progress():
@@ -191,7 +191,7 @@ class Puller:
                     self._give_up(pull, _ABORTED.get(reason, "transfer_failed"), reason)
 
     def _on_progress(self, pull: _Pull, progress: Progress) -> None:
-        if pull.incoming is not None or not self._is_current(pull):
+        if pull.landing is not None or not self._is_current(pull):
             return
         if pull.sequence.state == "fetching":
             if progress.holds_memory:
@@ -221,133 +221,23 @@ class Puller:
         pull = self._pulls.get(sequence.key)
         if pull is None or pull.link is None:
             return  # its open failed meanwhile and tells the scheduler by itself
-        kv = self._runner.kv_format
         pull.began = pull.heard = now()
-        pull.incoming = Incoming(pull.pull_id, sequence.cached_tokens)
-        pull.tiling = Tiling(kv, sequence.cached_tokens, sequence.num_context)
-        self._tasks.spawn(self._start_fetch(pull, pull.link, pull.incoming), "fetch")
+        pull.landing = Landing(
+            self._dock,
+            pull.link.connection,
+            sequence,
+            pull.pull_id,
+            whole=functools.partial(self._judge, pull),
+            failed=functools.partial(self._spoiled, pull),
+        )
+        self._tasks.spawn(pull.landing.start(), "fetch")
 
-    async def _start_fetch(self, pull: _Pull, link: _Link, incoming: Incoming) -> None:
-        label = f"pull {incoming.pull_id}"
-        slots = [await self._slots.acquire(label)]
-        while len(slots) < WINDOW and (slot := self._slots.try_acquire(label)) is not None:
-            slots.append(slot)
-        if incoming.over or link.connection.closed or not self._is_current(pull):
-            for slot in slots:
-                self._slots.release(slot)
-            return
-        pull.heard = now()
-        for slot in slots:
-            self._post(pull, link, incoming, slot)
-        self._send(link, Fetch(pull.pull_id, incoming.from_token, len(slots)))
-
-    def _post(self, pull: _Pull, link: _Link, incoming: Incoming, slot: Slot) -> None:
-        frame = incoming.post()
-        future = link.connection.receive(frame_tag(incoming.pull_id, frame), slot.view)
-        self._slots.lend(slot, future)
-        pull.posted[frame] = slot
-        self._tasks.spawn(self._receive(pull, link, incoming, frame, future), "receive")
-
-    async def _receive(
-        self, pull: _Pull, link: _Link, incoming: Incoming, frame: int, future: asyncio.Future[int]
-    ) -> None:
-        """One posted receive, to its end: the slot is posted again or released, exactly once."""
-        try:
-            received: int | CorruptFrame = await future
-        except CorruptFrame as error:
-            received = error
-        except TransportError:
-            # `_on_closed` sees to the pull.
-            if (slot := pull.posted.pop(frame, None)) is not None:
-                self._slots.release(slot)
-            return
-        slot = pull.posted.pop(frame, None)
-        if slot is None:
-            return  # the pull was over: the slot has been let go
-        try:
-            if isinstance(received, CorruptFrame):
-                raise received
-            landed = await self._land(pull, incoming, slot, frame, received)
-        except CorruptFrame as error:
-            self._on_bad_frame(pull, link, incoming, slot, frame, error)
-            return
-        except Exception as error:
-            self._on_failed_copy(pull, incoming, slot, error)
-            return
-        except asyncio.CancelledError:
-            self._slots.release(slot)
-            raise
-        pull.heard = now()
-        if landed is not None and incoming.good(landed):
-            self._post_again(pull, link, incoming, slot)
-        else:
-            self._slots.release(slot)
-        if incoming.whole and not incoming.over and self._is_current(pull):
-            self._judge(pull, link, incoming)
-
-    def _post_again(self, pull: _Pull, link: _Link, incoming: Incoming, slot: Slot) -> None:
-        """Give the slot's credit anew, and more where the pull began with fewer slots than its window."""
-        self._post(pull, link, incoming, slot)
-        credits = 1
-        while len(pull.posted) < WINDOW:
-            more = self._slots.try_acquire(f"pull {incoming.pull_id}")
-            if more is None:
-                break
-            self._post(pull, link, incoming, more)
-            credits += 1
-        self._send(link, Credit(incoming.pull_id, credits))
-
-    def _on_failed_copy(self, pull: _Pull, incoming: Incoming, slot: Slot, error: Exception) -> None:
-        """The runner could not scatter a good frame: a fault of this side, which costs the pull."""
-        log.error("cannot scatter KV", request_id=pull.sequence.work.request_id, exc_info=error)
-        self._metrics.transfer_failures.labels("scatter").inc()
-        self._slots.release(slot)
-        if not incoming.over and self._is_current(pull):
-            self._retry(pull, "transfer_failed", type(error).__name__)
-
-    def _on_bad_frame(
-        self, pull: _Pull, link: _Link, incoming: Incoming, slot: Slot, frame: int, error: CorruptFrame
-    ) -> None:
-        self._metrics.transfer_failures.labels(error.reason).inc()
-        log.warning("bad KV frame", reason=error.reason, request_id=pull.sequence.work.request_id, frame=frame)
-        if incoming.over or not self._is_current(pull):
-            self._slots.release(slot)
-        elif incoming.bad():
-            self._post(pull, link, incoming, slot)
-            self._send(link, Credit(incoming.pull_id, 1, (frame,)))
-        else:
-            self._slots.release(slot)
-            self._retry(pull, "transfer_failed", error.reason)
-
-    async def _land(self, pull: _Pull, incoming: Incoming, slot: Slot, frame: int, received: int) -> Landed | None:
-        """Check and scatter, on the copy lane; None if the pull was over before the frame came."""
-        if incoming.over or not self._is_current(pull):
-            return None
-        sequence = pull.sequence
-        assert pull.tiling is not None
-        self._pin(sequence)
-        try:
-            landed = await self._copy_lane.run(
-                land,
-                self._runner,
-                pull.tiling,
-                sequence.block_table.copy(),
-                slot.view,
-                received,
-                incoming.pull_id,
-                frame,
-            )
-        finally:
-            self._unpin(sequence)
-        if landed.header.payload_bytes and landed.manifest is None:
-            self._metrics.kv_bytes.labels("received").inc(landed.header.payload_bytes)
-            if landed.header.piece.layer_start == 0:
-                self._metrics.kv_tokens.labels("received").inc(landed.header.piece.num_tokens)
-        return landed
-
-    def _judge(self, pull: _Pull, link: _Link, incoming: Incoming) -> None:
+    def _judge(self, pull: _Pull) -> None:
         """All has come: let the sequence run only if the manifest fits what D knows."""
-        sequence = pull.sequence
+        link, landing, sequence = pull.link, pull.landing, pull.sequence
+        assert link is not None
+        assert landing is not None
+        incoming = landing.incoming
         manifest = incoming.manifest
         assert manifest is not None
         fault = incoming.fault(
@@ -360,22 +250,25 @@ class Puller:
             fault = "first_token"
         if fault is not None:
             self._metrics.transfer_failures.labels(fault).inc()
-            self._retry(pull, "transfer_failed", fault)
+            self._spoiled(pull, fault)
             return
         assert token is not None
-        self._finish(pull)
+        landing.finish()
+        self._send(link, Ack(pull.pull_id))
         seconds = now() - pull.began
         num_tokens = sequence.num_context - incoming.from_token
-        self.rate.observe(num_tokens * self._runner.kv_format.token_bytes, seconds)
+        prefill_s = seconds if pull.computed_at is None else max(0.0, pull.computed_at - pull.began)
+        self.rate.observe(num_tokens * self._runner.kv_format.token_bytes, seconds, prefill_s)
         self._metrics.pulls.labels("received").inc()
         self._metrics.pull_seconds.observe(seconds)
-        self._metrics.tail_seconds.observe(manifest.elapsed_s + (now() - pull.heard))
-        self._send(link, Ack(pull.pull_id))
         link.pulls.pop(pull.pull_id, None)
         del self._pulls[pull.key]
         if self._digests.enabled:
             self._keep_digests(sequence, incoming.from_token)
         self._fetched(sequence, token, manifest.cached_tokens)
+
+    def _spoiled(self, pull: _Pull, detail: str) -> None:
+        self._retry(pull, "transfer_failed", detail)
 
     def _keep_digests(self, sequence: Sequence, from_token: int) -> None:
         self._pin(sequence)
@@ -394,7 +287,7 @@ class Puller:
         """End all pulls without a word: their connections are closed next, and nothing may be tried again."""
         pulls, self._pulls = self._pulls, {}
         for pull in pulls.values():
-            self._finish(pull)
+            _finish(pull)
 
     def tick(self, moment: float) -> None:
         """Close connections on which a pull has stalled or an Abort was not answered; others are fetched again."""
@@ -408,12 +301,14 @@ class Puller:
     def _has_stalled(self, pull: _Pull, moment: float) -> bool:
         if pull.aborting_since is not None:
             return moment - pull.aborting_since > ABORT_TIMEOUT
-        waiting_for_slot = pull.incoming is not None and pull.incoming.num_posted == 0
-        return not waiting_for_slot and moment - pull.heard > self._policy.pull_stall_s
+        if pull.landing is None:
+            return moment - pull.heard > self._policy.pull_stall_s
+        heard = max(pull.heard, pull.landing.heard)
+        return not pull.landing.waits_for_slot and moment - heard > self._policy.pull_stall_s
 
     def _abort(self, pull: _Pull) -> None:
         """Tell P to stop; the pull stays on its link until P has answered."""
-        self._finish(pull)
+        _finish(pull)
         if pull.link is not None and pull.pull_id in pull.link.pulls and pull.aborting_since is None:
             pull.aborting_since = now()
             self._send(pull.link, Abort(pull.pull_id))
@@ -428,19 +323,16 @@ class Puller:
         self._pulls[pull.key] = again
         self._tasks.spawn(self._open(again), "open")
 
-    def _finish(self, pull: _Pull) -> None:
-        """No more frames are wanted. Posted slots come back by themselves, when P's pads or the end complete them."""
-        if pull.incoming is not None:
-            pull.incoming.over = True
-        for slot in pull.posted.values():
-            self._slots.release(slot)
-        pull.posted.clear()
-
     def _give_up(self, pull: _Pull, reason: EndReason | None, detail: str) -> None:
-        self._finish(pull)
+        _finish(pull)
         if self._pulls.get(pull.key) is pull:
             del self._pulls[pull.key]
             self._failed(pull.key, reason, detail)
 
     def _send(self, link: _Link, message: Flow) -> None:
         link.connection.send_message(self._codec.encode(message))
+
+
+def _finish(pull: _Pull) -> None:
+    if pull.landing is not None:
+        pull.landing.finish()

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final
 
 from kvferry.log import get_logger
@@ -33,6 +34,7 @@ from kvferry_gateway.fleet import Fleet
 _REQUEST_ID: Final = re.compile(rb"[!-~]{1,%d}" % MAX_NAME_CHARS)
 _LOOPBACK: Final = re.compile(r"127\.|::1$|::ffff:127\.")
 MODELS: Final = "/v1/models"
+MAX_WAITING_SHOWN: Final = 100  # requests without a worker that /v1/cluster names
 
 log = get_logger(__name__)
 
@@ -192,13 +194,17 @@ class GatewayApp:
         await exchange.json(self._model_entry())
 
     async def _cluster(self, exchange: Exchange) -> None:
-        fleet = self._fleet
+        fleet, moment = self._fleet, now()
         gateway = {
             "name": fleet.settings.name,
             "incarnation": f"{fleet.incarnation:016x}",
             "live_attempts": len(fleet.table),
+            "waiting": [
+                {"request_id": unit.request_id, "waiting_s": round(moment - unit.since, 3), "why": unit.why}
+                for unit in islice(fleet.waiting.values(), MAX_WAITING_SHOWN)
+            ],
         }
-        workers = fleet.registry.rows(now())
+        workers = fleet.registry.rows(moment)
         await exchange.json({"cluster": fleet.settings.cluster, "gateway": gateway, "workers": workers})
 
     async def _health(self, exchange: Exchange) -> None:

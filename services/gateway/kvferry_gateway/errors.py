@@ -100,6 +100,10 @@ def method_not_allowed(method: str, allowed: str) -> ApiError:
     )
 
 
+def request_timeout(seconds: float) -> ApiError:
+    return ApiError(408, f"The request did not arrive whole within {seconds:g} s.", code="request_timeout")
+
+
 def body_too_large(limit: int) -> ApiError:
     return ApiError(413, f"The request body is larger than {limit} bytes.", code="request_too_large")
 
@@ -114,6 +118,12 @@ def internal_error() -> ApiError:
 
 def no_worker(message: str) -> ApiError:
     return ApiError(503, message, type="server_error", code="no_worker", retry_after=1.0)
+
+
+def numerics_gone(numerics_id: str) -> ApiError:
+    """`exact`: other workers are there, but their bits would differ from what the client has."""
+    message = f"No worker of numerics '{numerics_id}' is left, on which this request began; no other may go on with it."
+    return ApiError(503, message, type="server_error", code="numerics_gone", retry_after=1.0)
 
 
 def failures_used_up(num_failures: int, last: str) -> ApiError:

@@ -59,6 +59,15 @@ class Unreachable:
 Reply = Accepted | Rejected | Unreachable
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A request that lost its workers and finds no new ones."""
+
+    request_id: str
+    since: float
+    why: str
+
+
 class Fleet(WorkerMail):
     """Registry, attempts and dispatcher of one gateway, and the bus around them."""
 
@@ -75,6 +84,7 @@ class Fleet(WorkerMail):
         self.tasks = TaskSet(self._task_failed)
         self.failed = asyncio.Event()  # a task without which this gateway is of no use has ended
         self.attached: dict[TokenStream, None] = {}  # streams that want a comment in silence
+        self.waiting: dict[int, Waiting] = {}  # by the unit's number
         self._bus = bus
         self._dispatcher = Dispatcher(self.table, self, metrics)
         self._post = Post(bus, metrics.bus_drops.inc)

@@ -24,11 +24,12 @@ from kvferry_gateway.errors import (
     context_length_exceeded,
     deadline_exceeded,
     failures_used_up,
+    numerics_gone,
     shutting_down,
 )
-from kvferry_gateway.fleet import Fleet
+from kvferry_gateway.fleet import Fleet, Waiting
 from kvferry_gateway.offer import Refusals, Unit, offer
-from kvferry_gateway.placement import Local, NoWorker, Pair, Placement, TooLong, place
+from kvferry_gateway.placement import Local, NoWorker, OtherNumerics, Pair, Placement, TooLong, numerics_of, place
 from kvferry_gateway.streams import TokenStream
 
 CRASHES_TO_ISOLATE: Final = 2  # workers that crashed under a request before it runs alone
@@ -49,6 +50,8 @@ class Flight:
         self._failures = 0
         self._crashes = 0
         self._alone = False
+        self._begun = False  # a worker has accepted, or given a token
+        self._bound_to: str | None = None  # numerics_id that the unit began on, in `exact`
         self._lost_prefills: set[int] = set()  # incarnations whose data plane broke under it
         loop = asyncio.get_running_loop()
         # Done when nobody wants the rest: with the error to end with.
@@ -167,15 +170,22 @@ class Flight:
 
     async def _place_in_time(self) -> None:
         """Place again; while there is no capacity, wait for it up to `replace_wait`."""
-        until = now() + self._settings.replace_wait
-        while True:
-            try:
-                return await self._place(first=False)
-            except ApiError as error:
-                if error.status not in (429, 503) or error.code == "worker_failed" or now() >= until:
-                    raise
-            await self._fleet.wait_for_news(self._stop, BEAT_INTERVAL)
-            self._check_stop()
+        since, waiting = now(), self._fleet.waiting
+        try:
+            while True:
+                try:
+                    return await self._place(first=False)
+                except ApiError as error:
+                    over = now() >= since + self._settings.replace_wait
+                    if error.status not in (429, 503) or error.code == "worker_failed" or over:
+                        raise
+                    if self.unit.number not in waiting:
+                        log.warning("no place to go on", request_id=self.unit.request_id, why=error.message)
+                    waiting[self.unit.number] = Waiting(self.unit.request_id, since, error.message)
+                await self._fleet.wait_for_news(self._stop, BEAT_INTERVAL)
+                self._check_stop()
+        finally:
+            waiting.pop(self.unit.number, None)
 
     async def _place(self, *, first: bool) -> None:
         """Ask one choice of workers after the other, until one accepts. Raises `ApiError`, `ClientGone`."""
@@ -186,12 +196,21 @@ class Flight:
             await offer(self._fleet, attempt, self._work(attempt), self._stop, refusals)
             self._check_stop()
             if attempt.accepted:
+                self._bind(attempt)
                 kind = "local" if attempt.prefill is None else "pair"
                 self._fleet.metrics.placements.labels(kind).inc()
                 return
+            if self.stream.tokens:
+                self._bind(attempt)  # one worker took it and gave a token before the other one refused
             if attempt.over.done() and isinstance(lost := attempt.over.result(), Lost):
                 self._lose(lost)
             self._retire(cancel=True)
+
+    def _bind(self, attempt: Attempt) -> None:
+        """The unit has begun: from here on its bits come from one numerics_id, if they are promised to."""
+        if not self._begun:
+            self._begun = True
+            self._bound_to = numerics_of(attempt.decode)
 
     def _begin(self, refusals: Refusals, *, first: bool) -> Attempt:
         """Choose workers and give the attempt its numbers."""
@@ -204,6 +223,7 @@ class Flight:
             self._settings.local_prefill_threshold,
             refusals.full.keys(),
             refusals.unusable | self._lost_prefills,
+            self._bound_to,
         )
         match place(request, fleet.registry.views()):
             case Pair(prefill, decode):
@@ -215,7 +235,9 @@ class Flight:
                     f"Prompt and output of {request.max_total} tokens fit no worker; the largest holds {capacity}.",
                     unit.prompt_field,
                 )
-            case TooLong() | NoWorker():
+            case OtherNumerics(numerics_id) if not (refusals.full or refusals.bus_down):
+                raise numerics_gone(numerics_id)
+            case TooLong() | NoWorker() | OtherNumerics():
                 raise refusals.error(unit)
         attempt = Attempt(
             number=fleet.new_attempt_number(),

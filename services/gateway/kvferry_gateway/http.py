@@ -2,31 +2,46 @@
 
 A route finds a `TransportConnection` in `scope["extensions"]`: after the head of the response has been sent
 the ordinary way, it writes the body straight to the transport, and ends it the ordinary way.
+
+A connection is never kept for a client that says nothing: from its first moment, or its next request's first byte, a
+request has `receive_timeout` to arrive whole, head and body, however often a byte of it comes; between two requests
+uvicorn's own `timeout_keep_alive` closes it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from typing import Any, Final
+from http import HTTPStatus
+from typing import ClassVar, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kvferry_gateway.connection import EXTENSION, TransportConnection
-from kvferry_gateway.errors import ApiError, bad_request
+from kvferry_gateway.errors import ApiError, bad_request, request_timeout
 
 MAX_HEAD_BYTES: Final = 64 << 10  # request line and headers
 MAX_DISCARDED_BYTES: Final = 16 << 20  # of a body that goes on after its answer; then the connection is closed
 
 
 class GatewayProtocol(HttpToolsProtocol):
-    """One client connection."""
+    """One client connection. uvicorn makes it; `receive_timeout` comes from `with_receive_timeout`."""
+
+    receive_timeout: ClassVar[float]  # seconds
+
+    @classmethod
+    def with_receive_timeout(cls, seconds: float) -> type[GatewayProtocol]:
+        """The class for one server. uvicorn takes a class and gives it nothing of ours."""
+        return type(cls.__name__, (cls,), {"receive_timeout": seconds})
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._client = TransportConnection(transport)
         self._head_bytes = 0  # of a head that is not complete yet
         self._discarded_bytes = 0  # of the body under way, since its answer is out
+        self._deadline: asyncio.TimerHandle | None = None  # while a request is awaited or arrives
+        self._silent = True  # no byte of the request that is awaited has come
+        self._expect_request()
         sock = transport.get_extra_info("socket")
         if sock is not None:
             # The loops do so, too; an event that waits for the one before to be acknowledged costs 40 ms.
@@ -34,6 +49,9 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._head_bytes += len(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._silent = False
+            self._expect_request()
         super().data_received(data)
         # The parser keeps an endless header in memory without telling anybody.
         if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
@@ -59,6 +77,7 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._head_bytes = 0
+        self._forget_deadline()
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -66,6 +85,7 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._forget_deadline()
         self._client.note_lost()
 
     def pause_writing(self) -> None:
@@ -76,12 +96,32 @@ class GatewayProtocol(HttpToolsProtocol):
         super().resume_writing()
         self._client.note_resumed()
 
+    def _expect_request(self) -> None:
+        """Its time runs from now; more bytes of the same request give it no more."""
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(self.receive_timeout, self._too_late)
+
+    def _forget_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _too_late(self) -> None:
+        self._deadline = None
+        if self.transport.is_closing():
+            return
+        if self._silent or (self.cycle is not None and self.cycle.response_complete and self._discarded_bytes):
+            # Nobody waits for an answer: it has not asked yet, or has its answer and trickles on with the body.
+            self.transport.abort()
+        else:
+            self._refuse(request_timeout(self.receive_timeout))
+
     def _refuse(self, error: ApiError) -> None:
         """Answer what is no request, and close."""
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
             self.transport.abort()  # another answer is under way: this one would be read as a part of it
             return
-        reason: Any = {431: "Request Header Fields Too Large"}.get(error.status, "Bad Request")
+        reason = HTTPStatus(error.status).phrase
         body = error.body
         self.transport.write(
             f"HTTP/1.1 {error.status} {reason}\r\ncontent-type: application/json\r\n"

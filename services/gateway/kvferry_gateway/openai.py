@@ -13,6 +13,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kvferry.text.stop import MAX_STOP_CHARS, MAX_STOP_STRINGS
+from kvferry.wire.messages import MAX_REPETITION_PENALTY
 from kvferry_gateway.errors import ApiError, bad_request, unsupported
 
 MAX_LABEL_CHARS: Final = 512
@@ -41,6 +42,9 @@ class GenerationRequest(_Model):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None  # -1 and 0: no limit
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=MAX_REPETITION_PENALTY)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -120,9 +124,6 @@ def _is(*values: object) -> Callable[[object], bool]:
 
 _COMMON_NEUTRAL: Final[dict[str, Callable[[object], bool]]] = {
     "n": _is(1),
-    "presence_penalty": _is(0),
-    "frequency_penalty": _is(0),
-    "repetition_penalty": _is(1),
     "length_penalty": _is(1),
     "logit_bias": _is({}),
     "min_tokens": _is(0),

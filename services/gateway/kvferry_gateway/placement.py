@@ -2,9 +2,11 @@
 
 Least expected work: a prefill worker by the seconds until it would have computed this prompt, a decode worker
 by the time of a step with one more sequence in it; the two parts add up, so within a group of workers that
-may pair (equal model and KV format) each side is chosen by itself. A decode worker that lacks the blocks
-right now comes after all that have them. Ties go to the worker that was placed on least recently, then by
-name.
+may pair (`Partners`) each side is chosen by itself. A decode worker that lacks the blocks right now comes after
+all that have them. Ties go to the worker that was placed on least recently, then by name.
+
+Exactness: a unit that an exact decode worker has accepted is *bound* to that worker's numerics_id. What was
+computed under another one would differ in its bits, and the text would change in the middle without a word.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ class Placement:
     local_prefill_threshold: int
     full: Set[int] = field(default_factory=frozenset)  # incarnations that refused for now
     unusable: Set[int] = field(default_factory=frozenset)  # incarnations that can't be reached or serve no more
+    bound_to: str | None = None  # numerics_id that the unit began on; None: it has not begun, or in `fast`
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +82,53 @@ class TooLong:
     capacity: int
 
 
-Decision = Pair | Local | NoWorker | TooLong
+@dataclass(frozen=True, slots=True)
+class OtherNumerics:
+    """There are workers, but none of the numerics_id that the unit is bound to."""
+
+    numerics_id: str
+
+
+Decision = Pair | Local | NoWorker | OtherNumerics | TooLong
+
+
+@dataclass(frozen=True, slots=True)
+class Partners:
+    """Which prefill workers' KV a decode worker takes: any of an equal KV format, and in `exact` of its numerics alone.
+
+    An exact worker that took other KV would keep it in its prefix cache and serve it to exact requests later.
+    """
+
+    model: str
+    kv_format_id: str
+    numerics_id: str | None  # None: the decode worker is not exact
+
+    @classmethod
+    def of(cls, decode: WorkerRecord) -> Partners:
+        return cls(decode.model, decode.kv_format_id, numerics_of(decode))
+
+    def include(self, prefill: WorkerRecord) -> bool:
+        return (
+            prefill.model == self.model
+            and prefill.kv_format_id == self.kv_format_id
+            and self.numerics_id in (None, numerics_of(prefill))
+        )
+
+
+def numerics_of(worker: WorkerRecord) -> str | None:
+    """What a unit is bound to once this decode worker has accepted it; None: to nothing, it runs `fast`."""
+    return worker.numerics_id if worker.exact else None
 
 
 def place(request: Placement, workers: tuple[WorkerView, ...]) -> Decision:
     """Decide. `NoWorker` with some in `request.full` means that all are full."""
     serving = [w for w in workers if w.record.model == request.model and w.state == "ready"]
     decoders = [w for w in serving if w.record.role == "decode" and w.incarnation not in request.unusable]
+    if request.bound_to is not None:
+        bound = [w for w in decoders if numerics_of(w.record) == request.bound_to]
+        if decoders and not bound:
+            return OtherNumerics(request.bound_to)
+        decoders = bound
     if decoders and all(w.capacity < request.max_total for w in decoders):
         return TooLong(max(w.capacity for w in decoders))
     decoders = [w for w in decoders if w.incarnation not in request.full and w.capacity >= request.max_total]
@@ -99,20 +142,24 @@ def place(request: Placement, workers: tuple[WorkerView, ...]) -> Decision:
     if request.num_tokens < request.local_prefill_threshold or not prefillers:
         return Local(min(decoders, key=lambda w: _local_key(w, request)))
     pairs: list[tuple[bool, float, Pair]] = []
-    for format_id in dict.fromkeys(w.record.kv_format_id for w in decoders):
-        group = [w for w in prefillers if w.record.kv_format_id == format_id and w.incarnation not in request.full]
-        if not group:
+    for partners, group in _by_partners(decoders).items():
+        able = [w for w in prefillers if partners.include(w.record) and w.incarnation not in request.full]
+        if not able:
             continue
-        prefill = min(group, key=lambda w: _prefill_key(w, request))
-        decode = min((w for w in decoders if w.record.kv_format_id == format_id), key=lambda w: _decode_key(w, request))
+        prefill = min(able, key=lambda w: _prefill_key(w, request))
+        decode = min(group, key=lambda w: _decode_key(w, request))
         cost = prefill_seconds(prefill, request.num_tokens) + decode_seconds(decode)
         pairs.append((lacks_blocks(decode, request), cost, Pair(prefill, decode)))
     if pairs:
         return min(pairs, key=lambda pair: pair[:2])[2]
-    # The prefill workers are full: decode must not take their load on top. Only a decode worker with no
-    # prefill worker of its KV format computes prompts itself.
-    formats = {w.record.kv_format_id for w in prefillers}
-    unpaired = [w for w in decoders if w.record.kv_format_id not in formats]
+    # The prefill workers are full: decode must not take their load on top. Only a decode worker that no
+    # prefill worker may serve computes prompts itself.
+    unpaired = [
+        w
+        for partners, group in _by_partners(decoders).items()
+        if not any(partners.include(p.record) for p in prefillers)
+        for w in group
+    ]
     return Local(min(unpaired, key=lambda w: _local_key(w, request))) if unpaired else NoWorker()
 
 
@@ -131,6 +178,13 @@ def decode_seconds(worker: WorkerView) -> float:
 def lacks_blocks(worker: WorkerView, request: Placement) -> bool:
     tokens = request.num_tokens + 1 + worker.placed_tokens
     return -(-tokens // max(1, worker.record.block_size)) > worker.load.free_blocks
+
+
+def _by_partners(decoders: list[WorkerView]) -> dict[Partners, list[WorkerView]]:
+    groups: dict[Partners, list[WorkerView]] = {}
+    for worker in decoders:
+        groups.setdefault(Partners.of(worker.record), []).append(worker)
+    return groups
 
 
 def _prefill_key(worker: WorkerView, request: Placement) -> tuple[float, int, str]:

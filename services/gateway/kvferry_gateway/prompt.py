@@ -97,6 +97,9 @@ class Prompter:
             seed=seed,
             max_tokens=_max_tokens(request, num_prompt, max_model_len),
             ignore_eos=request.ignore_eos,
+            presence_penalty=_first(request.presence_penalty, 0.0),
+            frequency_penalty=_first(request.frequency_penalty, 0.0),
+            repetition_penalty=_first(request.repetition_penalty, defaults.repetition_penalty, 1.0),
         )
 
 

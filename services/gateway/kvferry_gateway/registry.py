@@ -7,7 +7,7 @@ from typing import Any, Final, Literal
 
 from kvferry.bus.liveness import Liveness, Seen
 from kvferry.wire.messages import WORKER_ROLES, Heartbeat, Load, WorkerRecord, WorkerState
-from kvferry_gateway.placement import WorkerView
+from kvferry_gateway.placement import Partners, WorkerView
 
 MAX_WORKERS: Final = 4096  # incarnations known at once
 MAX_CAUSES: Final = 4096
@@ -107,7 +107,11 @@ class Registry:
         )
 
     def rows(self, now: float) -> list[dict[str, Any]]:
-        """For `/v1/cluster`."""
+        """For `/v1/cluster`. `pairs_with`: the prefill workers whose KV a decode worker takes."""
+        records = [worker.record for worker in self._workers.values()]
+        prefills = [record for record in records if record.role == "prefill"]
+        partners = dict.fromkeys(Partners.of(record) for record in records if record.role == "decode")
+        pairs = {group: [record.name for record in prefills if group.include(record)] for group in partners}
         return [
             {
                 "role": worker.record.role,
@@ -122,6 +126,10 @@ class Registry:
                 "silent_s": round(self.liveness.silent_for(worker.record.incarnation, now), 3),
                 "kv_format_id": worker.record.kv_format_id,
                 "numerics_id": worker.record.numerics_id,
+                "engine": worker.record.engine,
+                "engine_reason": worker.record.engine_reason,
+                "exact": worker.record.exact,
+                "pairs_with": pairs[Partners.of(worker.record)] if worker.record.role == "decode" else [],
                 "max_model_len": worker.record.max_model_len,
                 "block_size": worker.record.block_size,
                 "num_blocks": worker.record.num_blocks,

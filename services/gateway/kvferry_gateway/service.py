@@ -14,7 +14,7 @@ from typing import Final
 import uvicorn
 
 from kvferry import ready
-from kvferry.bus.base import Bus, BusSettings
+from kvferry.bus.base import Bus, BusSettings, least_payload
 from kvferry.bus.nats import NatsBus
 from kvferry.errors import KvferryError, SettingError
 from kvferry.log import get_logger
@@ -32,7 +32,6 @@ from kvferry_gateway.settings import GatewaySettings
 
 KEY_REFRESH_S: Final = 1.0
 SHUTDOWN_SLACK_S: Final = 5.0  # for answers that are being written when the grace time ends
-MESSAGE_OVERHEAD: Final = 64 << 10  # of a request to a worker, beyond its tokens
 BACKLOG: Final = 2048  # connections that the kernel may hold for us
 
 log = get_logger(__name__)
@@ -65,6 +64,8 @@ class Gateway:
         """Join a bus that is connected. Raises `SettingError`, `CheckpointError`, `BusUnavailable`."""
         keys = None if settings.api_key_file is None else ApiKeys(settings.api_key_file)
         model_name = settings.served_model_name or model.name
+        if unapplied := model.sampling.unapplied:
+            log.warning("generation_config.json recommends what is not applied", fields=list(unapplied))
         prompter = Prompter(model, runtime)
         fleet = Fleet(settings, runtime, bus, GatewayMetrics(), pid)
         completions = Completions(fleet, prompter, model_name, model.max_context)
@@ -100,7 +101,7 @@ def bus_settings(settings: GatewaySettings, max_context: int) -> BusSettings:
         password=settings.nats_password.get_secret_value(),
         token=settings.nats_token.get_secret_value(),
         tls_ca=settings.nats_tls_ca,
-        min_payload=4 * max_context + MESSAGE_OVERHEAD,
+        min_payload=least_payload(max_context),
     )
 
 
@@ -117,19 +118,19 @@ def listen(host: str, port: int) -> socket.socket:
 class HttpServer:
     """The HTTP side: from a bound socket until the last connection is closed."""
 
-    def __init__(self, app: GatewayApp, listener: socket.socket, shutdown_s: float) -> None:
+    def __init__(self, app: GatewayApp, listener: socket.socket, settings: GatewaySettings, shutdown_s: float) -> None:
         self.address: tuple[str, int] = listener.getsockname()[:2]
         self._listener = listener
         self._server = _Server(
             uvicorn.Config(
                 app,
-                http=GatewayProtocol,
+                http=GatewayProtocol.with_receive_timeout(settings.receive_timeout),
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_keep_alive=75,
+                timeout_keep_alive=settings.keep_alive_timeout,
                 timeout_graceful_shutdown=int(shutdown_s),
                 backlog=BACKLOG,
             )
@@ -178,7 +179,7 @@ async def _serve(
 ) -> None:
     gateway = await Gateway.start(settings, runtime, bus, model, pid=os.getpid(), created=int(wall_clock()))
     try:
-        http = HttpServer(gateway.app, listener, settings.drain_grace + SHUTDOWN_SLACK_S)
+        http = HttpServer(gateway.app, listener, settings, settings.drain_grace + SHUTDOWN_SLACK_S)
         await http.start()
         host, port = http.address
         log.info("ready", host=host, port=port, incarnation=f"{gateway.fleet.incarnation:016x}")

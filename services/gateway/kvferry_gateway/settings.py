@@ -36,6 +36,12 @@ class GatewaySettings(ServiceSettings):
     accept_timeout: Duration = Field(0.3, description="Seconds that a worker has to accept a request; asked twice.")
     replace_wait: Duration = Field(60.0, description="Seconds that a stream waits for capacity after losing a worker.")
     failure_budget: Positive = Field(3, description="Failures that end a request.")
+    receive_timeout: Duration = Field(
+        30.0, description="Seconds within which a request must have arrived whole, head and body; then 408."
+    )
+    keep_alive_timeout: Annotated[int, Field(ge=1, le=24 * 3600)] = Field(
+        75, description="Seconds that a connection is kept between two requests; more than a load balancer's before it."
+    )
     sse_comment_interval: Duration = Field(15.0, description="Seconds of silence after which an SSE comment is sent.")
     request_deadline: Duration = Field(600.0, description="Seconds that a request may take in all.")
     drain_grace: Duration = Field(20.0, description="Seconds that requests under way have to end after SIGTERM.")

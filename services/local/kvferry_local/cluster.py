@@ -7,6 +7,7 @@ from typing import Any, Final
 import httpx
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kvferry.bus.base import BusSettings
 from kvferry.bus.nats import NatsBus
@@ -35,16 +36,20 @@ def show_status(target: Target, settings: ClientSettings) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("NAME", "ROLE", "STATE", "PID", "MODEL", "TRANSPORT", "WAITING", "RUNNING", "FREE BLOCKS"):
         table.add_column(column, justify="right" if column in ("PID", "WAITING", "RUNNING", "FREE BLOCKS") else "left")
-    for worker in workers_of(target, settings):
+    workers = workers_of(target, settings)
+    for worker in workers:
         load = worker["load"]
         table.add_row(
             *(str(worker[key]) for key in ("name", "role", "state", "pid", "model", "transport")),
             *(str(load[key]) for key in ("num_waiting", "num_running", "free_blocks")),
         )
-    Console().print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    for worker in workers:
+        console.print(Text(f"{worker['name']}: engine {worker['engine']}, {worker['engine_reason']}"), soft_wrap=True)
 
 
-def bus_settings(run_file: RunFile, name: str) -> BusSettings:
+def bus_settings(run_file: RunFile, name: str, min_payload: int = 0) -> BusSettings:
     return BusSettings(
         url=run_file.nats_url,
         name=name,
@@ -53,6 +58,7 @@ def bus_settings(run_file: RunFile, name: str) -> BusSettings:
         password=run_file.nats_password.get_secret_value(),
         token=run_file.nats_token.get_secret_value(),
         tls_ca=run_file.nats_tls_ca,
+        min_payload=min_payload,
     )
 
 

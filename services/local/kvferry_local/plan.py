@@ -41,7 +41,12 @@ def programs(settings: UpSettings, place: Place) -> list[Program]:
         log_format=place.log_format,
     )
     worker = _flags(
-        dtype=settings.dtype, max_model_len=settings.max_model_len, transport=settings.transport, threads=threads
+        dtype=settings.dtype,
+        engine=settings.engine,
+        quantization=settings.quantization,
+        max_model_len=settings.max_model_len,
+        transport=settings.transport,
+        threads=threads,
     )
     planned = []
     for index, name in enumerate(workers):

@@ -27,6 +27,12 @@ class UpSettings(Settings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Precision of weights and KV cache; auto is bfloat16."
     )
+    engine: Literal["auto", "native", "torch"] = Field(
+        "auto", description="Engine of the workers; auto is kvferry's own on a CPU where it can run, else torch."
+    )
+    quantization: Literal["none", "int8"] = Field(
+        "none", description="int8 takes half the memory of bfloat16 and decodes faster; native engine only."
+    )
     prefill: Annotated[int, Field(ge=0, le=MAX_PROCESSES)] = Field(
         1, description="Prefill workers; 0 lets decode workers prefill too, the single-worker baseline."
     )

@@ -1,6 +1,6 @@
 """What the supervisor decides: events and a clock value in, actions out. No I/O, no asyncio.
 
-Exited before it was ever ready, while the stack starts  ->  Failed, everything is stopped
+Exited before it was ever ready, while the stack starts  ->  Failed, everything is killed
 Exited later, unasked                                    ->  Announce, then Start after a backoff
 StopAsked   ->  SIGTERM to the gateways, when they are gone to decode, then to prefill; then Finished
 StopAsked again, or a stage over its grace time          ->  SIGKILL
@@ -199,7 +199,7 @@ class Supervision:
         if not child.was_ready and cause != "killed":
             child.phase = "stopped"
             yield Failed(child.name, returncode)
-            yield from self._stop(now)
+            yield from self._abandon(now)
             return
         steady = child.ready_since is not None and now - child.ready_since >= STEADY_S
         deaths = 0 if steady else child.num_quick_deaths
@@ -218,10 +218,20 @@ class Supervision:
         if self._num_stops > 1:
             yield from self._kill_all()
             return
+        self._leave_backoff()
+        yield from self._next_stage(now)
+
+    def _abandon(self, now: float) -> Iterator[Action]:
+        """The start has failed: nobody was told of this stack, and a child that loads a model hears no SIGTERM."""
+        self._num_stops += 1
+        self._leave_backoff()
+        yield from self._kill_all()
+        yield from self._next_stage(now)
+
+    def _leave_backoff(self) -> None:
         for child in self._children.values():
             if child.phase == "backoff":  # nothing runs
                 child.phase, child.due = "stopped", None
-        yield from self._next_stage(now)
 
     def _next_stage(self, now: float) -> Iterator[Action]:
         """SIGTERM to the next role that still runs, once the one before is gone."""

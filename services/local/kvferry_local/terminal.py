@@ -14,6 +14,7 @@ from kvferry_local.process import Report
 
 STAGE_WORDS: Final = {
     "start": "starting",
+    "build": "building the native engine",
     "import": "importing",
     "load": "loading the model",
     "warm-up": "warming up",

@@ -22,12 +22,14 @@ from typing import Final
 
 from pydantic import SecretStr
 
+from kvferry.bus.base import least_payload
 from kvferry.bus.nats import NatsBus
 from kvferry.bus.server import EmbeddedNats
 from kvferry.config import DATA_KEY_BYTES
 from kvferry.errors import SettingError
 from kvferry.runfile import RunFile, default_run_file
 from kvferry.runtime import Runtime, SystemRuntime, now
+from kvferry.text.model_dir import ModelDir
 from kvferry_local.cluster import bus_settings
 from kvferry_local.keeper import keep_running, sole_owner
 from kvferry_local.plan import Place, programs, usable_cores
@@ -51,7 +53,7 @@ def check_settings(settings: UpSettings) -> None:
 
 
 async def up(settings: UpSettings, model_dir: Path, model_name: str) -> None:
-    """Run until asked to stop. Raises `StackFailed`, `SettingError`, `BusUnavailable`."""
+    """Run until asked to stop. Raises `StackFailed`, `SettingError`, `BusUnavailable`, `CheckpointError`."""
     began = now()
     runtime = SystemRuntime()
     run_file = (settings.run_file or default_run_file(os.environ, settings.cluster)).absolute()
@@ -66,7 +68,10 @@ async def up(settings: UpSettings, model_dir: Path, model_name: str) -> None:
                 }
             )
             facts.write(run_file)
-            bus = NatsBus(bus_settings(facts, "kvferry-up"), runtime)
+            # The children ask for it, too, but a worker only when it has loaded its model.
+            context = ModelDir(model_dir).max_context
+            min_payload = least_payload(min(settings.max_model_len or context, context))
+            bus = NatsBus(bus_settings(facts, "kvferry-up", min_payload), runtime)
             await bus.start()
             try:
                 await supervise(settings, facts, run_file, ports, bus, began)

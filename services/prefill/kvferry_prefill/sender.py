@@ -4,52 +4,29 @@
                                                     │                └─ Abort, drop, connection lost ─> gone
                                                     └── Progress after each step of its sequence
 
-KV is gathered into staging slots on the copy lane, at most one slot for each credit that D gave. The
-sequence is pinned while a gather reads its blocks, and only then.
+The frames themselves are the pump's (`pump.py`).
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from kvferry.errors import WireError
+from kvferry.lane import Lane
 from kvferry.log import get_logger
-from kvferry.runtime import Lane, TaskSet, now
+from kvferry.runtime import TaskSet, now
 from kvferry.schedule.sequence import Key, Sequence
-from kvferry.schedule.step import BlockTable, ModelRunner
+from kvferry.schedule.step import ModelRunner
 from kvferry.transport.base import Connection
 from kvferry.transport.slots import SlotPool
-from kvferry.wire.flow import (
-    Abort,
-    Aborted,
-    Ack,
-    Credit,
-    Fetch,
-    Flow,
-    FlowCodec,
-    Manifest,
-    ManifestCodec,
-    Open,
-    Progress,
-    Unknown,
-)
-from kvferry.wire.frame import (
-    HEADER_BYTES,
-    KIND_KV,
-    KIND_MANIFEST,
-    KIND_PAD,
-    NO_PIECE,
-    FrameHeader,
-    Piece,
-    frame_tag,
-    seal,
-)
+from kvferry.wire.flow import Abort, Aborted, Ack, Credit, Fetch, Flow, FlowCodec, Open, Progress, Unknown
+from kvferry.wire.frame import HEADER_BYTES
 from kvferry.worker.digests import Digests
 from kvferry.worker.metrics import WorkerMetrics
-from kvferry_prefill.outgoing import MANIFEST, PAD, Content, Outgoing
+from kvferry_prefill.outgoing import Outgoing
+from kvferry_prefill.pull import Link, Pull
+from kvferry_prefill.pump import Pump
 from kvferry_prefill.scheduler import PrefillScheduler
 
 log = get_logger(__name__)
@@ -61,29 +38,6 @@ MAX_GONE: Final = 4096  # attempts whose end an Open that comes too late still h
 SEND_STALL: Final = 5.0  # D has a receive for every frame: one that does not leave shows that D is frozen
 
 AbortReason = Literal["asked", "expired", "cancelled", "reclaimed", "superseded", "draining", "ended", "refused"]
-
-
-@dataclass(slots=True, eq=False)
-class _Pull:
-    """One Open on one connection."""
-
-    link: _Link
-    pull_id: int
-    key: Key
-    sequence: Sequence | None = None  # None while parked
-    parked_until: float = 0.0
-    outgoing: Outgoing | None = None  # from Fetch on
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
-    ended: bool = False  # P has said Aborted unasked; D's Abort or Ack confirms that no credit follows
-
-
-@dataclass(slots=True, eq=False)
-class _Link:
-    """One connection, its pulls, and the sends under way with the time they began, oldest first."""
-
-    connection: Connection
-    pulls: dict[int, _Pull] = field(default_factory=dict)
-    sends: dict[int, float] = field(default_factory=dict)  # by frame tag
 
 
 class Sender:
@@ -105,18 +59,17 @@ class Sender:
         self._runner = runner
         self._slots = slots
         self._copy_lane = copy_lane
+        self._pump = Pump(scheduler, runner, slots, copy_lane, metrics, unpin)
         self._tasks = tasks
         self._metrics = metrics
         self._digests = digests
         self._unpin = unpin
         self._acknowledged = acknowledged
         self._codec = FlowCodec()
-        self._manifests = ManifestCodec()
-        self._links: dict[_Link, None] = {}
-        self._by_key: dict[Key, _Pull] = {}
-        self._parked: list[_Pull] = []
+        self._links: dict[Link, None] = {}
+        self._by_key: dict[Key, Pull] = {}
+        self._parked: list[Pull] = []
         self._gone: dict[Key, AbortReason] = {}
-        self._computed_at: dict[Key, float] = {}
         scheduler.has_open = self.has_open
 
     def has_open(self, key: Key) -> bool:
@@ -126,12 +79,12 @@ class Sender:
 
     def attach(self, connection: Connection) -> None:
         """Serve a new, authenticated connection."""
-        link = _Link(connection)
+        link = Link(connection)
         self._links[link] = None
         connection.on_message(lambda message: self._on_message(link, message))
         connection.on_closed(lambda: self._on_closed(link))
 
-    def _on_message(self, link: _Link, payload: memoryview) -> None:
+    def _on_message(self, link: Link, payload: memoryview) -> None:
         try:
             message = self._codec.decode(payload)
         except WireError as error:
@@ -150,7 +103,7 @@ class Sender:
                 self._metrics.wire_errors.labels("data", "unexpected").inc()
                 link.connection.abort()
 
-    def _on_closed(self, link: _Link) -> None:
+    def _on_closed(self, link: Link) -> None:
         self._links.pop(link, None)
         for pull in list(link.pulls.values()):
             self._forget(pull)
@@ -158,8 +111,8 @@ class Sender:
 
     # -- a pull's messages -----------------------------------------------------------------------------------
 
-    def _on_open(self, link: _Link, message: Open) -> None:
-        pull = _Pull(link, message.pull_id, (message.ticket, message.attempt))
+    def _on_open(self, link: Link, message: Open) -> None:
+        pull = Pull(link, message.pull_id, (message.ticket, message.attempt))
         if message.pull_id in link.pulls or len(link.pulls) >= MAX_PULLS:
             self._metrics.wire_errors.labels("data", "reused_pull").inc()
             link.connection.abort()
@@ -198,7 +151,7 @@ class Sender:
                 self._metrics.transfer_failures.labels("send_stall").inc()
                 link.connection.abort()
 
-    def _bind(self, pull: _Pull, sequence: Sequence) -> None:
+    def _bind(self, pull: Pull, sequence: Sequence) -> None:
         older = self._by_key.get(pull.key)
         if older is not None:
             self._abort(older, "superseded")
@@ -206,12 +159,12 @@ class Sender:
         self._by_key[pull.key] = pull
         self._progress(pull)
 
-    def _unknown(self, pull: _Pull) -> None:
+    def _unknown(self, pull: Pull) -> None:
         self._metrics.transfer_failures.labels("unknown_ticket").inc()
         self._forget(pull)
         self._send(pull, Unknown(pull.pull_id))
 
-    def _on_pull(self, pull: _Pull, message: Fetch | Credit | Abort | Ack) -> None:
+    def _on_pull(self, pull: Pull, message: Fetch | Credit | Abort | Ack) -> None:
         if pull.ended:
             self._on_ended_pull(pull, message)
             return
@@ -233,37 +186,41 @@ class Sender:
             case Ack():
                 self._on_ack(pull)
 
-    def _on_ended_pull(self, pull: _Pull, message: Fetch | Credit | Abort | Ack) -> None:
+    def _on_ended_pull(self, pull: Pull, message: Fetch | Credit | Abort | Ack) -> None:
         """Credits that crossed P's Aborted: pad them."""
         match message:
             case Fetch(_, from_token, credits) if pull.outgoing is None and pull.sequence is not None:
-                pull.outgoing = Outgoing(pull.pull_id, from_token, credits, stopped=True)
-                self._tasks.spawn(self._pump(pull, pull.outgoing), "pump")
+                self._start_pump(pull, pull.sequence, Outgoing(pull.pull_id, from_token, credits, stopped=True))
             case Credit(_, credits, _) if pull.outgoing is not None:
                 pull.outgoing.credits = min(MAX_CREDITS_HELD, pull.outgoing.credits + credits)
                 pull.wake.set()
             case Abort() | Ack():
                 self._forget(pull, padding=True)
 
-    def _on_fetch(self, pull: _Pull, from_token: int, credits: int) -> None:
+    def _on_fetch(self, pull: Pull, from_token: int, credits: int) -> None:
         sequence = pull.sequence
         assert sequence is not None
         aligned = from_token % sequence.block_size == 0 or from_token == sequence.num_context
         if pull.outgoing is not None or not aligned or from_token > sequence.num_context:
             self._refuse(pull)
             return
-        pull.outgoing = Outgoing(pull.pull_id, from_token, credits)
-        pull.outgoing.computed(min(sequence.num_computed, sequence.num_context), self._runner.kv_format, self._room)
-        self._tasks.spawn(self._pump(pull, pull.outgoing), "pump")
+        outgoing = Outgoing(pull.pull_id, from_token, credits)
+        outgoing.computed(min(sequence.num_computed, sequence.num_context), self._runner.kv_format, self._room)
+        self._start_pump(pull, sequence, outgoing)
 
-    def _on_ack(self, pull: _Pull) -> None:
+    def _start_pump(self, pull: Pull, sequence: Sequence, outgoing: Outgoing) -> None:
+        pull.outgoing = outgoing
+        self._tasks.spawn(self._pump.run(pull, outgoing, sequence), "pump")
+
+    def _on_ack(self, pull: Pull) -> None:
         sequence = pull.sequence
         if sequence is None or pull.outgoing is None or not pull.outgoing.manifest_sent:
             self._refuse(pull)
             return
         self._metrics.pulls.labels("sent").inc()
         self._forget(pull, padding=True)
-        self._computed_at.pop(pull.key, None)
+        if (computed_at := self._pump.computed_at.pop(pull.key, None)) is not None:
+            self._metrics.tail_seconds.observe(now() - computed_at)
         if self._digests.enabled:
             self._keep_digests(sequence, pull.outgoing.from_token)
         self._acknowledged(sequence)
@@ -279,7 +236,7 @@ class Sender:
         """A step of this sequence has ended."""
         pull = self._by_key.get(sequence.key)
         if sequence.state == "held":
-            self._computed_at[sequence.key] = now()
+            self._pump.computed_at[sequence.key] = now()
         if pull is None:
             return
         if pull.outgoing is None:
@@ -290,7 +247,7 @@ class Sender:
 
     def drop(self, key: Key, reason: AbortReason) -> None:
         """The scheduler gave the sequence up: end its pull."""
-        self._computed_at.pop(key, None)
+        self._pump.computed_at.pop(key, None)
         self._gone[key] = reason
         if len(self._gone) > MAX_GONE:
             del self._gone[next(iter(self._gone))]
@@ -298,89 +255,11 @@ class Sender:
         if pull is not None:
             self._abort(pull, reason)
 
-    # -- sending ---------------------------------------------------------------------------------------------
-
     @property
     def _room(self) -> int:
         return self._slots.slot_bytes - HEADER_BYTES
 
-    async def _pump(self, pull: _Pull, outgoing: Outgoing) -> None:
-        """Use the pull's credits until it is over and all are used."""
-        sequence = pull.sequence
-        assert sequence is not None
-        try:
-            await self._use_credits(pull, outgoing, sequence)
-        except Exception:
-            # A frame that was counted will never come: only the end of the connection frees D's receive.
-            log.exception("cannot send KV", request_id=sequence.work.request_id)
-            self._metrics.transfer_failures.labels("gather").inc()
-            pull.link.connection.abort()
-
-    async def _use_credits(self, pull: _Pull, outgoing: Outgoing, sequence: Sequence) -> None:
-        while True:
-            finished = pull.key in self._scheduler.first_tokens
-            item = outgoing.next(finished)
-            if item is None:
-                if outgoing.stopped and pull.link.pulls.get(pull.pull_id) is not pull:
-                    return
-                pull.wake.clear()
-                await pull.wake.wait()
-                continue
-            await self._send_frame(pull, sequence, *item)
-
-    async def _send_frame(self, pull: _Pull, sequence: Sequence, frame: int, content: Content) -> None:
-        slot = await self._slots.acquire(f"send {pull.pull_id}/{frame}")
-        header = FrameHeader(KIND_PAD, pull.pull_id, frame, NO_PIECE, self._runner.kv_format.dtype, 0)
-        try:
-            alive = self._scheduler.sequences.get(sequence.key) is sequence
-            if alive and isinstance(content, Piece):
-                size = await self._pack(slot.view, header, sequence, content)
-            elif alive and content == MANIFEST:
-                payload = self._manifests.encode(self._manifest(pull, sequence, frame))
-                slot.view[HEADER_BYTES : HEADER_BYTES + len(payload)] = payload
-                sealed = FrameHeader(KIND_MANIFEST, pull.pull_id, frame, NO_PIECE, header.dtype, len(payload))
-                size = seal(slot.view, sealed)
-            else:
-                # Or its blocks are gone while this frame waited for a slot: the credit is still used up.
-                assert content == PAD or not alive
-                size = seal(slot.view, header)
-        except BaseException:
-            self._slots.release(slot)
-            raise
-        tag, sends = frame_tag(pull.pull_id, frame), pull.link.sends
-        sending = pull.link.connection.send(tag, slot.view[:size])
-        sends[tag] = now()
-        sending.add_done_callback(lambda _: sends.pop(tag))
-        self._slots.lend(slot, sending)
-        self._slots.release(slot)  # free when the send has completed
-
-    async def _pack(self, view: memoryview, header: FrameHeader, sequence: Sequence, piece: Piece) -> int:
-        kv = self._runner.kv_format
-        num_bytes = piece.num_bytes(kv.head_dim, kv.dtype)
-        sealed = FrameHeader(KIND_KV, header.pull_id, header.frame, piece, header.dtype, num_bytes)
-        self._scheduler.memory.pin(sequence)
-        try:
-            size = await self._copy_lane.run(_gather, self._runner, view, sealed, sequence.block_table.copy())
-        finally:
-            self._unpin(sequence)
-        self._metrics.kv_bytes.labels("sent").inc(num_bytes)
-        if piece.layer_start == 0:
-            self._metrics.kv_tokens.labels("sent").inc(piece.num_tokens)
-        return size
-
-    def _manifest(self, pull: _Pull, sequence: Sequence, frame: int) -> Manifest:
-        assert pull.outgoing is not None
-        return Manifest(
-            num_frames=frame,
-            kv_format_id=self._runner.kv_format.format_id,
-            hash_from=sequence.chain_hash(pull.outgoing.from_token),
-            hash_end=sequence.chain_hash(sequence.num_context),
-            first_tokens=((sequence.work.choice, self._scheduler.first_tokens[sequence.key]),),
-            cached_tokens=sequence.cached_tokens,
-            elapsed_s=max(0.0, now() - self._computed_at.get(sequence.key, now())),
-        )
-
-    def _progress(self, pull: _Pull) -> None:
+    def _progress(self, pull: Pull) -> None:
         sequence = pull.sequence
         if sequence is None:
             return
@@ -390,14 +269,14 @@ class Sender:
 
     # -- ends ------------------------------------------------------------------------------------------------
 
-    def _refuse(self, pull: _Pull) -> None:
+    def _refuse(self, pull: Pull) -> None:
         """The peer broke the protocol on this pull."""
         self._metrics.wire_errors.labels("data", "refused").inc()
         self._abort(pull, "refused")
         if pull.sequence is not None:
             self._scheduler.hold_again(pull.key, now())
 
-    def _abort(self, pull: _Pull, reason: AbortReason) -> None:
+    def _abort(self, pull: Pull, reason: AbortReason) -> None:
         self._forget(pull, padding=True)
         if reason != "asked":
             pull.ended = True
@@ -407,7 +286,7 @@ class Sender:
         if reason == "asked":
             self._scheduler.hold_again(pull.key, now())
 
-    def _forget(self, pull: _Pull, padding: bool = False) -> None:
+    def _forget(self, pull: Pull, padding: bool = False) -> None:
         """Take the pull off all tables. With `padding` its pump first uses up the credits that it has."""
         pull.link.pulls.pop(pull.pull_id, None)
         if pull in self._parked:
@@ -420,12 +299,5 @@ class Sender:
                 pull.outgoing.credits = 0
             pull.wake.set()
 
-    def _send(self, pull: _Pull, message: Flow) -> None:
+    def _send(self, pull: Pull, message: Flow) -> None:
         pull.link.connection.send_message(self._codec.encode(message))
-
-
-def _gather(runner: ModelRunner, view: memoryview, header: FrameHeader, block_table: BlockTable) -> int:
-    """On the copy lane: pack a piece and seal it."""
-    payload = view[HEADER_BYTES : HEADER_BYTES + header.payload_bytes]
-    runner.gather(header.piece, block_table, payload)
-    return seal(view, header)

@@ -13,8 +13,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 from kvferry.errors import BusError
+
+MESSAGE_OVERHEAD: Final = 1 << 20  # bytes of a message beyond its tokens
 
 
 class PayloadTooLarge(BusError):
@@ -118,3 +121,8 @@ class BusSettings:
     token: str = field(default="", repr=False)
     tls_ca: str = ""
     min_payload: int = 0  # start fails if the server's max_payload is smaller
+
+
+def least_payload(max_model_len: int) -> int:
+    """The max_payload that a server must have for contexts of so many tokens (`BusSettings.min_payload`)."""
+    return 4 * max_model_len + MESSAGE_OVERHEAD

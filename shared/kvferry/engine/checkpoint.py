@@ -7,26 +7,24 @@ milliseconds and not in mid-load.
 from __future__ import annotations
 
 import json
-import mmap
-import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-import torch
+import numpy.typing as npt
 import xxhash
-from safetensors import SafetensorError, safe_open
 
 from kvferry.engine.config import ModelConfig
+from kvferry.engine.safetensors import FLOAT_DTYPES, SafetensorsFile, open_safetensors
 from kvferry.errors import CheckpointError
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 MAX_INDEX_BYTES: Final = 64 << 20
-MAX_HEADER_BYTES: Final = 64 << 20
 MAX_FILES: Final = 4096
-FLOAT_DTYPES: Final = ("BF16", "F16", "F32")
+FINGERPRINT_CHUNK: Final = 1 << 20  # bytes
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -62,73 +60,67 @@ def expected_shapes(config: ModelConfig) -> Shapes:
 
 
 class Checkpoint:
-    """The open, checked files of one model directory. Tensors are read one by one through the page cache."""
+    """The open, checked files of one model directory. Tensors are read one by one, into memory of their own."""
 
-    def __init__(self, files: Mapping[str, Any], places: Mapping[str, str], directory: Path) -> None:
-        self._files = files  # open safetensors files by name
+    def __init__(self, files: Mapping[str, SafetensorsFile], places: Mapping[str, str], directory: Path) -> None:
+        self._files = files  # by name
         self._places = places  # tensor -> name of its file
         self._directory = directory
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor on the CPU in its stored dtype, backed by the mapped file: copy it before `close`."""
-        file = self._places[name]
-        try:
-            value: torch.Tensor = self._files[file].get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(str(self._directory / file), f"{name}: {error}") from None
-        return value
+    def tensor(self, name: str) -> npt.NDArray[Any]:
+        """A tensor as stored: fp32, fp16, or the bits of bfloat16 as u16."""
+        return self._files[self._places[name]].read(name)
+
+    def pieces(self, name: str, max_elements: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """The same in ranges of rows, each (first row, [n, k]) of at most `max_elements` or one row."""
+        file = self._files[self._places[name]]
+        num_rows, row = file.tensors[name].shape[0], prod(file.tensors[name].shape[1:])
+        count = max(max_elements // row, 1)
+        for start in range(0, num_rows, count):
+            yield start, file.read(name, start, start + count).reshape(-1, row)
 
     def check(self, expected: Shapes) -> None:
         """Raises `CheckpointError` for a missing tensor, a wrong shape or a dtype that is no float."""
         for name, shape in expected.items():
             if name not in self._places:
                 raise CheckpointError(str(self._directory), f"{name}: missing")
-            file = self._places[name]
-            try:
-                entry = self._files[file].get_slice(name)
-            except SafetensorError:
-                problem = f"{name}: the index places it here, but the file lacks it"
-                raise CheckpointError(str(self._directory / file), problem) from None
-            found = tuple(entry.get_shape())
-            if found != shape:
-                problem = f"{name}: shape {list(found)}, expected {list(shape)}"
-                raise CheckpointError(str(self._directory / file), problem)
-            if entry.get_dtype() not in FLOAT_DTYPES:
-                problem = f"{name}: dtype {entry.get_dtype()}, supported: {', '.join(FLOAT_DTYPES)}"
-                raise CheckpointError(str(self._directory / file), problem)
+            file = self._files[self._places[name]]
+            stored = file.tensors.get(name)
+            if stored is None:
+                raise CheckpointError(str(file.path), f"{name}: the index places it here, but the file lacks it")
+            if stored.shape != shape:
+                problem = f"{name}: shape {list(stored.shape)}, expected {list(shape)}"
+                raise CheckpointError(str(file.path), problem)
+            if stored.dtype not in FLOAT_DTYPES:
+                problem = f"{name}: dtype {stored.dtype}, supported: {', '.join(FLOAT_DTYPES)}"
+                raise CheckpointError(str(file.path), problem)
 
 
 @contextmanager
 def open_checkpoint(directory: Path, expected: Shapes) -> Iterator[Checkpoint]:
     """The checked checkpoint of a directory; its files are closed at the end."""
     names, places = _find(directory)
-    files: dict[str, Any] = {}
-    for name in names:
-        path = directory / name
-        _check_file(path)
-        try:
-            files[name] = safe_open(str(path), framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(str(path), f"not a whole safetensors file ({error})") from None
-    if places is None:
-        places = {tensor: name for name, file in files.items() for tensor in file.keys()}  # noqa: SIM118
-    checkpoint = Checkpoint(files, places, directory)
-    checkpoint.check(expected)
-    try:
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open_safetensors(directory / name)) for name in names}
+        if places is None:
+            places = {tensor: name for name, file in files.items() for tensor in file.tensors}
+        checkpoint = Checkpoint(files, places, directory)
+        checkpoint.check(expected)
         yield checkpoint
-    finally:
-        files.clear()
 
 
 def weights_fingerprint(directory: Path) -> str:
     """XXH3-128 over all weight files, hex. Reads them through the page cache at memory speed, which also
     warms it for the load. It tells apart weights that differ by accident or by version; it is no signature."""
     digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(FINGERPRINT_CHUNK))
     for name in _find(directory)[0]:
-        path = directory / name
-        _check_file(path)
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            digest.update(content)
+        try:
+            with (directory / name).open("rb", buffering=0) as file:
+                while count := file.readinto(buffer):
+                    digest.update(buffer[:count])
+        except OSError as error:
+            raise CheckpointError(str(directory / name), error.strerror or "cannot be read") from None
     return digest.hexdigest()
 
 
@@ -157,15 +149,3 @@ def _find(directory: Path) -> tuple[list[str], dict[str, str] | None]:
         if not (directory / name).is_file():
             raise CheckpointError(str(directory / name), "missing, but named by the index")
     return names, places
-
-
-def _check_file(path: Path) -> None:
-    """The 8 bytes that say how long the header is, before a library takes memory for it."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-    if len(head) < 8:
-        raise CheckpointError(str(path), f"not a safetensors file ({size} bytes)")
-    (header_bytes,) = struct.unpack("<Q", head)
-    if header_bytes > min(MAX_HEADER_BYTES, size - 8):
-        raise CheckpointError(str(path), "not a whole safetensors file (its header is longer than it)")

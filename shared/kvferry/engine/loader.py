@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from kvferry.engine.checkpoint import Checkpoint, expected_shapes, open_checkpoint
@@ -75,8 +76,11 @@ class _Loader:
         )
 
     def _vector(self, name: str) -> torch.Tensor:
-        """A copy: what the checkpoint gives is backed by the file, which may be replaced under us."""
-        return self._checkpoint.tensor(name).to(device=self._device, dtype=self._dtype, copy=True).contiguous()
+        stored = self._checkpoint.tensor(name)
+        tensor = torch.from_numpy(stored)
+        if stored.dtype == np.uint16:
+            tensor = tensor.view(torch.bfloat16)  # it is kept as its bits
+        return tensor.to(device=self._device, dtype=self._dtype)
 
     def _linear(self, names: list[str], bias: bool = False) -> Linear:
         """One projection out of several with the same input."""
@@ -84,5 +88,5 @@ class _Loader:
         return self._linear_class(weight, self._merged([f"{name}.bias" for name in names]) if bias else None)
 
     def _merged(self, names: list[str]) -> torch.Tensor:
-        parts = [self._checkpoint.tensor(name).to(device=self._device, dtype=self._dtype) for name in names]
-        return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+        parts = [self._vector(name) for name in names]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -45,6 +45,7 @@ class MemorySettings:
     head_dim: int = 8
     dtype: str = "bfloat16"
     model: str = "memory"  # two models of different names have different KV and different tokens
+    numerics: str = ""  # two numerics, too, though they say that their KV format is the same
     seconds_per_step: float = 0.0
     seconds_per_token: float = 0.0
 
@@ -78,7 +79,7 @@ class MemoryRunner:
 
     @property
     def numerics_id(self) -> str:
-        return f"memory1-{self._settings.model}"
+        return f"memory1{self._settings.numerics}-{self._settings.model}"
 
     @property
     def num_blocks(self) -> int:
@@ -102,13 +103,13 @@ class MemoryRunner:
         for step in plan.steps:
             end = step.start + len(step.tokens)
             slots = self._slots(step.block_table, 0, end)
-            before = root_state(self._format)
+            before = root_state(self._settings)
             if step.start:
                 before = self._read_state(slots[step.start - 1])
             lanes = expand(self._format, chain(before, step.tokens))
             self._blocks[:, :, slots[step.start :]] = lanes
             context = self._blocks[:, :, slots]
-            tokens.append(None if step.draw is None else pick(context, step.draw, self.vocab_size))
+            tokens.append(None if step.draw is None else pick(context, step.draw, self._settings))
         seconds = self._settings.seconds_per_step + plan.num_tokens * self._settings.seconds_per_token
         return StepResult(tuple(tokens), seconds)
 
@@ -154,18 +155,20 @@ def continuation(
 ) -> list[int]:
     """The next `count` tokens after `prompt`, from the text alone: what any run of it must produce."""
     kv_format = settings.kv_format
-    states = chain(root_state(kv_format), np.asarray(prompt, np.uint32))
+    states = chain(root_state(settings), np.asarray(prompt, np.uint32))
     tokens: list[int] = []
     lanes = expand(kv_format, states)
     for index in range(count):
-        tokens.append(pick(lanes, Draw(sampling, choice, index), settings.vocab_size))
+        history = np.asarray([*prompt, *tokens], np.uint32)
+        tokens.append(pick(lanes, Draw(sampling, choice, index, history, len(prompt)), settings))
         states = chain(states[-1], np.asarray(tokens[-1:], np.uint32))
         lanes = np.concatenate((lanes, expand(kv_format, states)), axis=2)
     return tokens
 
 
-def root_state(kv_format: KVFormat) -> np.uint64:
-    return np.uint64(int.from_bytes(hashlib.sha256(kv_format.format_id.encode()).digest()[:8], "little"))
+def root_state(settings: MemorySettings) -> np.uint64:
+    name = settings.kv_format.format_id + settings.numerics
+    return np.uint64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
 
 
 def chain(state: np.uint64, tokens: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
@@ -223,9 +226,14 @@ def unmix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return values - _STEP
 
 
-def pick(context: Lanes, wanted: Draw, vocab_size: int) -> int:
-    """The token after a context: greedy depends on the KV alone, a draw also on (seed, choice, index)."""
+def pick(context: Lanes, wanted: Draw, settings: MemorySettings) -> int:
+    """The token after a context: greedy depends on the KV alone, a draw also on (seed, choice, index), and one
+    with penalties on what they count."""
     digest = hashlib.blake2b(np.ascontiguousarray(context).data, digest_size=8)
+    digest.update(settings.numerics.encode())
     if wanted.sampling.temperature > 0:
         digest.update(repr((wanted.sampling.seed, wanted.choice, wanted.index)).encode())
-    return int.from_bytes(digest.digest(), "little") % vocab_size
+    if wanted.sampling.penalised:
+        generated = np.ascontiguousarray(wanted.tokens[wanted.num_prompt :])
+        digest.update(repr((len(generated), wanted.num_prompt)).encode() + generated.data)
+    return int.from_bytes(digest.digest(), "little") % settings.vocab_size

@@ -17,7 +17,7 @@ from kvferry.engine.batch import Batch
 from kvferry.engine.config import ModelConfig
 from kvferry.engine.kv_cache import KVCache
 from kvferry.engine.linear import Linear
-from kvferry.engine.rope import RopeTable
+from kvferry.engine.rotation import Rotation
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Model:
     ) -> None:
         self.config = config
         self._weights = weights
-        self._rope = RopeTable(config.rope, config.head_dim, max_len, dtype, device)
+        self._rope = Rotation(config.rope, config.head_dim, max_len, dtype, device)
         self._attention = Attention(config.num_heads, config.num_kv_heads, config.head_dim, dtype, device)
 
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:

@@ -27,12 +27,15 @@ def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
     return c0, c1, c2, c3
 
 
-def uniform(seed: int, choice: int, index: int) -> float:
-    """The draw's uniform in [0, 1), a multiple of 2⁻²⁴ and so exact in fp32.
+def uniform24(seed: int, choice: int, index: int) -> int:
+    """The draw's uniform in units of 2⁻²⁴: the upper 24 bits of the first output word.
 
-    Key words are the low and the high half of the 64-bit seed, counter words are (choice, index, 0, 0);
-    the uniform is the upper 24 bits of the first output word, times 2⁻²⁴.
+    Key words are the low and the high half of the 64-bit seed, counter words are (choice, index, 0, 0).
     """
     key = (seed & _MASK, (seed >> 32) & _MASK)
-    word = philox4x32((choice & _MASK, index & _MASK, 0, 0), key)[0]
-    return (word >> 8) * 2.0**-24
+    return philox4x32((choice & _MASK, index & _MASK, 0, 0), key)[0] >> 8
+
+
+def uniform(seed: int, choice: int, index: int) -> float:
+    """The same in [0, 1), exact in fp32."""
+    return uniform24(seed, choice, index) * 2.0**-24

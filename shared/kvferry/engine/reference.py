@@ -18,6 +18,9 @@ moves. Let l be logits and T the temperature.
 - The mass before t is smallest when only the sure ones stand before it, shrunk, and everything else that may
   be kept grows; the mass up to t is largest the other way round. Accepted if u lies between those two.
 
+Bans, biases and penalties come first, and what is said above holds for the logits that they leave. A repetition
+penalty r stretches differences by at most s = max(r, 1 / r), so a move of ε becomes one of at most s x ε.
+
 The bounds may be wider than what one single move reaches, never narrower: a right worker is never accused.
 They are tight enough that, with the filters off, a token further than ε from what u points at is refused
 unless its neighbours in the CDF close in by less than ε.
@@ -28,15 +31,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from kvferry.engine.penalties import adjust, adjusts
 from kvferry.engine.philox import uniform
 from kvferry.engine.sampler import Logits, is_greedy
-from kvferry.engine.torch_runner import TorchRunner
-from kvferry.schedule.step import SequenceStep, StepPlan
+from kvferry.schedule.step import Draw, KVFormat, SequenceStep, StepPlan
 from kvferry.wire.messages import Sampling
 
 EPSILON: Final = 0.5  # logit
@@ -58,10 +61,20 @@ class Verdict:
         return self.largest_gap <= EPSILON
 
 
+class TeacherForced(Protocol):
+    """What the pass needs of a runner: the torch and the native one have it."""
+
+    @property
+    def kv_format(self) -> KVFormat: ...
+
+    def logits(self, plan: StepPlan) -> Sequence[Logits]:
+        """All rows' logits, [num_rows, vocab] for each SequenceStep, by the same pass as `execute`."""
+
+
 class ReferencePass:
     """Judges texts with a runner of its own (whose cache it uses from block 0 on)."""
 
-    def __init__(self, runner: TorchRunner) -> None:
+    def __init__(self, runner: TeacherForced) -> None:
         self._runner = runner
 
     def check(self, prompt: Sequence[int], generated: Sequence[int], sampling: Sampling, choice: int) -> Verdict:
@@ -79,9 +92,17 @@ class ReferencePass:
             plan = StepPlan((SequenceStep(0, chunk, start, table),))
             for row, logits in enumerate(self._runner.logits(plan)[0][max(first - start, 0) :]):
                 index = max(start, first) + row - first
-                wide = logits.float().cpu().numpy()
-                gaps.append(gap(wide, generated[index], sampling, choice, index))
+                draw = Draw(sampling, choice, index, tokens[: len(prompt) + index], len(prompt))
+                gaps.append(penalised_gap(logits, generated[index], draw))
         return Verdict(tuple(gaps))
+
+
+def penalised_gap(logits: Logits, token: int, draw: Draw) -> float:
+    """`gap` of the raw logits, by a draw's penalties too."""
+    if not adjusts(draw):
+        return gap(logits, token, draw.sampling, draw.choice, draw.index)
+    stretch = max(draw.sampling.repetition_penalty, 1 / draw.sampling.repetition_penalty)
+    return gap(adjust(logits, draw), token, draw.sampling, draw.choice, draw.index) / stretch
 
 
 def gap(logits: Logits, token: int, sampling: Sampling, choice: int, index: int) -> float:
@@ -119,8 +140,9 @@ class _Draw:
     def accepts(self, epsilon: float) -> bool:
         """Whether the token can be drawn when no difference of two logits changes by more than `epsilon`."""
         margin = epsilon / self._sampling.temperature
-        # Sums in fp32 (the sampler) and fp64 (here) differ; u itself is a multiple of 2**-24.
-        slack = 1e-5
+        # The sampler rounds each weight down to a multiple of 2**-30, computes it in fp32, and u is a multiple of
+        # 2**-24.
+        slack = 1e-5 + len(self._falling) * 2.0**-30
         grow, shrink = math.exp(margin / 2), math.exp(-margin / 2)
         surely, possibly = self._above(self._own + margin), self._at_least(self._own - margin)
         shortest, longest = self._kept(margin)

@@ -1,20 +1,26 @@
-"""Rotary position embedding: tables made once, one fused rotation for all query and key heads of a step."""
+"""Rotary position embedding: frequencies and tables, in numpy, the same for every runner.
+
+The arithmetic is that of Hugging Face transformers: powers, wavelengths and angles are fp32. Only powers, cosines
+and sines themselves are taken in fp64 and rounded once, because a library's fp32 version of them differs from one
+processor to the next.
+"""
 
 from __future__ import annotations
 
 import math
 
-import torch
+import numpy as np
 
+from kvferry.engine.bf16 import Floats
 from kvferry.engine.config import RopeConfig
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    """fp32 [head_dim / 2], radians per position."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    base = 1.0 / (rope.theta**exponents)
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Floats:
+    """[head_dim / 2], radians per position."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    base: Floats = np.float32(1) / np.power(rope.theta, exponents.astype(np.float64)).astype(np.float32)
     if rope.kind == "linear":
-        return base / rope.factor
+        return base / np.float32(rope.factor)
     if rope.kind == "llama3":
         return _llama3(rope, base)
     if rope.kind == "yarn":
@@ -22,21 +28,29 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
     return base
 
 
-def _llama3(rope: RopeConfig, base: torch.Tensor) -> torch.Tensor:
+def rope_tables(rope: RopeConfig, head_dim: int, length: int) -> tuple[Floats, Floats]:
+    """cos and sin [length, head_dim / 2] of positions 0, 1, …, scaled by the attention factor."""
+    angles = np.arange(length, dtype=np.float32)[:, None] * inverse_frequencies(rope, head_dim)
+    factor = np.float32(rope.attention_factor)
+    wide = angles.astype(np.float64)
+    return np.cos(wide).astype(np.float32) * factor, np.sin(wide).astype(np.float32) * factor
+
+
+def _llama3(rope: RopeConfig, base: Floats) -> Floats:
     """Long wavelengths are stretched by `factor`, short ones kept, those between blended."""
-    wavelength = 2 * math.pi / base
-    stretched = torch.where(wavelength > rope.original_max_position / rope.low_freq_factor, base / rope.factor, base)
-    smooth = (rope.original_max_position / wavelength - rope.low_freq_factor) / (
-        rope.high_freq_factor - rope.low_freq_factor
-    )
-    blended = (1 - smooth) * stretched / rope.factor + smooth * stretched
+    low, high, factor = np.float32(rope.low_freq_factor), np.float32(rope.high_freq_factor), np.float32(rope.factor)
+    wavelength = np.float32(2 * math.pi) / base
+    stretched = np.where(wavelength > rope.original_max_position / rope.low_freq_factor, base / factor, base)
+    smooth = (np.float32(rope.original_max_position) / wavelength - low) / (high - low)
+    blended = (1 - smooth) * stretched / factor + smooth * stretched
     between = (wavelength >= rope.original_max_position / rope.high_freq_factor) & (
         wavelength <= rope.original_max_position / rope.low_freq_factor
     )
-    return torch.where(between, blended, stretched)
+    mixed: Floats = np.where(between, blended, stretched)
+    return mixed
 
 
-def _yarn(rope: RopeConfig, base: torch.Tensor, head_dim: int) -> torch.Tensor:
+def _yarn(rope: RopeConfig, base: Floats, head_dim: int) -> Floats:
     """NTK by parts: dimensions that turn often are kept, those that turn rarely are interpolated."""
 
     def dimension(turns: float) -> float:
@@ -50,30 +64,7 @@ def _yarn(rope: RopeConfig, base: torch.Tensor, head_dim: int) -> torch.Tensor:
     low, high = max(low, 0.0), min(high, head_dim - 1.0)
     if low == high:
         high += 0.001  # a step instead of a ramp, without a division by zero
-    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    return base / rope.factor * ramp + base * (1 - ramp)
-
-
-class RopeTable:
-    """cos and sin for every position, rounded to the model's dtype.
-
-    The sign of the rotation is folded into `sin` (its first half is negated), so that
-    `x * cos + roll(x, head_dim / 2) * sin` rounds exactly where `x * cos + rotate_half(x) * sin` does.
-    """
-
-    def __init__(self, rope: RopeConfig, head_dim: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
-        positions = torch.arange(length, dtype=torch.float32)
-        angles = positions[:, None] * inverse_frequencies(rope, head_dim)  # [length, head_dim / 2]
-        cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
-        self._half = head_dim // 2
-        # [length, 1, head_dim], broadcast over heads
-        self._cos = torch.cat((cos, cos), -1).to(device=device, dtype=dtype)[:, None]
-        self._sin = torch.cat((-sin, sin), -1).to(device=device, dtype=dtype)[:, None]
-
-    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and signed sin [num_rows, 1, head_dim] of `positions` [num_rows]."""
-        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
-
-    def rotate(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """`heads` [num_rows, num_heads, head_dim] -> the same shape, contiguous."""
-        return torch.mul(heads, cos).add_(heads.roll(self._half, -1).mul_(sin))
+    steps = np.arange(head_dim // 2, dtype=np.float32)
+    ramp = ((steps - np.float32(low)) / np.float32(high - low)).clip(0, 1)
+    mixed: Floats = base / np.float32(rope.factor) * ramp + base * (1 - ramp)
+    return mixed

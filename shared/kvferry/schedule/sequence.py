@@ -94,6 +94,11 @@ class Sequence:
         return self._tokens[: self.num_tokens]
 
     @property
+    def num_prompt(self) -> int:
+        """Tokens that the client sent; the others were generated, by whatever attempt."""
+        return len(self.work.prompt) // 4
+
+    @property
     def context(self) -> npt.NDArray[np.uint32]:
         """u32 [num_context]: the tokens whose KV a prefill computes."""
         return self._tokens[: self.num_context]
@@ -137,7 +142,7 @@ class Sequence:
         end = self.num_computed + num_rows
         draw = None
         if end == self.num_tokens:
-            draw = Draw(self.work.sampling, self.work.choice, self.next_index)
+            draw = Draw(self.work.sampling, self.work.choice, self.next_index, self.tokens, self.num_prompt)
         rows = self._tokens[self.num_computed : end]
         return SequenceStep(self.sequence_id, rows, self.num_computed, self.block_table, draw)
 

@@ -1,23 +1,25 @@
 """The engine's boundary: an immutable `StepPlan` in, a `StepResult` out.
 
-`ModelRunner` is implemented by `engine/torch_runner.py` (torch) and `engine/memory.py` (the in-memory twin,
-numpy alone). One call of `execute` is one engine step with any mix of prefill chunks and decoding
-sequences; it runs on the engine thread. `gather` and `scatter` move KV between blocks and staging slots
-and may run on another thread at the same time, on blocks that the running step does not write.
+`ModelRunner` is implemented by `engine/native/runner.py` (C++), `engine/torch_runner.py` (torch) and
+`engine/memory.py` (the in-memory twin, numpy alone). One call of `execute` is one engine step with any mix of
+prefill chunks and decoding sequences; it runs on the engine thread. `gather` and `scatter` move KV between blocks
+and staging slots and may run on another thread at the same time, on blocks that the running step does not write.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass, field
+from typing import Final, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from kvferry.wire.frame import DTYPE_BYTES, Piece
-from kvferry.wire.messages import Sampling
+from kvferry.wire.messages import Sampling, TokenArray
 
 BlockTable: TypeAlias = npt.NDArray[np.int32]  # [num_blocks of the sequence]: block ids, by position
+NO_TOKENS: Final[TokenArray] = np.empty(0, np.uint32)
+MAX_LOGPROBS: Final = 20  # best tokens of one draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,22 @@ class Draw:
     sampling: Sampling
     choice: int
     index: int  # generated index of the token that is drawn
+    # What penalties count: prompt and generated tokens so far, a view that the draw does not own. u32 [num_tokens]
+    tokens: TokenArray = field(default_factory=lambda: NO_TOKENS, compare=False)
+    num_prompt: int = 0  # of `tokens`
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
+    banned: tuple[int, ...] = ()  # tokens that must not be drawn
+    num_logprobs: int | None = None  # None: no log-probability wanted; n: the drawn token's, and the n best tokens'
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities beside a drawn token, of the raw logits: before bans, biases, penalties and temperature."""
+
+    logprob: float  # of the drawn token
+    rank: int  # tokens whose logit is at least the drawn token's, itself included: 1 for the best
+    top_tokens: tuple[int, ...]  # by (logit descending, id ascending)
+    top_logprobs: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +94,7 @@ class StepPlan:
 class StepResult:
     tokens: tuple[int | None, ...]  # drawn token of each SequenceStep, in plan order; None without a draw
     seconds: float  # spent inside the runner
+    logprobs: tuple[Logprobs | None, ...] = ()  # of each SequenceStep, or empty if no draw wanted any
 
 
 class ModelRunner(Protocol):

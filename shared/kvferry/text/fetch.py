@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from kvferry.cache import CACHE_SETTING, cache_dir
 from kvferry.errors import CheckpointError
 from kvferry.text.errors import ModelFetchError
 from kvferry.text.gguf_import import Progress, import_gguf, partial_prefix
 
 # Raise it when an import writes something else: cached models of another version are imported anew.
 IMPORT_VERSION: Final = 1
-CACHE_SETTING: Final = "KVFERRY_CACHE"
 
 _POLL_S: Final = 0.2
 _MAX_PIP_OUTPUT: Final = 64 << 10
@@ -61,14 +61,6 @@ KNOWN_MODELS: Final[Mapping[str, KnownModel]] = {
         description="SmolLM2-135M-Instruct (Apache-2.0)",
     ),
 }
-
-
-def cache_dir() -> Path:
-    """KVFERRY_CACHE, else kvferry/ in XDG_CACHE_HOME, else ~/.cache/kvferry."""
-    if own := os.environ.get(CACHE_SETTING):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "kvferry"
 
 
 def cached_model(name: str, cache: Path | None = None) -> Path | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvferry.errors import CheckpointError
+from kvferry.wire.messages import MAX_REPETITION_PENALTY
 
 MAX_JSON_BYTES: Final = 16 << 20  # of one configuration file; tokenizer_config.json lists added tokens
 MAX_TEMPLATE_BYTES: Final = 1 << 20  # of a chat template
@@ -24,7 +25,6 @@ SPECIAL_TOKEN_FIELDS: Final = tuple(f"{role}_token" for role in ("bos", "eos", "
 # Fields of generation_config.json that shape a draw but have no counterpart in `wire.Sampling`, and the
 # values at which they do nothing.
 _UNAPPLIED_SAMPLING: Final[dict[str, tuple[object, ...]]] = {
-    "repetition_penalty": (1, None),
     "typical_p": (1, None),
     "epsilon_cutoff": (0, None),
     "eta_cutoff": (0, None),
@@ -42,6 +42,7 @@ class SamplingDefaults:
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
     unapplied: tuple[str, ...] = ()  # recommended fields that kvferry does not apply: worth one log line
 
 
@@ -141,6 +142,7 @@ class ModelDir:
             top_p=self._number(generation, "top_p", 0, 1, above=True),
             top_k=None if top_k is None else int(top_k),
             min_p=self._number(generation, "min_p", 0, 1),
+            repetition_penalty=self._number(generation, "repetition_penalty", 0, MAX_REPETITION_PENALTY, above=True),
             unapplied=tuple(
                 field
                 for field, neutral in _UNAPPLIED_SAMPLING.items()

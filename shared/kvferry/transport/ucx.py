@@ -37,6 +37,9 @@ OPTIONS: Final = {
     "TCP_KEEPINTVL": "1s",
     "TCP_KEEPCNT": "3",
     "RNDV_FRAG_MEM_TYPE": "host",
+    # UCX forgets the descriptor of a connection that fills this buffer with something else than its own greeting
+    # (2 KiB by default), but notices the end of one that does not.
+    "TCP_CM_PRIV_DATA_LEN": "16K",
 }
 # By itself UCX sends large frames over TCP as fragments, which the receiver's thread then copies once more;
 # this way the kernel copies them into the posted buffer. Not for other wires, which UCX chooses well for.

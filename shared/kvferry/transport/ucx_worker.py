@@ -142,10 +142,9 @@ class UcxWorker:
     def _sleep(self, poller: select.epoll) -> None:
         self._sleeping = True
         # Looked at after the flag is set: the owner looks at the flag after it has queued its call.
-        if not self._calls:
-            poller.poll(TICK_SECONDS)
+        events = poller.poll(0 if self._calls else TICK_SECONDS)
         self._sleeping = False
-        with contextlib.suppress(BlockingIOError):  # it was UCX, or the tick
+        if any(descriptor == self._eventfd for descriptor, _ in events):
             os.eventfd_read(self._eventfd)
 
     # Opening and destroying

@@ -104,7 +104,7 @@ class Manifest(Message, frozen=True, tag="manifest"):
     hash_end: Annotated[bytes, Meta(min_length=16, max_length=16)]
     first_tokens: Annotated[tuple[tuple[U32, U32], ...], Meta(max_length=1024)]  # (choice, token)
     cached_tokens: Count = 0  # of the prompt, found in P's prefix cache
-    elapsed_s: Seconds = 0.0  # from the end of the last prefill step to this manifest: the hand-off's visible tail
+    elapsed_s: Seconds = 0.0  # from the end of the last prefill step to this manifest
 
 
 Flow = Hello | Prove | Open | Unknown | Progress | Fetch | Credit | Abort | Aborted | Ack

@@ -137,4 +137,7 @@ def check(slot: memoryview, received: int) -> FrameHeader:
 
 def _checksum(slot: memoryview, end: int) -> int:
     seed = xxhash.xxh3_64_intdigest(slot[:_SUM_OFFSET])
-    return xxhash.xxh3_64_intdigest(slot[HEADER_BYTES:end], seed=seed)
+    # Not in one shot: `update` releases the GIL for a large buffer, the one-shot functions keep it.
+    digest = xxhash.xxh3_64(seed=seed)
+    digest.update(slot[HEADER_BYTES:end])
+    return digest.intdigest()

@@ -23,6 +23,7 @@ MAX_TOKEN_BYTES: Final = 4 * (1 << 20)
 MAX_NAME_CHARS: Final = 128
 MAX_ROWS: Final = 1 << 16
 MAX_SHARDS: Final = 64
+MAX_REPETITION_PENALTY: Final = 100
 
 U16 = Annotated[int, Meta(ge=0, le=(1 << 16) - 1)]
 U32 = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
@@ -59,6 +60,15 @@ class Sampling(Message, frozen=True):
     seed: U64 = 0
     max_tokens: Annotated[int, Meta(ge=1, le=1 << 32)] = 16  # of the whole choice, over all attempts
     ignore_eos: bool = False
+    # As in vLLM: the first two count generated tokens, the last one looks at the prompt too.
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=MAX_REPETITION_PENALTY)] = 1.0
+
+    @property
+    def penalised(self) -> bool:
+        """Whether a draw depends on which tokens came before it, apart from the model."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
 
 class Work(Message, frozen=True):
@@ -232,6 +242,9 @@ class WorkerRecord(Message, frozen=True):
     num_blocks: U32
     kv_token_bytes: U32  # KV bytes of one token, all layers
     debug_port: U16 = 0
+    exact: bool = False  # it runs `exact`: its units stay on its numerics_id
+    engine: Name = ""  # what runs the model
+    engine_reason: Text = ""  # why that one
 
 
 WorkerState = Literal["loading", "ready", "draining", "wedged"]
@@ -288,10 +301,43 @@ class ExitNotice(Message, frozen=True, tag="exit"):
     cause: Literal["crashed", "killed", "stopped"]
 
 
-ToWorker = PrefillRequest | DecodeRequest | Cancel | Fence | Resend | EndAck | Ping | Drain
+MAX_CACHE_KEYS: Final = 1 << 15  # in one message; more are split
+CacheKeys = Annotated[bytes, Meta(max_length=8 * MAX_CACHE_KEYS)]  # u64 LE column, see `kvferry.kv.events`
+
+
+class CacheEvents(Message, frozen=True, tag="cache_events"):
+    """Worker -> all gateways: blocks that became findable, and that no longer are, since the batch before.
+
+    `seq` counts the batches of one incarnation from 1. No key stands in both columns, so their order is of no matter.
+    """
+
+    incarnation: U64
+    seq: U64
+    stored: CacheKeys = b""
+    evicted: CacheKeys = b""
+
+
+class CacheSnapshot(Message, frozen=True, tag="cache_snapshot"):
+    """Worker -> all gateways, in answer to `CacheResync`: one part of all that is findable after batch `seq`."""
+
+    incarnation: U64
+    seq: U64
+    part: U16
+    num_parts: Annotated[int, Meta(ge=1, le=(1 << 16) - 1)]
+    keys: CacheKeys = b""
+
+
+class CacheResync(Message, frozen=True, tag="cache_resync"):
+    """Gateway -> worker: cache events were lost; publish a snapshot."""
+
+    worker_incarnation: U64
+
+
+ToWorker = PrefillRequest | DecodeRequest | Cancel | Fence | Resend | EndAck | Ping | Drain | CacheResync
 ToGateway = TokenBatch
 Answer = Accepted | Rejected | Pong
 Beat = Heartbeat | GatewayHeartbeat | ExitNotice
+CacheNews = CacheEvents | CacheSnapshot
 
 
 class Codecs:
@@ -302,3 +348,4 @@ class Codecs:
         self.to_gateway: Codec[ToGateway] = Codec(ToGateway)
         self.answer: Codec[Answer] = Codec(Answer)
         self.beat: Codec[Beat] = Codec(Beat)
+        self.cache: Codec[CacheNews] = Codec(CacheNews)

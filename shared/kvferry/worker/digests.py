@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 from kvferry.kv.digest import slot_digests
-from kvferry.runtime import Lane
+from kvferry.lane import Lane
 from kvferry.schedule.sequence import Sequence
 from kvferry.schedule.step import BlockTable, ModelRunner
 from kvferry.wire.frame import Piece

@@ -22,7 +22,9 @@ class WorkerMetrics(Metrics):
         self.pulls = self.counter("kvferry_pull", "Pulls by outcome", ("outcome",))
         self.pull_seconds = self.histogram("kvferry_pull_seconds", "From Fetch to the verified manifest")
         self.tail_seconds = self.histogram(
-            "kvferry_handoff_tail_seconds", "From P's last computed layer to a runnable sequence", buckets=STEP_BUCKETS
+            "kvferry_handoff_tail_seconds",
+            "On P: from the last computed layer to D's word that the sequence may run",
+            buckets=STEP_BUCKETS,
         )
         self.transfer_failures = self.counter("kvferry_transfer_failure", "Transfer failures by kind", ("kind",))
         self.prefix_hits = self.counter("kvferry_prefix_cache_hit_token", "Prompt tokens found in the prefix cache")

@@ -32,6 +32,9 @@ def record(worker: Worker[Any]) -> WorkerRecord:
         num_blocks=worker.runner.num_blocks,
         kv_token_bytes=kv_format.token_bytes,
         debug_port=worker.debug_port,
+        exact=worker.runner.exact and worker.settings.exactness != "fast",
+        engine=worker.engine,
+        engine_reason=worker.engine_reason,
     )
 
 

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from kvferry import ready
-from kvferry.bus.base import BusSettings
+from kvferry.bus.base import BusSettings, least_payload
 from kvferry.bus.nats import NatsBus
 from kvferry.errors import SettingError
 from kvferry.log import get_logger
 from kvferry.runtime import Runtime, SystemRuntime, now, stop_signals
-from kvferry.schedule.step import ModelRunner
 from kvferry.transport.base import TransportSettings
 from kvferry.transport.factory import open_transport
 from kvferry.transport.slots import SlotPool
 from kvferry.wire.subjects import inbox_prefix
 from kvferry.worker.debug import DebugServer
+from kvferry.worker.engine import Loaded, load_engine
 from kvferry.worker.settings import WorkerSettings
 from kvferry.worker.worker import MakeWorker, Parts
 
@@ -39,12 +39,13 @@ async def serve_worker(settings: WorkerSettings, make_worker: MakeWorker) -> Non
     with stop_signals(asyncio.get_running_loop()) as stop:
         began = now()
         loading = runtime.lane("load")
-        runner = await _unless(stop, loading.run(_load, settings))
+        loaded = await _unless(stop, loading.run(load_engine, settings))
         loading.close()
-        if runner is None:
+        if loaded is None:
             return
+        runner = loaded.runner
         log.info("model ready", seconds=round(now() - began, 2), blocks=runner.num_blocks, numerics=runner.numerics_id)
-        worker = make_worker(settings, await _parts(settings, runtime, incarnation, runner))
+        worker = make_worker(settings, await _parts(settings, runtime, incarnation, loaded))
         worker.debug_port = debug.port
         await worker.transport.start(worker.attach)
         await worker.start()
@@ -62,7 +63,7 @@ async def serve_worker(settings: WorkerSettings, make_worker: MakeWorker) -> Non
         runner.close()
 
 
-async def _parts(settings: WorkerSettings, runtime: Runtime, incarnation: int, runner: ModelRunner) -> Parts:
+async def _parts(settings: WorkerSettings, runtime: Runtime, incarnation: int, loaded: Loaded) -> Parts:
     transport = open_transport(
         settings.transport,
         TransportSettings(
@@ -84,7 +85,7 @@ async def _parts(settings: WorkerSettings, runtime: Runtime, incarnation: int, r
             password=settings.nats_password.get_secret_value(),
             token=settings.nats_token.get_secret_value(),
             tls_ca=settings.nats_tls_ca,
-            min_payload=runner.max_model_len * 4 + (1 << 20),
+            min_payload=least_payload(loaded.runner.max_model_len),
         ),
         runtime,
     )
@@ -94,39 +95,13 @@ async def _parts(settings: WorkerSettings, runtime: Runtime, incarnation: int, r
         bus=bus,
         transport=transport,
         slots=SlotPool(settings.num_slots, settings.slot_kb << 10),
-        runner=runner,
+        runner=loaded.runner,
         incarnation=incarnation,
         model_name=settings.served_model_name or Path(settings.model).name,
         pid=os.getpid(),
+        engine=loaded.choice.engine,
+        engine_reason=loaded.choice.why,
     )
-
-
-def _load(settings: WorkerSettings) -> ModelRunner:
-    """Import torch, load the model, warm it up. Blocking; runs on a lane."""
-    if not settings.model:
-        raise SettingError("--model", "is not set; give a model directory, or join a run file with --join")
-    ready.report("import")
-    from kvferry.engine.torch_runner import EngineSettings, TorchRunner
-
-    ready.report("load")
-    runner = TorchRunner(
-        EngineSettings(
-            model_dir=Path(settings.model),
-            device=settings.device,
-            dtype=settings.dtype,
-            num_blocks=settings.num_blocks or None,
-            kv_cache_bytes=settings.kv_memory_mb << 20,
-            block_size=settings.block_size,
-            max_model_len=settings.max_model_len or None,
-            threads=settings.threads,
-        ),
-        progress=lambda share: ready.report("load", share=share),
-    )
-    if settings.exactness == "exact" and not runner.exact:
-        raise SettingError("--exactness", f"the engine {runner.numerics_id} is not exact; use fast or auto")
-    ready.report("warm-up")
-    runner.warm_up()
-    return runner
 
 
 def _pin(cpus: str) -> None:
@@ -152,13 +127,13 @@ async def _first(*events: asyncio.Event) -> None:
         wait.cancel()
 
 
-async def _unless(stop: asyncio.Event, awaitable: Any) -> ModelRunner | None:
-    """The runner, or None when a signal came while it was loading."""
+async def _unless(stop: asyncio.Event, awaitable: Any) -> Loaded | None:
+    """The engine, or None when a signal came while it was loading."""
     loading = asyncio.ensure_future(awaitable)
     stopped = asyncio.ensure_future(stop.wait())
     await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     if not loading.done():
         await asyncio.wait((loading,))  # a load cannot be interrupted; it takes seconds
-    runner: ModelRunner = loading.result()
-    return None if stop.is_set() else runner
+    loaded: Loaded = loading.result()
+    return None if stop.is_set() else loaded

@@ -24,8 +24,17 @@ class WorkerSettings(ServiceSettings):
     exactness: Literal["auto", "exact", "fast"] = Field(
         "auto", description="exact: bits do not depend on the batch (not every engine can); auto: exact where offered."
     )
-    device: str = Field("cpu", description="torch device: cpu, cuda, cuda:1 …")
-    threads: Positive = Field(1, description="torch threads; workers that share cores must not ask for more in sum.")
+    engine: Literal["auto", "native", "torch"] = Field(
+        "auto", description="native: kvferry's own CPU kernels, bf16; auto: native where it can run, else torch."
+    )
+    quantization: Literal["none", "int8"] = Field(
+        "none", description="int8: weights in 8 bits, activations too while they are multiplied; native engine only."
+    )
+    isa: Literal["auto", "avx512", "avx2", "portable"] = Field(
+        "auto", description="Instruction set of the native engine; auto: the best that this processor has."
+    )
+    device: str = Field("cpu", description="Where the model runs: cpu, or a torch device as cuda or cuda:1.")
+    threads: Positive = Field(1, description="Compute threads; workers that share cores must not ask for more in sum.")
     cpus: str = Field("", description="Pin the process to these cores, as 0,2 or 0-3; empty: not pinned.")
     block_size: Annotated[int, Field(ge=1, le=256)] = Field(
         16, description="Tokens per KV block; equal on all workers."

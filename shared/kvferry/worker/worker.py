@@ -18,8 +18,9 @@ from typing import Any, ClassVar, Final, Generic, TypeVar
 from kvferry.bus.base import Bus, BusMessage, Subscription
 from kvferry.bus.liveness import BEAT_INTERVAL, Liveness
 from kvferry.errors import BusError, WireError
+from kvferry.lane import Lane
 from kvferry.log import get_logger
-from kvferry.runtime import Lane, Runtime, TaskSet, now
+from kvferry.runtime import Runtime, TaskSet, now
 from kvferry.schedule.memory import KVMemory
 from kvferry.schedule.sequence import Dropped, Emission, Key, ModelLimits, Sequence
 from kvferry.schedule.step import ModelRunner, StepPlan, StepResult
@@ -76,6 +77,8 @@ class Parts:
     incarnation: int
     model_name: str
     pid: int
+    engine: str = ""
+    engine_reason: str = ""
 
 
 class Worker(ABC, Generic[S]):
@@ -104,6 +107,8 @@ class Worker(ABC, Generic[S]):
         self.copy_lane: Lane = parts.runtime.lane("copy")
         self.debug_port = 0
         self.pid = parts.pid
+        self.engine = parts.engine
+        self.engine_reason = parts.engine_reason
         self._engine_lane: Lane = parts.runtime.lane("engine")
         self._codecs = Codecs()
         self._fences = Fences()
@@ -168,6 +173,7 @@ class Worker(ABC, Generic[S]):
         self.scheduler.abandon_step("stopped")  # whose result nobody takes any more
         await self.disconnect()
         await self.transport.close()
+        await self.copy_lane.drain()  # what copies still run hold slots and pins
         await self.tasks.cancel()
         self.copy_lane.close()
         await self.bus.close()

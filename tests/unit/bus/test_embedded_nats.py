@@ -113,7 +113,7 @@ async def test_a_frozen_server_is_stopped_too() -> None:
     os.kill(server.pid, signal.SIGSTOP)
     began = time.monotonic()
     await server.stop()
-    assert time.monotonic() - began < 3.0
+    assert time.monotonic() - began < 10.0
     assert not server.running
 
 
@@ -177,7 +177,7 @@ def test_it_ends_when_its_owner_is_killed() -> None:
     owner.kill()
     owner.wait()
     owner.stdout.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not alive(pid)

@@ -57,7 +57,7 @@ async def test_a_frozen_server_is_noticed_and_what_it_did_not_take_is_never_repl
             await bus.publish("news", payload)
             await asyncio.sleep(0.01)  # each goes as far as it can go
         await changes.until(False)
-        assert time.monotonic() - frozen_at < 4.0
+        assert time.monotonic() - frozen_at < 10.0
         server.thaw()
         await changes.until(True)
         await bus.publish("news", b"fresh")
@@ -112,7 +112,7 @@ async def test_close_does_not_wait_for_a_frozen_server(server: NatsServer) -> No
         await bus.publish("news", bytes(4 << 20))
     began = time.monotonic()
     await bus.close()
-    assert time.monotonic() - began < 3.0
+    assert time.monotonic() - began < 10.0
     assert asyncio.all_tasks() <= before
     server.thaw()
 
@@ -136,7 +136,7 @@ async def test_a_first_connect_to_a_frozen_server_fails_in_bounded_time(server: 
     began = time.monotonic()
     with pytest.raises(BusUnavailable, match="no answer in time"):
         await NatsBus(server.settings("a"), SystemRuntime()).start()
-    assert time.monotonic() - began < 4.0
+    assert time.monotonic() - began < 10.0
     server.thaw()
 
 

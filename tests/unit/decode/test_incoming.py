@@ -15,13 +15,12 @@ from kvferry.wire.frame import (
     HEADER_BYTES,
     KIND_KV,
     KIND_MANIFEST,
-    KIND_PAD,
     NO_PIECE,
     FrameHeader,
     Piece,
     seal,
 )
-from kvferry_decode.incoming import MAX_AGAIN, Incoming, Landed, Tiling, land
+from kvferry_decode.incoming import MAX_AGAIN, WINDOW, Incoming, Landed, Tiling, land
 
 SETTINGS = MemorySettings(num_blocks=4)
 KV = SETTINGS.kv_format
@@ -59,15 +58,15 @@ class Landing:
 def test_a_good_frame_is_scattered_and_a_range_is_complete_when_all_its_cells_have_come() -> None:
     landing = Landing()
     first = landing.land(landing.frame(replace(WHOLE, layer_end=1)))
-    assert not first.complete
+    assert first.missing_bytes == WHOLE.num_bytes(KV.head_dim, KV.dtype) * (KV.num_layers - 1) // KV.num_layers
     rest = landing.land(landing.frame(replace(WHOLE, layer_start=1), frame=1), frame=1)
-    assert rest.complete
+    assert rest.missing_bytes == 0
     assert landing.written() == WHOLE.num_bytes(KV.head_dim, KV.dtype)
 
 
 def test_a_range_of_no_tokens_is_complete_from_the_start() -> None:
-    assert Tiling(KV, 16, 16).complete
-    assert not Tiling(KV, 16, 17).complete
+    assert Tiling(KV, 16, 16).missing_bytes == 0
+    assert Tiling(KV, 16, 17).missing_bytes == KV.token_bytes
 
 
 def _flip(landing: Landing, received: int) -> int:
@@ -100,7 +99,7 @@ def test_a_bad_frame_is_told_apart_and_nothing_of_it_is_written(reason: str, spo
         landing.land(spoil(landing))
     assert caught.value.reason == reason
     assert landing.written() == 0
-    assert landing.land(landing.frame()).complete, "a bad frame does not spoil the good one that follows"
+    assert landing.land(landing.frame()).missing_bytes == 0, "a bad frame does not spoil the good one that follows"
 
 
 def test_kv_that_comes_twice_is_an_error_and_never_a_rewrite() -> None:
@@ -108,7 +107,7 @@ def test_kv_that_comes_twice_is_an_error_and_never_a_rewrite() -> None:
     landing.land(landing.frame(replace(WHOLE, layer_end=1)))
     with pytest.raises(CorruptFrame, match="twice"):
         landing.land(landing.frame(frame=1), frame=1)
-    assert not landing.tiling.complete
+    assert landing.tiling.missing_bytes > 0
 
 
 def manifest_of(**fields: object) -> Manifest:
@@ -123,8 +122,8 @@ def manifest_of(**fields: object) -> Manifest:
     return Manifest(**made)  # type: ignore[arg-type]
 
 
-def landed(kind: int, frame: int, manifest: Manifest | None = None, complete: bool = False) -> Landed:
-    return Landed(FrameHeader(kind, 7, frame, NO_PIECE, KV.dtype, 0), manifest, complete)
+def landed(kind: int, frame: int, manifest: Manifest | None = None, missing: int = 0) -> Landed:
+    return Landed(FrameHeader(kind, 7, frame, NO_PIECE, KV.dtype, 0), manifest, missing)
 
 
 def test_a_manifest_travels_through_a_frame() -> None:
@@ -135,22 +134,49 @@ def test_a_manifest_travels_through_a_frame() -> None:
     assert landing.land(seal(landing.slot, header)).manifest == manifest_of()
 
 
-def test_credits_go_on_until_the_manifest_and_pads_give_none() -> None:
-    incoming = Incoming(7, START)
+FRAME = 1000  # bytes of KV in a full frame
+
+
+def test_the_window_is_kept_full_until_the_end_comes_into_sight_and_nothing_is_asked_for_after_the_manifest() -> None:
+    incoming = Incoming(7, START, missing_bytes=10 * FRAME)
     assert [incoming.post() for _ in range(3)] == [0, 1, 2]
-    assert incoming.good(landed(KIND_KV, 0))
+    assert incoming.num_wanted(0, FRAME) == WINDOW
+    assert incoming.num_wanted(WINDOW - 1, FRAME) == 1
+    incoming.good(landed(KIND_KV, 0, missing=FRAME + 1))
+    assert incoming.num_wanted(0, FRAME) == 3, "two frames at the least, and the manifest"
+    assert incoming.num_wanted(3, FRAME) == 0
+    incoming.good(landed(KIND_KV, 1, missing=0))
+    assert incoming.num_wanted(0, FRAME) == 1, "the manifest has yet to come"
     assert not incoming.whole
-    assert not incoming.good(landed(KIND_PAD, 1))
-    assert not incoming.good(landed(KIND_MANIFEST, 2, manifest_of(), complete=True))
+    incoming.good(landed(KIND_MANIFEST, 2, manifest_of()))
+    assert incoming.num_wanted(0, FRAME) == 0
     assert incoming.whole
-    assert not incoming.good(landed(KIND_KV, 3))
+
+
+def test_something_is_always_asked_for_while_something_is_missing() -> None:
+    """However small P's frames are against D's slots: else a pull could wait for frames that nobody may send."""
+    for missing in (1, FRAME, 3 * FRAME, 3 * FRAME + 1):
+        assert Incoming(7, START, missing).num_wanted(0, FRAME) >= 2
+
+
+def test_a_pull_that_is_over_asks_for_nothing() -> None:
+    incoming = Incoming(7, START, missing_bytes=10 * FRAME)
+    incoming.over = True
+    assert incoming.num_wanted(0, FRAME) == 0
+
+
+def test_a_frame_that_was_checked_before_another_does_not_bring_the_range_back() -> None:
+    incoming = Incoming(7, START, missing_bytes=2)
+    incoming.good(landed(KIND_KV, 1, missing=0))
+    incoming.good(landed(KIND_KV, 0, missing=1))
+    assert incoming.missing_bytes == 0
 
 
 def test_a_manifest_before_the_last_kv_frame_does_not_make_the_pull_whole() -> None:
-    incoming = Incoming(7, START)
-    incoming.good(landed(KIND_MANIFEST, 0, manifest_of()))
+    incoming = Incoming(7, START, missing_bytes=FRAME)
+    incoming.good(landed(KIND_MANIFEST, 0, manifest_of(), missing=FRAME))
     assert not incoming.whole
-    incoming.good(landed(KIND_KV, 1, complete=True))
+    incoming.good(landed(KIND_KV, 1, missing=0))
     assert incoming.whole
 
 
@@ -167,11 +193,11 @@ def test_a_manifest_before_the_last_kv_frame_does_not_make_the_pull_whole() -> N
 def test_a_sequence_may_run_only_if_the_manifest_fits_in_every_field(
     fault: str | None, fields: dict[str, object]
 ) -> None:
-    incoming = Incoming(7, START)
-    incoming.good(landed(KIND_MANIFEST, 1, manifest_of(**fields), complete=True))
+    incoming = Incoming(7, START, missing_bytes=0)
+    incoming.good(landed(KIND_MANIFEST, 1, manifest_of(**fields)))
     assert incoming.fault(KV.format_id, b"a" * 16, b"b" * 16) == fault
 
 
 def test_so_many_bad_frames_are_asked_for_again_and_no_more() -> None:
-    incoming = Incoming(7, START)
+    incoming = Incoming(7, START, missing_bytes=FRAME)
     assert [incoming.bad() for _ in range(MAX_AGAIN + 1)] == [True] * MAX_AGAIN + [False]

@@ -7,18 +7,21 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from checkpoints import SHAPES, build, edit_config
+from runners import Runner, runner_of
 from safetensors.torch import load_file, save_file
 
-from kvferry.engine.torch_runner import EngineSettings, TorchRunner
+from kvferry.engine.settings import EngineSettings
 from kvferry.errors import CheckpointError
 from kvferry.schedule.step import SequenceStep, StepPlan
 
 SHAPE = SHAPES[1]  # untied, biases
+ENGINES = ("torch", "native")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -35,25 +38,27 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(SHAPE, tmp_path_factory.mktemp("sharded"), max_shard_size="100KB")
 
 
-def load(directory: Path) -> TorchRunner:
-    return TorchRunner(EngineSettings(directory, num_blocks=8, threads=1))
+def load(directory: Path, engine: str = "torch") -> Runner:
+    return runner_of(engine, EngineSettings(directory, dtype="bfloat16", num_blocks=8, threads=1))
 
 
-def test_shards_load_as_the_single_file_does(whole: Path, sharded: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_shards_load_as_the_single_file_does(whole: Path, sharded: Path, engine: str) -> None:
     assert len(list(sharded.glob("*.safetensors"))) > 2
     plan = StepPlan((SequenceStep(0, np.arange(20, dtype=np.uint32), 0, np.arange(2, dtype=np.int32)),))
-    assert torch.equal(load(whole).logits(plan)[0], load(sharded).logits(plan)[0])
+    assert np.array_equal(load(whole, engine).logits(plan)[0], load(sharded, engine).logits(plan)[0])
 
 
-def test_a_loaded_model_does_not_depend_on_its_files(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_loaded_model_does_not_depend_on_its_files(whole: Path, tmp_path: Path, engine: str) -> None:
     copy = Path(shutil.copytree(whole, tmp_path / "copy"))
-    runner = load(copy)
+    runner = load(copy, engine)
     plan = StepPlan((SequenceStep(0, np.arange(20, dtype=np.uint32), 0, np.arange(2, dtype=np.int32)),))
     before = runner.logits(plan)[0]
     with (copy / WEIGHTS).open("r+b") as file:
         file.seek(4096)
         file.write(bytes(100_000))  # in place: a mapped file would show it
-    assert torch.equal(runner.logits(plan)[0], before)
+    assert np.array_equal(runner.logits(plan)[0], before)
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -109,6 +114,41 @@ def absurd_header_length(directory: Path) -> str:
     return WEIGHTS
 
 
+def edit_header(directory: Path, change: Callable[[dict[str, Any]], None]) -> str:
+    content = (directory / WEIGHTS).read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    change(header)
+    encoded = json.dumps(header).encode()
+    (directory / WEIGHTS).write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[end:])
+    return WEIGHTS
+
+
+def offsets_beyond_the_file(directory: Path) -> str:
+    return edit_header(directory, lambda header: header[NAME].update(data_offsets=[1 << 40, (1 << 40) + 14336]))
+
+
+def offsets_before_the_data(directory: Path) -> str:
+    return edit_header(directory, lambda header: header[NAME].update(data_offsets=[-14336, 0]))
+
+
+def offsets_of_another_size(directory: Path) -> str:
+    def shorten(header: dict[str, Any]) -> None:
+        header[NAME]["data_offsets"][1] -= 4
+
+    return edit_header(directory, shorten)
+
+
+def a_header_that_is_a_list(directory: Path) -> str:
+    content = (directory / WEIGHTS).read_bytes()
+    (directory / WEIGHTS).write_bytes((8).to_bytes(8, "little") + b"[1, 2]  " + content)
+    return WEIGHTS
+
+
+def a_shape_of_words(directory: Path) -> str:
+    return edit_header(directory, lambda header: header[NAME].update(shape=["many", "more"]))
+
+
 def no_weights(directory: Path) -> str:
     (directory / WEIGHTS).unlink()
     return WEIGHTS
@@ -130,6 +170,11 @@ def other_config(directory: Path) -> str:
         empty,
         pickled,
         absurd_header_length,
+        offsets_beyond_the_file,
+        offsets_before_the_data,
+        offsets_of_another_size,
+        a_header_that_is_a_list,
+        a_shape_of_words,
         no_weights,
         other_config,
     ],
@@ -137,10 +182,11 @@ def other_config(directory: Path) -> str:
 def test_a_broken_checkpoint_is_refused_by_name(whole: Path, tmp_path: Path, break_it: Break) -> None:
     directory = Path(shutil.copytree(whole, tmp_path / "broken"))
     name = break_it(directory)
-    with pytest.raises(CheckpointError) as error:
-        load(directory)
-    assert name in str(error.value)
-    assert str(directory) in error.value.path
+    for engine in ENGINES:
+        with pytest.raises(CheckpointError) as error:
+            load(directory, engine)
+        assert name in str(error.value)
+        assert str(directory) in error.value.path
 
 
 def index_of(directory: Path) -> dict[str, dict[str, str]]:

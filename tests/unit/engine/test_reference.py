@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from checkpoints import SHAPES, VOCAB_SIZE, build
@@ -12,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.engine.philox import uniform
-from kvferry.engine.reference import EPSILON, ReferencePass, gap
+from kvferry.engine.reference import EPSILON, ReferencePass, gap, penalised_gap
 from kvferry.engine.sampler import draw
-from kvferry.engine.torch_runner import EngineSettings, TorchRunner
+from kvferry.engine.settings import EngineSettings
+from kvferry.engine.torch_runner import TorchRunner
 from kvferry.schedule.step import Draw, SequenceStep, StepPlan
 from kvferry.wire.messages import Sampling
 
@@ -24,6 +26,9 @@ SAMPLINGS = [
     Sampling(temperature=0.8, seed=5),
     Sampling(temperature=1.3, top_p=0.8, top_k=20, min_p=0.02, seed=6),
 ]
+PENALISED = Sampling(
+    temperature=0.8, seed=5, presence_penalty=0.4, frequency_penalty=0.6, repetition_penalty=1.3
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,8 @@ def generate(runner: TorchRunner, sampling: Sampling, choice: int, count: int) -
     tokens: list[int] = []
     chunk, start = PROMPT, 0
     for index in range(count):
-        own = SequenceStep(0, chunk, start, table, Draw(sampling, choice, index))
+        draw = Draw(sampling, choice, index, np.asarray([*PROMPT, *tokens], np.uint32), len(PROMPT))
+        own = SequenceStep(0, chunk, start, table, draw)
         other = SequenceStep(1, PROMPT[: 1 + index], 0, beside)
         token = runner.execute(StepPlan((own, other))).tokens[0]
         assert token is not None
@@ -62,7 +68,7 @@ def test_a_generated_text_passes_and_a_runner_up_beyond_epsilon_does_not(checkpo
     # Swap each token for the best other one; wherever that lies beyond ε the verdict must say so.
     table = np.arange(8, dtype=np.int32)
     tokens = np.asarray([*PROMPT, *text], np.uint32)[:-1]
-    logits = runner.logits(StepPlan((SequenceStep(0, tokens, 0, table),)))[0][len(PROMPT) - 1 :].float().numpy()
+    logits = runner.logits(StepPlan((SequenceStep(0, tokens, 0, table),)))[0][len(PROMPT) - 1 :]
     refused = 0
     for index in (0, 17, 43, 59):
         row = logits[index].copy()
@@ -88,6 +94,37 @@ def test_a_wrong_seed_or_choice_or_prompt_is_refused(checkpoint: Path) -> None:
     assert not reference.check(PROMPT[1:].tolist(), text, sampling, 0).accepted
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_penalties_are_judged_by_what_was_generated_and_their_absence_is_refused(
+    checkpoint: Path, temperature: float
+) -> None:
+    sampling = msgspec.structs.replace(PENALISED, temperature=temperature)
+    text = generate(runner_of(checkpoint), sampling, 0, 60)
+    reference = ReferencePass(runner_of(checkpoint))
+    assert reference.check(PROMPT.tolist(), text, sampling, 0).accepted
+    neutral = Sampling(temperature=temperature, seed=5)
+    assert not reference.check(PROMPT.tolist(), text, neutral, 0).accepted
+    plain = generate(runner_of(checkpoint), neutral, 0, 60)
+    assert reference.check(PROMPT.tolist(), plain, neutral, 0).accepted
+    assert not reference.check(PROMPT.tolist(), plain, sampling, 0).accepted
+
+
+@given(
+    st.integers(0, 2**32), st.sampled_from([0.0, 1.0]), st.sampled_from([0.5, 1.0, 2.0]), st.sampled_from([0.02, 0.3])
+)
+def test_a_penalised_draw_from_logits_moved_by_less_than_epsilon_is_never_accused(
+    seed: int, temperature: float, repetition: float, epsilon: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 1, 40).astype(np.float32)
+    history = rng.integers(0, 40, 30).astype(np.uint32)
+    sampling = msgspec.structs.replace(PENALISED, temperature=temperature, repetition_penalty=repetition)
+    moved = (logits + rng.uniform(-epsilon / 2, epsilon / 2, 40)).astype(np.float32)
+    for index in range(4):
+        wanted = Draw(sampling, 0, index, history, 20)
+        assert penalised_gap(logits, draw(moved, wanted), wanted) <= epsilon * (1 + 1e-4)
+
+
 def test_the_greedy_gap_is_the_distance_to_the_best() -> None:
     logits = np.asarray([1.0, 4.0, 3.75], np.float32)
     greedy = Sampling(temperature=0)
@@ -101,7 +138,7 @@ def test_the_seeded_gap_of_two_tokens_is_the_logit_change_that_moves_the_border_
         logits = np.asarray([3.0, 0.0], np.float32)
         u = uniform(9, 0, index)
         needed = math.log(u / (1 - u)) - 3.0
-        drawn = draw(logits, sampling, 0, index)
+        drawn = draw(logits, Draw(sampling, 0, index))
         assert drawn == int(needed >= 0)
         assert gap(logits, drawn, sampling, 0, index) == 0.0
         if needed < 0:
@@ -126,7 +163,7 @@ def test_no_draw_from_moved_logits_is_ever_accused(
     moved = (logits + generator.choice([-epsilon / 2, epsilon / 2], 24)).astype(np.float32)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     for index in range(12):
-        token = draw(moved, sampling, 0, index)
+        token = draw(moved, Draw(sampling, 0, index))
         assert gap(logits, token, sampling, 0, index) <= epsilon * 1.001 + 1e-4
 
 

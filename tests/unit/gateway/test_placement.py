@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.wire.messages import Load, WorkerAddress, WorkerRecord
-from kvferry_gateway.placement import Local, NoWorker, Pair, Placement, TooLong, WorkerView, place
+from kvferry_gateway.placement import (
+    Local,
+    NoWorker,
+    OtherNumerics,
+    Pair,
+    Placement,
+    TooLong,
+    WorkerView,
+    numerics_of,
+    place,
+)
 
 
 def view(
@@ -130,6 +140,86 @@ def test_what_fits_no_worker_is_too_long_and_names_the_largest() -> None:
     )
     tiny = view("prefill", "p0", num_blocks=5)
     assert names(place(request(100), (tiny, D0))) == ("d0",), "a prefill worker that can't hold the prompt is no help"
+
+
+# -- exactness -------------------------------------------------------------------------------------------------
+
+
+def exact(role: str, name: str, numerics: str, **more: Any) -> WorkerView:
+    return view(role, name, exact=True, numerics_id=numerics, **more)
+
+
+def test_exact_workers_pair_only_with_those_of_their_own_numerics() -> None:
+    pa, pb, da, db = (exact(role, f"{role[0]}-{n}", n) for role in ("prefill", "decode") for n in ("a", "b"))
+    busy = {"waiting_tokens": 900}
+    assert names(place(request(), (exact("prefill", "p", "a", load=busy), pb, da))) == ("p", "d-a"), "b is idle"
+    assert names(place(request(), (pb, da))) == ("d-a",), "nobody whose KV it takes: it prefills itself"
+    loaded = exact("decode", "d-a", "a", load={"num_running": 9})
+    assert names(place(request(), (pa, pb, loaded, db))) == ("p-b", "d-b"), "the better group wins"
+
+
+def test_an_exact_worker_takes_no_kv_of_one_that_is_not_and_a_fast_one_takes_any() -> None:
+    same_but_fast = view("prefill", "p", numerics_id="a")
+    assert names(place(request(), (same_but_fast, exact("decode", "d", "a")))) == ("d",)
+    assert names(place(request(), (exact("prefill", "p", "b"), view("decode", "d", numerics_id="a")))) == ("p", "d")
+    assert names(place(request(), (view("prefill", "p", numerics_id="b"), D0))) == ("p", "d0")
+
+
+def test_a_full_prefill_worker_of_other_numerics_does_not_keep_a_decode_worker_from_prefilling() -> None:
+    other = exact("prefill", "p", "b")
+    workers = (other, exact("prefill", "q", "c"), exact("decode", "d", "a"))
+    assert names(place(request(full={other.incarnation}), workers)) == ("d",)
+    assert place(request(full={other.incarnation}), (other, exact("decode", "d", "b"))) == NoWorker()
+
+
+def test_a_unit_that_began_on_one_numerics_goes_to_no_other() -> None:
+    idle = exact("decode", "d-b", "b")
+    loaded = exact("decode", "d-a", "a", load={"num_running": 60, "free_blocks": 0})
+    pair_b = exact("prefill", "p-b", "b")
+    assert names(place(request(), (pair_b, idle, loaded))) == ("p-b", "d-b")
+    assert names(place(request(bound_to="a"), (pair_b, idle, loaded))) == ("d-a",), "however busy it is"
+    assert place(request(bound_to="a"), (pair_b, idle)) == OtherNumerics("a")
+    fast = view("decode", "d-f", numerics_id="a")
+    assert place(request(bound_to="a"), (pair_b, fast)) == OtherNumerics("a"), "a name alone promises nothing"
+    assert place(request(bound_to="a"), ()) == NoWorker(), "nobody at all is another case"
+    assert place(request(bound_to="a", full={loaded.incarnation}), (idle, loaded)) == NoWorker(), "full, not gone"
+    assert place(request(bound_to="a", unusable={loaded.incarnation}), (idle, loaded)) == OtherNumerics("a")
+
+
+def test_only_an_exact_decode_worker_binds() -> None:
+    assert numerics_of(exact("decode", "d", "a").record) == "a"
+    assert numerics_of(view("decode", "d", numerics_id="a").record) is None
+
+
+worker_kinds = st.tuples(
+    st.sampled_from(["prefill", "decode"]), st.sampled_from("ab"), st.booleans(), st.integers(0, 5)
+)
+
+
+@given(st.lists(worker_kinds, max_size=8), st.sampled_from([None, "a", "b"]), st.sets(st.integers(0, 7)))
+def test_no_decision_mixes_numerics_where_exactness_is_promised(
+    specs: list[tuple[str, str, bool, int]], bound_to: str | None, refused: set[int]
+) -> None:
+    views = tuple(
+        view(role, f"w{i}", numerics_id=numerics, exact=is_exact, load={"num_running": running})
+        for i, (role, numerics, is_exact, running) in enumerate(specs)
+    )
+    full = {views[i].incarnation for i in refused if i < len(views)}
+    match place(request(bound_to=bound_to, full=full), views):
+        case Pair(prefill, decode):
+            if decode.record.exact:
+                assert prefill.record.exact
+                assert prefill.record.numerics_id == decode.record.numerics_id
+            assert bound_to in (None, numerics_of(decode.record))
+        case Local(decode):
+            assert bound_to in (None, numerics_of(decode.record))
+        case OtherNumerics(numerics_id):
+            assert numerics_id == bound_to
+            decoders = [v for v in views if v.record.role == "decode"]
+            assert decoders
+            assert not any(numerics_of(v.record) == bound_to for v in decoders)
+        case TooLong():
+            raise AssertionError("all have the same room")
 
 
 @given(

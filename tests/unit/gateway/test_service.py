@@ -45,7 +45,7 @@ def free_port() -> int:
 
 
 async def refusal(running: asyncio.subprocess.Process) -> tuple[int | None, str]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         _, errors = await running.communicate()
     return running.returncode, errors.decode()
 
@@ -55,7 +55,7 @@ async def test_it_serves_until_sigterm_and_then_ends_well(nats: NatsServer, tmp_
     port = free_port()
     async with process(nats, "--model", str(tmp_path / MODEL), "--port", str(port)) as running:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while True:
                     try:
                         health = await client.get("/health")
@@ -70,6 +70,27 @@ async def test_it_serves_until_sigterm_and_then_ends_well(nats: NatsServer, tmp_
         assert code == 0, errors
         assert "Traceback" not in errors
         assert "draining" in errors
+
+
+async def test_recommended_sampling_that_is_not_applied_is_logged_once_at_the_start(
+    nats: NatsServer, tmp_path: Path
+) -> None:
+    directory = tmp_path / MODEL
+    write_model(directory)
+    (directory / "generation_config.json").write_text('{"temperature": 0.5, "typical_p": 0.9}')
+    async with process(nats, "--model", str(directory), "--port", "0", "--log-format", "json") as running:
+        assert running.stderr is not None
+        lines: list[str] = []
+        async with asyncio.timeout(60):
+            while not lines or '"ready"' not in lines[-1]:
+                lines.append((await running.stderr.readline()).decode())
+        running.send_signal(signal.SIGTERM)
+        code, errors = await refusal(running)
+    assert code == 0, errors
+    told = [line for line in (*lines, *errors.splitlines()) if "generation_config.json" in line]
+    assert len(told) == 1
+    assert "typical_p" in told[0]
+    assert "temperature" not in told[0]
 
 
 async def test_wrong_settings_stop_the_start_in_one_line_that_names_them(nats: NatsServer, tmp_path: Path) -> None:

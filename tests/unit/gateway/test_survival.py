@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_worker import EOS, Cluster, Events, ScriptedWorker, completion, text_in, tokens_of
+from scripted_worker import EOS, PATIENCE_S, Cluster, Events, ScriptedWorker, completion, text_in, tokens_of
 
 from kvferry.bus.base import BusSettings
 from kvferry.bus.memory import MemoryBus
@@ -108,7 +108,7 @@ async def test_a_disconnect_before_the_first_token_cancels_too(cluster: Cluster,
     await decode.wait_for(DecodeRequest)
     await prefill.wait_for(PrefillRequest)
     if phase == "accepted":
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while not cluster.metrics.value("kvferry_placement_total", kind="pair"):
                 await asyncio.sleep(0.005)
     writer.close()
@@ -128,7 +128,7 @@ async def test_a_slow_client_costs_only_its_own_stream(tmp_path: Path) -> None:
         slow = (await worker.wait_for(DecodeRequest)).work
         worker.accepted = lambda work: None if work == slow else worker.say(work, TOKENS)
         index = 0
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             while not worker.got(Cancel):
                 worker.publish(slow, [(index + step, 1 + ord("x")) for step in range(500)])
                 index += 500
@@ -345,7 +345,7 @@ async def test_prefill_lost_before_decode_runs_is_placed_again_and_afterwards_ch
         assert again.prefill == spare.record.address
         await read(events, 4)
         await spare.exit("killed")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while cluster.gateway.fleet.registry.state_of(spare.incarnation):
                 await asyncio.sleep(0.005)
         work = decode.works[-1]
@@ -484,7 +484,7 @@ async def test_without_another_worker_the_stream_waits_with_comments_for_the_res
             await read(events, 5)
             await first.exit("crashed")
             rest = asyncio.create_task(events.rest())
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 while events.comments < 2:
                     await asyncio.sleep(0.01)
             await cluster.worker("decode", "decode-0", says_all)
@@ -522,7 +522,7 @@ async def test_a_request_under_which_two_workers_crashed_runs_alone_and_a_third_
     async with asyncio.TaskGroup() as group:
         answer = group.create_task(cluster.client.post("/v1/completions", json=completion()))
         for number in range(3):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 while sum(len(worker.works) for worker in workers) <= number:
                     await asyncio.sleep(0.005)
             victim = next(worker for worker in workers if worker.works and worker not in victims)
@@ -541,7 +541,7 @@ async def test_killing_workers_from_outside_isolates_nobody(tmp_path: Path) -> N
             answer = group.create_task(cluster.client.post("/v1/completions", json=completion()))
             seen: list[Work] = []
             for _ in range(3):
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(PATIENCE_S):
                     while not (fresh := [w for w in cluster.workers.values() if w.works and not w.frozen]):
                         await asyncio.sleep(0.005)
                 seen.append(fresh[0].works[0])
@@ -573,13 +573,13 @@ async def test_the_heartbeat_names_the_live_streams_of_each_worker(cluster: Clus
         await read(events, 3)
         work = decode.works[0]
         live = {(worker.incarnation, (work.stream_id,)) for worker in (prefill, decode)}
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(PATIENCE_S):
             while (beat := await beats.get()).live == ():
                 pass
         assert set(beat.live) == live
         assert beat.subject == work.gateway
         assert beat.incarnation == work.gateway_incarnation
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(PATIENCE_S):
         while (await beats.get()).live != ():
             pass
     await bus.close()
@@ -605,7 +605,7 @@ async def test_a_bus_outage_is_a_pause_and_requests_meanwhile_are_refused(cluste
         response = await cluster.client.post("/v1/completions", json=completion())
         assert response.status_code == 503
         cluster.broker.heal(cluster.bus)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while not cluster.bus.connected:
                 await asyncio.sleep(0.01)
         worker.say(worker.works[0], TOKENS)
@@ -657,7 +657,7 @@ async def test_a_client_that_never_reads_the_end_of_its_answer_does_not_hold_up_
             worker.publish(work, [(index, 1 + ord("x")) for index in range(start, start + 1000)])
         worker.publish(work, end=("length", num_tokens))
         await worker.wait_for(EndAck)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await cluster.gateway.completions.drain(0.05)
         outcomes = {o: cluster.metrics.value("kvferry_request_total", route="text", outcome=o) for o in OUTCOMES}
         assert outcomes == {"ok": 0, "client_gone": 1}, "it was not delivered"

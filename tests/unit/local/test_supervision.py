@@ -109,15 +109,26 @@ def test_quick_deaths_are_restarted_ever_later_up_to_a_bound() -> None:
     assert Start("decode-0") in steady
 
 
-def test_a_child_that_fails_before_it_was_ready_stops_the_start() -> None:
+def test_a_child_that_fails_before_it_was_ready_ends_the_start_at_once() -> None:
     supervision = started()
     supervision.handle(Ready("gateway-0"), 1.0)
     assert supervision.handle(Exited("prefill-0", 2), 2.0) == [
         Failed("prefill-0", 2),
-        Send("gateway-0", signal.SIGTERM),
+        Send("decode-0", signal.SIGKILL),  # it may be loading for seconds, deaf to SIGTERM
+        Send("gateway-0", signal.SIGKILL),
     ]
-    assert supervision.handle(Exited("gateway-0", 0), 3.0) == [Send("decode-0", signal.SIGTERM)]
-    assert supervision.handle(Exited("decode-0", -signal.SIGTERM), 4.0) == [Finished()]
+    assert supervision.deadline is None
+    assert supervision.handle(Exited("gateway-0", -signal.SIGKILL), 2.1) == []
+    assert supervision.handle(Exited("decode-0", -signal.SIGKILL), 2.2) == [Finished()]
+
+
+def test_a_child_in_backoff_does_not_hold_up_the_end_of_a_failed_start() -> None:
+    supervision = Supervision([("prefill-0", "prefill"), ("decode-0", "decode")], 10.0)
+    supervision.begin()
+    for _ in range(2):  # killed from outside while it loads: the second time it waits before its next start
+        supervision.handle(Exited("decode-0", -signal.SIGKILL), 1.0)
+    assert supervision.phases()["decode-0"] == "backoff"
+    assert supervision.handle(Exited("prefill-0", 2), 1.1) == [Failed("prefill-0", 2), Finished()]
 
 
 def test_a_child_killed_from_outside_while_it_loads_is_started_again() -> None:

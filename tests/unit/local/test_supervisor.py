@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ class Log(Audience):
             self._changed.notify_all()
 
     async def until(self, what: object, times: int = 1) -> None:
-        async with self._changed, asyncio.timeout(20):
+        async with self._changed, asyncio.timeout(60):
             await self._changed.wait_for(lambda: self.heard.count(what) >= times)
 
     def report(self, name: str, report: Report) -> None:
@@ -113,6 +114,25 @@ async def test_a_stack_that_cannot_start_tells_the_childs_own_error() -> None:
     assert supervisor.pids() == {}
 
 
+async def test_a_failed_start_is_told_within_a_second_though_another_child_is_deaf_and_has_minutes_of_grace() -> None:
+    loading = program("prefill-0", "prefill", STUBBORN.replace('report("ready", incarnation=9)', 'report("load")'))
+    broken = BROKEN.replace("import sys", "import sys\nsys.stdin = open({gate!r})\nsys.stdin.read()")
+    with tempfile.TemporaryDirectory() as folder:
+        gate = str(Path(folder) / "gate")
+        os.mkfifo(gate)
+        log = Log()
+        supervisor = Supervisor(
+            [loading, program("decode-0", "decode", broken.replace("{gate!r}", repr(gate)))], 300.0, log
+        )
+        running = asyncio.create_task(supervisor.run())
+        await log.until(("prefill-0", "load"))
+        await asyncio.to_thread(Path(gate).write_text, "")  # decode-0 goes on, and fails
+        async with asyncio.timeout(60):  # without the kill it would be the grace time
+            with pytest.raises(StackFailed, match="decode-0"):
+                await running
+    assert supervisor.pids() == {}
+
+
 async def test_a_program_that_does_not_exist_fails_the_start() -> None:
     supervisor = Supervisor([Program("decode-0", "decode", ("/no/such/program",))], 5.0, Log())
     with pytest.raises(StackFailed, match="decode-0"):
@@ -157,7 +177,7 @@ async def test_a_supervisor_killed_with_sigkill_takes_even_a_stubborn_child_alon
         ended = asyncio.Event()
         asyncio.get_running_loop().add_reader(watch, ended.set)
         parent.kill()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await ended.wait()
         await parent.wait()
     finally:
@@ -173,7 +193,7 @@ async def test_children_lead_their_own_session() -> None:
     following = asyncio.create_task(
         process.follow(lambda report: ready.set() if report["event"] == "ready" else None, lambda line: None)
     )
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await ready.wait()
     assert os.getsid(process.pid) == process.pid
     process.send(signal.SIGTERM)

@@ -33,6 +33,16 @@ def test_only_the_chunk_that_reaches_the_end_draws() -> None:
     assert step.draw.index == 0
 
 
+def test_a_draw_sees_prompt_and_generated_tokens_apart_and_copies_neither() -> None:
+    sequence = sequence_of([1, 2, 3], generated=[7, 8])
+    sequence.append_token(9)
+    draw = sequence.step(6).draw
+    assert draw is not None
+    assert draw.tokens[: draw.num_prompt].tolist() == [1, 2, 3]
+    assert draw.tokens[draw.num_prompt :].tolist() == [7, 8, 9]
+    assert np.shares_memory(draw.tokens, sequence.tokens)
+
+
 def test_views_given_to_the_engine_do_not_change_when_tokens_are_appended() -> None:
     sequence = sequence_of(4)
     rows = sequence.step(4).tokens

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from kvferry.cache import cache_dir
 from kvferry.text.errors import ModelFetchError
-from kvferry.text.fetch import KNOWN_MODELS, KnownModel, cache_dir, cached_model, fetch_model, resolve_model
+from kvferry.text.fetch import KNOWN_MODELS, KnownModel, cached_model, fetch_model, resolve_model
 from kvferry.text.model_dir import ModelDir
 
 from .gguf_writer import tiny_llama

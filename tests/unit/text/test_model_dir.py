@@ -23,18 +23,21 @@ def test_sizes_name_and_ids_come_from_config_json(make_model: MakeModel) -> None
 
 
 def test_generation_config_wins_over_config_and_gives_sampling_defaults(make_model: MakeModel) -> None:
-    generation = {"eos_token_id": [3, 4], "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1}
+    generation = {
+        "eos_token_id": [3, 4], "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1,
+    }  # fmt: skip
     model = ModelDir(make_model(config=CONFIG, generation_config=generation))
     assert model.eos_token_ids == (3, 4)
     sampling = model.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.6, 0.9, 20, 0.1)
+    assert sampling.repetition_penalty == 1.1
     assert sampling.unapplied == ()
 
 
 def test_recommended_sampling_that_is_not_applied_is_named(make_model: MakeModel) -> None:
-    generation = {"repetition_penalty": 1.05, "typical_p": 1.0, "num_beams": 1}
+    generation = {"penalty_alpha": 0.6, "typical_p": 1.0, "num_beams": 1}
     model = ModelDir(make_model(config=CONFIG, generation_config=generation))
-    assert model.sampling.unapplied == ("repetition_penalty",)
+    assert model.sampling.unapplied == ("penalty_alpha",)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +115,7 @@ def test_a_file_that_is_not_a_json_object_is_named(make_model: MakeModel, file: 
         ("generation_config", "top_p", 0),
         ("generation_config", "top_k", -5),
         ("generation_config", "min_p", 2),
+        ("generation_config", "repetition_penalty", 0),
         ("tokenizer_config", "bos_token", 5),
         ("tokenizer_config", "chat_template", {"default": "x"}),
         ("tokenizer_config", "chat_template", [{"name": "other", "template": "x"}]),

@@ -1,7 +1,8 @@
 """One full sample of every message, every optional field set, and the codec that carries it.
 
 `python tests/unit/wire/samples.py` records the bytes of messages that `golden_v1.json` lacks. Recorded bytes
-are never changed: what version 1 once wrote, later versions read.
+are never changed: what version 1 once wrote, later versions read. When a message gets another field, its bytes
+so far move to a name of their own (`OLDER`), and the longer ones are recorded under the message's.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from kvferry.wire import flow, messages
 from kvferry.wire.codec import Codec, Message
@@ -30,7 +33,7 @@ WORK = messages.Work(
     model="smollm2",
     prompt=pack_tokens([1, 2, 49151]),
     generated=pack_tokens([3]),
-    sampling=messages.Sampling(0.7, 0.9, 40, 0.05, (1 << 64) - 1, 128, True),
+    sampling=messages.Sampling(0.7, 0.9, 40, 0.05, (1 << 64) - 1, 128, True, -0.5, 1.5, 1.25),
     priority=-1,
     arrival=1234.5,
     salt=bytes(16),
@@ -54,6 +57,9 @@ RECORD = messages.WorkerRecord(
     num_blocks=1000,
     kv_token_bytes=23040,
     debug_port=9001,
+    exact=True,
+    engine="native",
+    engine_reason="asked for",
 )
 LOAD = messages.Load(1, 2, 3, 4, 1500.5, 0.0125, 99)
 HELD = messages.Held(5, "running", 17)
@@ -67,6 +73,7 @@ TO_WORKER: list[Message] = [
     messages.EndAck(0xAA, (5, 6)),
     messages.Ping(INCARNATION),
     messages.Drain(INCARNATION),
+    messages.CacheResync(INCARNATION),
 ]
 TO_GATEWAY: list[Message] = [
     messages.TokenBatch(
@@ -89,6 +96,10 @@ BEATS: list[Message] = [
     messages.GatewayHeartbeat(9, "g0", 0xAA, "kvferry.c1.gateway.g0.00000000000000aa", 4243, ((INCARNATION, (5, 6)),)),
     messages.ExitNotice(INCARNATION, "crashed"),
 ]
+CACHE_NEWS: list[Message] = [
+    messages.CacheEvents(INCARNATION, (1 << 64) - 1, bytes(range(16)), bytes(range(8))),
+    messages.CacheSnapshot(INCARNATION, 5, 1, 2, bytes(range(24))),
+]
 FLOW: list[Message] = [
     flow.Hello(INCARNATION, TICKET),
     flow.Prove(bytes(range(32))),
@@ -104,6 +115,23 @@ FLOW: list[Message] = [
 MANIFESTS: list[Message] = [flow.Manifest(4, "kv-1", TICKET, TICKET[::-1], ((0, 42), (1, 43)), 16, 0.004)]
 
 
+BEFORE_PENALTIES = msgspec.structs.replace(
+    WORK,
+    sampling=msgspec.structs.replace(
+        WORK.sampling, presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0
+    ),
+)
+BEFORE_EXACT = msgspec.structs.replace(RECORD, exact=False, engine="", engine_reason="")
+OLDER: dict[str, tuple[Codec[Any], Message]] = {  # what senders of version 1 wrote before a field was appended
+    "PrefillRequest before penalties": (messages.Codecs().to_worker, messages.PrefillRequest(BEFORE_PENALTIES)),
+    "DecodeRequest before penalties": (messages.Codecs().to_worker, messages.DecodeRequest(BEFORE_PENALTIES, ADDRESS)),
+    "Heartbeat before exact": (
+        messages.Codecs().beat,
+        messages.Heartbeat(8, "ready", BEFORE_EXACT, LOAD, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD,)}),
+    ),
+}
+
+
 def carried() -> list[tuple[Codec[Any], Message]]:
     """Every sample with the codec of its union."""
     codecs = messages.Codecs()
@@ -112,6 +140,7 @@ def carried() -> list[tuple[Codec[Any], Message]]:
         *((codecs.to_gateway, sample) for sample in TO_GATEWAY),
         *((codecs.answer, sample) for sample in ANSWERS),
         *((codecs.beat, sample) for sample in BEATS),
+        *((codecs.cache, sample) for sample in CACHE_NEWS),
         *((flow.FlowCodec(), sample) for sample in FLOW),
         *((flow.ManifestCodec(), sample) for sample in MANIFESTS),
     ]

@@ -23,6 +23,7 @@ UNIONS = {
     "to_gateway": (control.ToGateway, control.Codecs().to_gateway),
     "answer": (control.Answer, control.Codecs().answer),
     "beat": (control.Beat, control.Codecs().beat),
+    "cache": (control.CacheNews, control.Codecs().cache),
     "flow": (flow.Flow, flow.FlowCodec()),
     "manifest": (flow.Manifest, flow.ManifestCodec()),
 }
@@ -63,6 +64,14 @@ def test_recorded_bytes_of_version_1_are_still_read_and_written(codec: Codec[Any
     assert codec.decode(recorded) == sample
     if WIRE_VERSION == 1:
         assert codec.encode(sample) == recorded
+
+
+@pytest.mark.parametrize("older", samples.OLDER)
+def test_what_was_written_before_a_field_was_appended_is_read_with_its_default(older: str) -> None:
+    codec, message = samples.OLDER[older]
+    recorded = bytes.fromhex(json.loads(samples.GOLDEN.read_text())[older])
+    assert codec.decode(recorded) == message
+    assert codec.encode(message) != recorded, "the field is written today"
 
 
 @every_sample

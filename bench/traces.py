@@ -1,0 +1,94 @@
+"""Request traces of public services, as placement sees them: when, how long, which blocks.
+
+KVFERRY_TRACES names a folder with the files as they were published:
+
+    mooncake_conversation.jsonl    Mooncake, conversations: arrival, lengths, prefix-chained ids of blocks of 512
+    azure_2023_conversation.csv    Azure LLM inference 2023, conversations: arrival and lengths, no content
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+TRACES_VARIABLE: Final = "KVFERRY_TRACES"
+BLOCK_SIZE: Final = 32  # tokens
+MOONCAKE_DIVISOR: Final = 16  # of lengths: blocks of 512 tokens become 32
+MOONCAKE_TICK_S: Final = 3.0  # its timestamps are multiples of this
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRequest:
+    arrival: float  # seconds from the start
+    prompt_tokens: int
+    output_tokens: int
+    keys: tuple[int, ...] = ()  # of the prompt's full blocks; equal keys, equal prefixes
+
+
+def folder() -> Path:
+    """Raises LookupError if it is not named, FileNotFoundError if it is not there."""
+    named = os.environ.get(TRACES_VARIABLE)
+    if not named:
+        raise LookupError(f"set {TRACES_VARIABLE} to the folder of traces")
+    path = Path(named)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{TRACES_VARIABLE}: {path} is no folder")
+    return path
+
+
+def mooncake(path: Path) -> list[TraceRequest]:
+    requests = []
+    with (path / "mooncake_conversation.jsonl").open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            length = row["input_length"]
+            full = length // (BLOCK_SIZE * MOONCAKE_DIVISOR)
+            requests.append(
+                TraceRequest(
+                    row["timestamp"] / 1000.0,
+                    max(1, length // MOONCAKE_DIVISOR),
+                    max(1, row["output_length"] // MOONCAKE_DIVISOR),
+                    tuple(row["hash_ids"][:full]),
+                )
+            )
+    return requests
+
+
+def azure(path: Path) -> list[TraceRequest]:
+    """Without block ids: nothing is known to be shared."""
+    with (path / "azure_2023_conversation.csv").open(encoding="utf-8", newline="") as lines:
+        rows = [
+            (datetime.fromisoformat(row["TIMESTAMP"][:26]), int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+            for row in csv.DictReader(lines)
+        ]
+    start = rows[0][0]
+    return [TraceRequest((at - start).total_seconds(), max(1, p), max(1, g)) for at, p, g in rows]
+
+
+def excerpt(trace: list[TraceRequest], count: int, seed: int) -> list[TraceRequest]:
+    """`count` requests in a row from a place that the seed draws, from time 0 on, spread over each tick.
+
+    Bursts and the order of requests stay; only where within its tick one arrives is drawn.
+    """
+    draw = random.Random(seed)
+    first = draw.randrange(max(1, len(trace) - count))
+    chosen = trace[first : first + count]
+    ticked = all(request.arrival % MOONCAKE_TICK_S == 0 for request in chosen)
+    start = chosen[0].arrival
+    moved = [
+        replace(request, arrival=request.arrival - start + (draw.random() * MOONCAKE_TICK_S if ticked else 0.0))
+        for request in chosen
+    ]
+    return sorted(moved, key=lambda request: request.arrival)
+
+
+def scaled(requests: list[TraceRequest], rate: float) -> list[TraceRequest]:
+    """The same requests at `rate` a second on average."""
+    factor = len(requests) / rate / max(1e-9, requests[-1].arrival)
+    return [replace(request, arrival=request.arrival * factor) for request in requests]

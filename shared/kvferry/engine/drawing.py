@@ -1,0 +1,24 @@
+"""Between a step's plan and the sampler: which sequences draw, and where the results go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kvferry.engine.sampler import Drawn
+from kvferry.schedule.step import Draw, Logprobs, StepPlan, StepResult
+
+
+def draws_of(plan: StepPlan) -> dict[int, Draw]:
+    """Index of each sequence that draws -> its draw, in plan order."""
+    return {index: step.draw for index, step in enumerate(plan.steps) if step.draw is not None}
+
+
+def result_of(plan: StepPlan, draws: Mapping[int, Draw], drawn: Drawn, seconds: float) -> StepResult:
+    """`drawn` holds one result for each of `draws`."""
+    tokens: list[int | None] = [None] * len(plan.steps)
+    logprobs: list[Logprobs | None] = [None] * len(plan.steps)
+    for index, token, row in zip(draws, drawn.tokens, drawn.logprobs, strict=True):
+        tokens[index], logprobs[index] = token, row
+    if all(row is None for row in logprobs):
+        logprobs.clear()
+    return StepResult(tuple(tokens), seconds, tuple(logprobs))

@@ -1,0 +1,111 @@
+"""The sampler of the native library: a batch of draws is one call. Same tokens as `engine/sampler.py`, to the bit."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvferry.engine.sampler import Drawn
+from kvferry.schedule.step import MAX_LOGPROBS, Draw, Logprobs
+
+_ALIGNMENT: Final = 64
+_MAX_TOP_K: Final = (1 << 31) - 1  # beyond every vocabulary
+# `kvf_draw` of sample.h, whose fields lie without gaps.
+_DRAW: Final = struct.Struct("<ddd Q II i fff Q ii QQ ii Q ii")
+_BIAS: Final = np.dtype([("token", "<u4"), ("bias", "<f4")])
+_LOGPROBS: Final = np.dtype(
+    [
+        ("logprob", "<f4"), ("rank", "<i4"),
+        ("top_tokens", "<u4", MAX_LOGPROBS), ("top_logprobs", "<f4", MAX_LOGPROBS),
+    ]
+)  # fmt: skip
+
+
+class NativeSampler:
+    """Draws from rows of one vocabulary size. Owns its scratch memory: one call at a time."""
+
+    def __init__(self, library: ctypes.CDLL, vocab_size: int) -> None:
+        """Raises RuntimeError for a vocabulary that the library does not take."""
+        library.kvf_sample_scratch_bytes.argtypes = [ctypes.c_int32]
+        library.kvf_sample_scratch_bytes.restype = ctypes.c_uint64
+        library.kvf_sample.argtypes = [
+            ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
+        ]  # fmt: skip
+        library.kvf_sample.restype = ctypes.c_int32
+        num_bytes = library.kvf_sample_scratch_bytes(vocab_size)
+        if not num_bytes:
+            raise RuntimeError(f"a vocabulary of {vocab_size} tokens is out of bounds")
+        self._call = library.kvf_sample
+        self._vocab_size = vocab_size
+        self._scratch = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+        self._scratch_address = -(-_address(self._scratch) // _ALIGNMENT) * _ALIGNMENT
+
+    def sample(self, logits: npt.NDArray[np.float32], draws: Sequence[Draw]) -> Drawn:
+        """One token for each row of `logits` [draws, vocab], contiguous, left as they are.
+
+        Raises RuntimeError for logits of another shape and for fields out of bounds (a token of a history,
+        bias or ban outside the vocabulary, more than `MAX_LOGPROBS`).
+        """
+        shape = (len(draws), self._vocab_size)
+        if logits.shape != shape or logits.dtype != np.float32 or not logits.flags.c_contiguous:
+            raise RuntimeError(f"logits of shape {logits.shape} and type {logits.dtype}, not fp32 {shape} in C order")
+        fields = bytearray(_DRAW.size * len(draws))
+        tokens = np.empty(len(draws), np.uint32)
+        wanted = [row for row, draw in enumerate(draws) if draw.num_logprobs is not None]
+        logprobs = np.empty(len(wanted), _LOGPROBS)
+        out = dict(zip(wanted, range(_address(logprobs), 1 << 64, _LOGPROBS.itemsize), strict=False))
+        alive: list[npt.NDArray[np.generic]] = []  # what the fields point at
+        for row, draw in enumerate(draws):
+            _pack(fields, row, draw, out.get(row, 0), alive)
+        error = self._call(
+            _address(logits), len(draws), self._vocab_size, _address(np.frombuffer(fields, np.uint8)),
+            self._scratch_address, _address(tokens),
+        )  # fmt: skip
+        if error:
+            raise RuntimeError(f"kvf_sample: error {error}")
+        found: list[Logprobs | None] = [None] * len(draws)
+        for row, record in zip(wanted, logprobs, strict=True):
+            found[row] = _unpack(record, draws[row].num_logprobs or 0)
+        return Drawn(tokens.tolist(), found)
+
+
+def _pack(fields: bytearray, row: int, draw: Draw, logprobs: int, alive: list[npt.NDArray[np.generic]]) -> None:
+    """Write the `kvf_draw` of a row. Arrays that it points at are added to `alive`."""
+    sampling = draw.sampling
+    tokens = biases = banned = 0
+    if sampling.penalised:
+        history = np.ascontiguousarray(draw.tokens, np.uint32)
+        alive.append(history)
+        tokens = _address(history)
+    if draw.logit_bias:
+        pairs = np.array(list(draw.logit_bias), _BIAS)
+        alive.append(pairs)
+        biases = _address(pairs)
+    if draw.banned:
+        ids = np.array(draw.banned, np.uint32)
+        alive.append(ids)
+        banned = _address(ids)
+    _DRAW.pack_into(
+        fields, row * _DRAW.size,
+        sampling.temperature, sampling.top_p, sampling.min_p, sampling.seed, draw.choice, draw.index,
+        min(sampling.top_k, _MAX_TOP_K), sampling.presence_penalty, sampling.frequency_penalty,
+        sampling.repetition_penalty, tokens, len(draw.tokens), draw.num_prompt, biases, banned,
+        len(draw.logit_bias), len(draw.banned), logprobs, draw.num_logprobs or 0, 0,
+    )  # fmt: skip
+
+
+def _unpack(record: np.void, num_top: int) -> Logprobs:
+    return Logprobs(
+        float(record["logprob"]), int(record["rank"]),
+        tuple(record["top_tokens"][:num_top].tolist()), tuple(record["top_logprobs"][:num_top].tolist()),
+    )  # fmt: skip
+
+
+def _address(array: npt.NDArray[np.generic]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address

@@ -1,0 +1,25 @@
+#include "workspace.h"
+
+#include <cstring>
+#include <initializer_list>
+
+namespace kvferry {
+
+void RowBuffer::reserve(int rows) {
+  if (rows <= rows_) return;
+  const size_t count = static_cast<size_t>(rows) * static_cast<size_t>(stride_);
+  std::unique_ptr<bf16[], Freed> grown(static_cast<bf16*>(::operator new[](count * sizeof(bf16), std::align_val_t{64})));
+  std::memset(grown.get(), 0, count * sizeof(bf16));
+  values_ = std::move(grown);
+  rows_ = rows;
+}
+
+void Workspace::reserve(int rows) {
+  for (RowBuffer* buffer : {&hidden, &normed, &qkv, &mixed, &activated}) buffer->reserve(rows);
+}
+
+size_t Workspace::bytes() const {
+  return hidden.bytes() + normed.bytes() + qkv.bytes() + mixed.bytes() + activated.bytes();
+}
+
+}  // namespace kvferry

@@ -1,0 +1,153 @@
+"""Lanes: where blocking calls run, one after the other, off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
+import os
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Lane(ABC):
+    """A queue of blocking calls that run one after the other, off the event loop."""
+
+    @abstractmethod
+    def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+        """Run `call` after all calls given before it. Awaiting the result is optional; cancelling the future
+        keeps a call from starting, and does not end one that has."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Wait for what runs, then end the thread. Calls that have not started are cancelled."""
+
+    async def drain(self) -> None:
+        """Wait until all calls given before have ended, and who awaits them has heard."""
+        heard = asyncio.Event()
+        # A callback, not an await: a result that is there already would be awaited before others are heard.
+        self.run(_nothing).add_done_callback(lambda _: heard.set())
+        await heard.wait()
+
+
+class ThreadLane(Lane):
+    """One thread. Calls that wait are run in one visit of it, and what has ended by then is told to the loop at
+    once: under load neither side wakes the other for every call."""
+
+    def __init__(self, name: str, nice: int = 0) -> None:
+        """`nice` is added to the thread's niceness, where the system has one for each thread."""
+        lower = functools.partial(_lower_priority, nice) if nice else None
+        # The executor owns the thread: begun with the first call, joined when the interpreter ends.
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=name, initializer=lower)
+        self._calls: deque[_Call] = deque()
+        self._ended: deque[_Call] = deque()
+        self._visiting = False
+        self._loop_woken = False
+        self._closed = False
+
+    def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+        if self._closed:
+            raise RuntimeError("the lane is closed")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._calls.append(_Call(functools.partial(call, *args, **kwargs), future))
+        if not self._visiting:
+            self._visiting = True
+            self._executor.submit(self._visit, loop)
+        return future
+
+    def _visit(self, loop: asyncio.AbstractEventLoop) -> None:
+        """On the thread: run what waits, until nothing does."""
+        while True:
+            while self._calls and not self._closed:
+                self._execute_one()
+                self._tell(loop)
+            self._visiting = False
+            # Looked at after the flag is down: `run` looks at the flag after it has queued its call. If both see
+            # the call there is one visit too many, which finds nothing.
+            if not self._calls or self._closed:
+                return
+            self._visiting = True
+
+    def _execute_one(self) -> None:
+        call = self._calls.popleft()
+        call.execute()
+        self._ended.append(call)
+
+    def _tell(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._loop_woken:
+            self._loop_woken = True
+            with contextlib.suppress(RuntimeError):  # a loop that is closed leaves nobody to hear
+                loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        # Cleared first: what ends from here on wakes the loop again.
+        self._loop_woken = False
+        for _ in range(len(self._ended)):
+            self._ended.popleft().deliver()
+
+    def close(self) -> None:
+        self._closed = True
+        self._executor.shutdown(wait=True)
+        while self._calls:
+            self._calls.popleft().future.cancel()
+
+
+class InlineLane(Lane):
+    """Runs each call at once, on the loop; its result is a finished future."""
+
+    def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        try:
+            future.set_result(call(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(slots=True)
+class _Call:
+    """A call on its way through a lane, and its outcome."""
+
+    call: Callable[[], Any]
+    future: asyncio.Future[Any]
+    result: Any = None
+    error: Exception | None = None
+
+    def execute(self) -> None:
+        if self.future.cancelled():
+            return
+        try:
+            self.result = self.call()
+        except Exception as error:
+            self.error = error
+
+    def deliver(self) -> None:
+        if self.future.done():
+            return  # cancelled meanwhile
+        if self.error is not None:
+            self.future.set_exception(self.error)
+        else:
+            self.future.set_result(self.result)
+
+
+def _lower_priority(nice: int) -> None:
+    """Of the calling thread. Only Linux counts niceness by thread, and takes a thread's id for a process's."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+
+
+def _nothing() -> None:
+    """What `drain` runs."""

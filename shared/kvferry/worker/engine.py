@@ -1,0 +1,94 @@
+"""From settings to a warm runner: choose the engine, load the model, touch what the first step will use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from kvferry import ready
+from kvferry.engine.choice import Choice, choose
+from kvferry.engine.config import ModelConfig
+from kvferry.engine.native.library import Library, LibraryUnavailable, open_library
+from kvferry.engine.settings import EngineSettings
+from kvferry.errors import SettingError
+from kvferry.log import get_logger
+from kvferry.schedule.step import ModelRunner
+from kvferry.worker.settings import WorkerSettings
+
+log = get_logger(__name__)
+# Fields of EngineSettings whose flag has another name.
+_FLAGS: Final = {"kv_cache_bytes": "--kv-memory-mb"}
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    runner: ModelRunner
+    choice: Choice
+
+
+def load_engine(settings: WorkerSettings) -> Loaded:
+    """Blocking, for seconds; runs on a lane. Raises `SettingError` or `CheckpointError`."""
+    if not settings.model:
+        raise SettingError("--model", "is not set; give a model directory, or join a run file with --join")
+    try:
+        loaded = _load(settings, engine_settings(settings))
+    except SettingError as error:
+        flag = _FLAGS.get(error.setting, "--" + error.setting.replace("_", "-"))
+        raise SettingError(flag, error.problem) from None
+    if settings.exactness == "exact" and not loaded.runner.exact:
+        reason = f"the {loaded.choice.engine} engine is not exact ({loaded.choice.why}); use fast or auto"
+        raise SettingError("--exactness", reason)
+    ready.report("warm-up")
+    loaded.runner.warm_up()
+    return loaded
+
+
+def engine_settings(settings: WorkerSettings) -> EngineSettings:
+    return EngineSettings(
+        model_dir=Path(settings.model),
+        device=settings.device,
+        dtype=settings.dtype,
+        num_blocks=settings.num_blocks or None,
+        kv_cache_bytes=settings.kv_memory_mb << 20,
+        block_size=settings.block_size,
+        max_model_len=settings.max_model_len or None,
+        threads=settings.threads,
+        quantization=settings.quantization,
+        isa=settings.isa,
+    )
+
+
+def _load(settings: WorkerSettings, engine: EngineSettings) -> Loaded:
+    library: Library | None = None
+
+    def library_problem() -> str | None:
+        nonlocal library
+        try:
+            library = open_library(settings.isa, _building)
+        except LibraryUnavailable as error:
+            return str(error)
+        return None
+
+    choice = choose(settings.engine, engine, ModelConfig.read(engine.model_dir), library_problem)
+    log.info("engine chosen", engine=choice.engine, why=choice.why)
+    ready.report("import")
+    # Imported only when chosen: a native worker never pays for torch.
+    if choice.engine == "native":
+        from kvferry.engine.native.runner import NativeRunner
+
+        ready.report("load")
+        return Loaded(NativeRunner(engine, _progress, library), choice)
+    from kvferry.engine.torch_runner import TorchRunner
+
+    ready.report("load")
+    return Loaded(TorchRunner(engine, _progress), choice)
+
+
+def _progress(share: float) -> None:
+    ready.report("load", share=share)
+
+
+def _building(isa: str) -> None:
+    ready.report("build")
+    log.info("building the native engine, once for this machine", isa=isa)

@@ -1,0 +1,111 @@
+"""Lanes: calls run in order on one thread, results come back to the loop, nothing is lost at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+
+import pytest
+
+from kvferry.lane import InlineLane, Lane, ThreadLane
+
+
+@pytest.fixture(params=["thread", "inline"])
+def lane(request: pytest.FixtureRequest) -> Lane:
+    return ThreadLane("test") if request.param == "thread" else InlineLane()
+
+
+async def test_calls_run_in_the_order_in_which_they_were_given(lane: Lane) -> None:
+    seen: list[int] = []
+    futures = [lane.run(seen.append, number) for number in range(200)]
+    await asyncio.gather(*futures)
+    assert seen == list(range(200))
+    lane.close()
+
+
+async def test_an_error_is_its_own_callers_alone(lane: Lane) -> None:
+    bad, good = lane.run(int, "no number"), lane.run(int, "7")
+    with pytest.raises(ValueError, match="no number"):
+        await bad
+    assert await good == 7
+    lane.close()
+
+
+async def test_after_a_drain_all_that_was_given_before_has_ended_and_been_heard(lane: Lane) -> None:
+    heard: list[int] = []
+    for number in range(20):
+        lane.run(int, number).add_done_callback(lambda future: heard.append(future.result()))
+    await lane.drain()
+    assert heard == list(range(20))
+    lane.close()
+
+
+async def test_all_calls_of_a_lane_run_on_one_thread_which_is_not_the_loops() -> None:
+    lane = ThreadLane("test")
+    threads = {await lane.run(threading.get_ident) for _ in range(3)} | {await lane.run(threading.get_ident)}
+    assert len(threads) == 1
+    assert threads != {threading.get_ident()}
+    lane.close()
+
+
+async def test_results_that_wait_for_the_loop_are_told_by_one_wake() -> None:
+    lane = ThreadLane("test")
+    futures = [lane.run(int) for _ in range(50)]
+    last = threading.Event()
+    lane.run(last.set)
+    assert last.wait(10)  # the loop is held here: it hears of nothing until the lane is done
+    assert not any(future.done() for future in futures)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert all(future.done() for future in futures)
+    lane.close()
+
+
+async def test_closing_waits_for_what_runs_and_cancels_what_has_not_begun() -> None:
+    lane = ThreadLane("test")
+    begun, end = threading.Event(), threading.Event()
+
+    def block() -> str:
+        begun.set()
+        assert end.wait(10)
+        return "whole"
+
+    running, waiting = lane.run(block), lane.run(int)
+    assert begun.wait(10)
+    threading.Timer(0.05, end.set).start()
+    lane.close()
+    assert await running == "whole"
+    assert waiting.cancelled()
+    with pytest.raises(RuntimeError, match="closed"):
+        lane.run(int)
+
+
+async def test_a_cancelled_call_does_not_begin_and_a_running_one_goes_on() -> None:
+    lane = ThreadLane("test")
+    begun, end = threading.Event(), threading.Event()
+    seen: list[str] = []
+
+    def block() -> None:
+        begun.set()
+        assert end.wait(10)
+        seen.append("running")
+
+    running, waiting = lane.run(block), lane.run(seen.append, "waiting")
+    assert begun.wait(10)
+    running.cancel()
+    waiting.cancel()
+    end.set()
+    await lane.drain()
+    assert seen == ["running"]
+    lane.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts niceness by thread")
+async def test_only_the_lanes_own_thread_gives_way() -> None:
+    lane = ThreadLane("test", nice=3)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert await lane.run(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())) == 3
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
+    lane.close()
