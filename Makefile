@@ -18,11 +18,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: help run setup check test bench clean FORCE
+.PHONY: help run setup check test bench compose-up compose-down clean FORCE
 .DELETE_ON_ERROR:
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 run: $(VENV)/.run ## Install what is missing, fetch the default model, serve it (ARGS="--decode 2" passes flags)
 	@exec $(BIN)/kvferry up $(ARGS)
@@ -43,6 +43,12 @@ test: check ## Everything: check, then unit, contract, integration and end-to-en
 bench: $(VENV)/.dev ## Measure on this machine and print the figures
 	@model=$$($(BIN)/kvferry model fetch smollm2) && \
 		KVFERRY_TEST_MODEL="$$model" $(BIN)/python -m bench $(ARGS)
+
+compose-up: ## The stack in containers, built if need be (ARGS="--scale prefill=2 --scale decode=3")
+	docker compose up --build --detach --wait $(ARGS)
+
+compose-down: ## Drain and stop it (ARGS=--volumes also forgets the model and the secrets)
+	COMPOSE_PROFILES='*' docker compose down --remove-orphans $(ARGS)
 
 clean: ## Remove what was installed and built here (not the fetched model)
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
