@@ -22,6 +22,7 @@ from kvferry_gateway.errors import ApiError, bad_request, request_timeout
 
 MAX_HEAD_BYTES: Final = 64 << 10  # request line and headers
 MAX_DISCARDED_BYTES: Final = 16 << 20  # of a body that goes on after its answer; then the connection is closed
+LINGER_S: Final = 1.0  # for a client that goes on sending to read why it was refused
 
 
 class GatewayProtocol(HttpToolsProtocol):
@@ -41,6 +42,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._discarded_bytes = 0  # of the body under way, since its answer is out
         self._deadline: asyncio.TimerHandle | None = None  # while a request is awaited or arrives
         self._silent = True  # no byte of the request that is awaited has come
+        self._refused = False
         self._expect_request()
         sock = transport.get_extra_info("socket")
         if sock is not None:
@@ -48,6 +50,9 @@ class GatewayProtocol(HttpToolsProtocol):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            self._discard(len(data))
+            return
         self._head_bytes += len(data)
         if self.cycle is None or self.cycle.response_complete:
             self._silent = False
@@ -70,10 +75,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         super().on_body(body)
         if self.cycle.response_complete:
-            # Read on for a while: to close at once would reset the connection before the client has read why.
-            self._discarded_bytes += len(body)
-            if self._discarded_bytes > MAX_DISCARDED_BYTES:
-                self.transport.abort()
+            self._discard(len(body))
 
     def on_message_complete(self) -> None:
         self._head_bytes = 0
@@ -116,6 +118,12 @@ class GatewayProtocol(HttpToolsProtocol):
         else:
             self._refuse(request_timeout(self.receive_timeout))
 
+    def _discard(self, num_bytes: int) -> None:
+        """Read on for a while: to close at once would reset the connection before the client has read why."""
+        self._discarded_bytes += num_bytes
+        if self._discarded_bytes > MAX_DISCARDED_BYTES:
+            self.transport.abort()
+
     def _refuse(self, error: ApiError) -> None:
         """Answer what is no request, and close."""
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
@@ -128,4 +136,8 @@ class GatewayProtocol(HttpToolsProtocol):
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
             + body
         )
-        self.transport.close()
+        self.transport.write_eof()
+        self._refused = True
+        self._forget_deadline()
+        self._discarded_bytes = 0
+        self.loop.call_later(LINGER_S, self.transport.abort)
