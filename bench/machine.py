@@ -12,6 +12,7 @@ import numpy as np
 from kvferry.engine.checkpoint import expected_shapes
 from kvferry.engine.config import ModelConfig
 from kvferry.engine.native.library import Library
+from kvferry.runtime import mapped_memory
 
 DOT_SECONDS: Final = 0.3
 READ_BYTES: Final = 1 << 29  # far larger than any cache
@@ -30,7 +31,8 @@ class Machine:
         dot, read = library.c.kvf_peak_dot, library.c.kvf_peak_read
         dot.argtypes, dot.restype = [ctypes.c_double], ctypes.c_double
         read.argtypes, read.restype = [ctypes.c_void_p, ctypes.c_uint64], ctypes.c_double
-        memory = np.ones(READ_BYTES, np.uint8)
+        memory = np.frombuffer(mapped_memory(READ_BYTES), np.uint8)
+        memory[:] = 1  # pages that nobody wrote are all one page of zeros
         where = memory.ctypes.data
         return cls(max(dot(DOT_SECONDS) for _ in range(TRIES)), max(read(where, READ_BYTES) for _ in range(TRIES)))
 

@@ -34,9 +34,9 @@ from kvferry.runtime import blocking_clock
 
 REQUESTS: Final = 64
 QUICK_REQUESTS: Final = 16
-CONCURRENCY: Final = 12
+CONCURRENCY: Final = 8
 STORM_REQUESTS: Final = 64
-QUICK_STORM_REQUESTS: Final = 32
+QUICK_STORM_REQUESTS: Final = 24
 STORM_CONCURRENCY: Final = 32
 MIN_PREEMPTIONS: Final = 24
 MIN_QUICK_PREEMPTIONS: Final = 8

@@ -115,8 +115,11 @@ class Tap:
             "prefill": self._on_request, "decode": self._on_request, "gateway": self._on_tokens,
             "inbox": self._on_answer, "beat": self._on_beat,
         }  # fmt: skip
+        handler = handlers.get(message.subject.split(".")[2])
+        if handler is None:
+            return  # nothing that a request or a worker's life is told by
         try:
-            handlers[message.subject.split(".")[2]](message)
+            handler(message)
         except WireError:
             return  # a pong's, an echo's, or a test's own garbage
         self.changed()

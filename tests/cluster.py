@@ -24,6 +24,7 @@ from kvferry.schedule.step import StepResult
 from kvferry.transport.base import TransportSettings
 from kvferry.transport.memory import MemoryNetwork, MemoryTransport
 from kvferry.transport.slots import SlotPool
+from kvferry.wire.logprobs import TokenLogprobs, unpack_logprobs
 from kvferry.wire.messages import (
     Accepted,
     Cancel,
@@ -174,6 +175,7 @@ class ScriptedGateway:
         self.incarnation = cluster.runtime.random_u64()
         self.subject = process_subject("dev", "gateway", name, self.incarnation)
         self.tokens: dict[int, dict[int, int]] = {}  # stream_id -> index -> token
+        self.logprobs: dict[int, dict[int, TokenLogprobs]] = {}  # the same
         self.ends: dict[int, End] = {}
         self.cached: dict[int, int] = {}
         self.beating = True
@@ -303,6 +305,11 @@ class ScriptedGateway:
         for stream_id, index, token in zip(*columns, strict=True):
             held = self.tokens.setdefault(stream_id, {}).setdefault(index, token)
             assert held == token, "two tokens for one index"
+        if batch.logprobs is not None:
+            ids, indices = unpack_tokens(batch.stream_ids).tolist(), unpack_tokens(batch.indices).tolist()
+            for row, found in unpack_logprobs(batch.logprobs, len(ids)):
+                known = self.logprobs.setdefault(ids[row], {}).setdefault(indices[row], found)
+                assert known == found, "two log-probabilities for one index"
         for end in batch.ends:
             self.ends.setdefault(end.stream_id, end)
         self.cached.update(dict(batch.cached))

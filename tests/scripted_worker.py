@@ -294,13 +294,19 @@ class Cluster:
         role: str,
         name: str,
         script: Callable[[ScriptedWorker], Callable[[Work], None]] | None = None,
+        *,
+        running: int = 0,
         **record: Any,
     ) -> ScriptedWorker:
-        """Start one and wait until the gateway has seen it. `script` makes what it does upon acceptance."""
+        """Start one and wait until the gateway has seen it. `script` makes what it does upon acceptance.
+
+        `running`: sequences in its batch, by its heartbeats. Equals are chosen by chance, the busier one last.
+        """
         bus = MemoryBus(self.broker, BusSettings("memory", name, f"inbox.{name}"), SystemRuntime())
         await bus.start()
         incarnation = 1000 + len(self.workers)
         worker = ScriptedWorker(bus, role, name, incarnation, **record)
+        worker.load = Load(free_blocks=64, num_running=running)
         if script is not None:
             worker.accepted = script(worker)
         self.workers[f"{name}/{incarnation}"] = worker

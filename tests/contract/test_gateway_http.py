@@ -16,7 +16,8 @@ from scripted_worker import EOS, MODEL, Cluster, Events, chat, completion, text_
 
 from kvferry.text.stop import MAX_STOP_STRINGS
 from kvferry.wire.messages import Cancel, DecodeRequest, PrefillRequest, Rejected, Work, unpack_tokens
-from kvferry_gateway.openai import NEUTRAL, ChatRequest, CompletionRequest
+from kvferry_gateway.body import NEUTRAL
+from kvferry_gateway.openai import ChatRequest, CompletionRequest
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -69,7 +70,7 @@ async def test_the_openai_client_gets_the_same_text_streamed_and_not(serving: Cl
         assert "".join([piece.choices[0].text async for piece in pieces]) == ANSWER
         assert [model.id async for model in client.models.list()] == [MODEL]
         with pytest.raises(BadRequestError) as refused:
-            await client.chat.completions.create(**asked, n=2)
+            await client.chat.completions.create(**asked, n=129)
         assert refused.value.param == "n"
 
 
@@ -283,8 +284,28 @@ BAD_COMMON = [
     ({"stop": ["x"] * 10_000}, "stop"),
     ({"stop": "x" * 1000}, "stop"),
     ({"stop": 3}, "stop"),
-    ({"n": 2}, "n"),
+    ({"n": 0}, "n"),
+    ({"n": 129}, "n"),
     ({"n": True}, "n"),
+    ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "logit_bias"),
+    ({"logit_bias": {"257": 1}}, "logit_bias"),
+    ({"logit_bias": [[5, 1]]}, "logit_bias"),
+    ({"min_tokens": -1}, "min_tokens"),
+    ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
+    ({"stop_token_ids": 5}, "stop_token_ids"),
+    ({"stop_token_ids": [-5]}, "stop_token_ids[0]"),
+    ({"stop_token_ids": [257]}, "stop_token_ids"),
+    ({"bad_words": ["ab"]}, "bad_words"),
+    ({"bad_words": [""]}, "bad_words[0]"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": 300}, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+    ({"skip_special_tokens": 1}, "skip_special_tokens"),
+    ({"include_stop_str_in_output": "no"}, "include_stop_str_in_output"),
+    ({"return_token_ids": 1}, "return_token_ids"),
+    ({"prompt_logprobs": 1}, "prompt_logprobs"),
     ({"unknown_field": 1}, "unknown_field"),
     ({"model": 3}, "model"),
     ({"user": 3}, "user"),
@@ -307,22 +328,35 @@ BAD_CHAT = [
     ({"prompt": "hi"}, "prompt"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": 1}, "logprobs"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"continue_final_message": True}, "continue_final_message"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+    ({"store": True}, "store"),
+    ({"previous_response_id": "resp_1"}, "previous_response_id"),
+    ({"best_of": 1}, "best_of"),
 ]
 BAD_TEXT = [
     *BAD_COMMON,
     ({"prompt": ""}, "prompt"),
     ({"prompt": []}, "prompt"),
-    ({"prompt": ["a", "b"]}, "prompt[0]"),
-    ({"prompt": [[1], [2]]}, "prompt[0]"),
+    ({"prompt": ["a", 2]}, "prompt[1]"),
+    ({"prompt": ["a", ""]}, "prompt"),
+    ({"prompt": [[1], []]}, "prompt[1]"),
+    ({"prompt": ["a"] * 65, "n": 2}, "n"),
     ({"prompt": [-1]}, "prompt[0]"),
     ({"prompt": [257]}, "prompt"),
     ({"prompt": 3}, "prompt"),
     ({"messages": []}, "messages"),
-    ({"echo": True}, "echo"),
+    ({"echo": 1}, "echo"),
+    ({"echo": True, "logprobs": 1}, "logprobs"),
     ({"suffix": "x"}, "suffix"),
     ({"best_of": 2}, "best_of"),
-    ({"logprobs": 0}, "logprobs"),
+    ({"best_of": 2, "n": 1}, "best_of"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logprobs": True}, "logprobs"),
+    ({"top_logprobs": 1}, "top_logprobs"),
 ]
 
 
@@ -513,7 +547,7 @@ async def test_when_all_workers_are_full_it_is_429_with_retry_after(cluster: Clu
 async def test_a_full_worker_is_passed_over_for_one_that_accepts(cluster: Cluster) -> None:
     full = await cluster.worker("decode", "a-full")
     full.answer = lambda work: Rejected(work.ticket, work.attempt, "queue_full")
-    free = await cluster.speaker("yes")
+    free = await cluster.speaker("yes", running=20)
     for _ in range(2):
         response = await post(cluster, "/v1/completions", completion())
         assert response.json()["choices"][0]["text"] == "yes"

@@ -111,6 +111,20 @@ def test_every_runner_honours_penalties(runner: ModelRunner, sampling: Sampling,
     assert generate(runner, blocks, penalised, 16, size=11) == text
 
 
+def test_every_runner_honours_biases_and_bans(runner: ModelRunner) -> None:
+    blocks, plain = table(0, 1, 2, 3, 4, 5), generate(runner, table(0, 1, 2, 3, 4, 5), GREEDY, 1)[0]
+    other = 7 if plain != 7 else 8
+    for sampling, wanted in (
+        (msgspec.structs.replace(GREEDY, logit_bias=((other, 100.0),)), True),
+        (msgspec.structs.replace(GREEDY, banned=(plain,)), False),
+        (msgspec.structs.replace(GREEDY, min_tokens=1, stop_token_ids=(plain,)), False),
+        (msgspec.structs.replace(GREEDY, min_tokens=0, stop_token_ids=(plain,)), None),
+    ):
+        draw = Draw.of(sampling, 0, 0, PROMPT, len(PROMPT))
+        token = runner.execute(StepPlan((SequenceStep(0, PROMPT, 0, blocks, draw),))).tokens[0]
+        assert token == plain if wanted is None else (token == other if wanted else token != plain)
+
+
 def test_log_probabilities_come_back_where_they_were_asked_for(runner: ModelRunner) -> None:
     plan = StepPlan(
         (
@@ -120,9 +134,6 @@ def test_log_probabilities_come_back_where_they_were_asked_for(runner: ModelRunn
         )
     )
     result = runner.execute(plan)
-    if isinstance(runner, MemoryRunner):
-        assert result.logprobs == (), "the twin has no logits"
-        return
     assert result.logprobs[1:] == (None, None)
     found = result.logprobs[0]
     assert found is not None

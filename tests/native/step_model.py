@@ -122,41 +122,70 @@ def random_weights(config: Config, seed: int) -> dict[tuple[Weight, int], Words]
     return weights
 
 
+MATRICES = (Weight.QKV, Weight.OUTPUT, Weight.GATE, Weight.UP, Weight.DOWN, Weight.HEAD)
+GROUP = 64  # int8: this many k share a scale
+
+
+def quantised(matrix: Floats, *, is_weight: bool) -> Floats:
+    """Rows [n, k] as int8 codes of groups stand for them: a weight's scale is the next bf16 above, a row's is exact."""
+    n, k = matrix.shape
+    groups = np.pad(matrix, ((0, 0), (0, -k % GROUP))).reshape(n, -1, GROUP)
+    scale = np.abs(groups).max(-1, keepdims=True) / 127
+    if is_weight:
+        up = (scale.astype(np.float32).view(np.uint32) + 0xFFFF) >> 16
+        scale = from_bf16(up.astype(np.uint16))
+    codes = np.rint(np.divide(groups, scale, out=np.zeros_like(groups), where=scale > 0))
+    return (codes * scale).reshape(n, -1)[:, :k]
+
+
 class Reference:
-    """The whole model in fp64, without a cache: logits [len(tokens), vocab] of one sequence."""
+    """The whole model in fp64, without a cache: logits [len(tokens), vocab] of one sequence.
+
+    int8: weights and the rows that meet them are quantised as the library does it, and products are exact again.
+    """
 
     def __init__(self, config: Config, weights: dict[tuple[Weight, int], Words]) -> None:
         self._config = config
         self._weights = {key: from_bf16(words) for key, words in weights.items()}
+        if config.quantization:
+            matrices = (*MATRICES, *((Weight.EMBEDDING,) if config.tied else ()))
+            for key, matrix in self._weights.items():
+                if key[0] in matrices:
+                    self._weights[key] = quantised(matrix, is_weight=True)
         self._cos, self._sin = (table.astype(np.float64) for table in rope_tables(config))
 
-    def logits(self, tokens: Tokens) -> Floats:
+    def logits(self, tokens: Tokens, last: int | None = None) -> Floats:
+        """Of all rows, or of the `last` ones: then attention's matrix stays small at any length."""
         config, weights = self._config, self._weights
-        hidden = weights[Weight.EMBEDDING, 0][tokens]
+        hidden = rounded(weights[Weight.EMBEDDING, 0][tokens])
         for layer in range(config.num_layers):
             normed = self._norm(hidden, Weight.INPUT_NORM, layer)
             heads = self._linear(normed, Weight.QKV, Weight.QKV_BIAS, layer)
-            mixed = self._attend(heads.reshape(len(tokens), -1, config.head_dim), layer)
-            hidden = rounded(hidden + self._linear(mixed, Weight.OUTPUT, Weight.OUTPUT_BIAS, layer))
+            wanted = last if last is not None and layer + 1 == config.num_layers else len(tokens)
+            mixed = self._attend(heads.reshape(len(tokens), -1, config.head_dim), layer, wanted)
+            hidden = rounded(hidden[-wanted:] + self._linear(mixed, Weight.OUTPUT, Weight.OUTPUT_BIAS, layer))
             normed = self._norm(hidden, Weight.POST_NORM, layer)
             gate = self._linear(normed, Weight.GATE, Weight.GATE_BIAS, layer)
             up = self._linear(normed, Weight.UP, Weight.UP_BIAS, layer)
             activated = rounded(rounded(gate / (1 + np.exp(-gate))) * up)
             hidden = rounded(hidden + self._linear(activated, Weight.DOWN, Weight.DOWN_BIAS, layer))
         head = weights[Weight.EMBEDDING if config.tied else Weight.HEAD, 0]
-        return rounded(self._norm(hidden, Weight.NORM, 0) @ head.T)
+        return rounded(self._product(self._norm(hidden, Weight.NORM, 0), head))
 
     def _norm(self, x: Floats, weight: Weight, layer: int) -> Floats:
         scale = 1 / np.sqrt(np.square(x).mean(-1, keepdims=True) + self._config.rms_norm_eps)
         return rounded(rounded(x * scale) * self._weights[weight, layer][:, 0])
 
     def _linear(self, x: Floats, weight: Weight, bias: Weight, layer: int) -> Floats:
-        y = x @ self._weights[weight, layer].T
+        y = self._product(x, self._weights[weight, layer])
         if (bias, layer) in self._weights:
             y = y + self._weights[bias, layer][:, 0]
         return rounded(y)
 
-    def _attend(self, heads: Floats, layer: int) -> Floats:
+    def _product(self, x: Floats, matrix: Floats) -> Floats:
+        return (quantised(x, is_weight=False) if self._config.quantization else x) @ matrix.T
+
+    def _attend(self, heads: Floats, layer: int, wanted: int) -> Floats:
         config = self._config
         num_rows, num_queries = len(heads), config.num_heads
         rotated, values = np.split(heads, [num_queries + config.num_kv_heads], axis=1)
@@ -165,16 +194,17 @@ class Reference:
             queries = self._norm(queries, Weight.Q_NORM, layer)
             keys = self._norm(keys, Weight.K_NORM, layer)
         queries, keys = self._rotate(queries), self._rotate(keys)
+        queries = queries[-wanted:]
         group = num_queries // config.num_kv_heads
         scores = np.einsum("qhd,khd->hqk", queries, np.repeat(keys, group, 1)) * config.head_dim**-0.5
-        distance = np.arange(num_rows)[:, None] - np.arange(num_rows)
+        distance = np.arange(num_rows)[-wanted:, None] - np.arange(num_rows)
         hidden = distance < 0
         if window := config.window(layer):
             hidden |= distance >= window
         scores[:, hidden] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
-        return rounded(np.einsum("hqk,khd->qhd", weights, np.repeat(values, group, 1))).reshape(num_rows, -1)
+        return rounded(np.einsum("hqk,khd->qhd", weights, np.repeat(values, group, 1))).reshape(wanted, -1)
 
     def _rotate(self, heads: Floats) -> Floats:
         low, high = np.split(heads, 2, axis=-1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import subprocess
 import time
 from pathlib import Path
 
@@ -12,35 +11,22 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from native.compiling import COMPILER, HERE, ISAS, SANITIZED, Compiled, engine, run
 from unit.engine.test_sampler import CHI_SQUARE_DRAWS, chi_square
 
 from kvferry.engine.native import sampler as packing
-from kvferry.engine.native.build import FLAGS, SOURCES, compile_library, find_compilers
-from kvferry.engine.native.cpu import cpu_flags, usable_isas
 from kvferry.engine.native.sampler import NativeSampler
 from kvferry.engine.sampler import sample
 from kvferry.schedule.step import MAX_LOGPROBS, Draw
 from kvferry.wire.messages import Sampling
 
-COMPILER = next(iter(find_compilers()), None)
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
-NAMES = ("draw_weights", "descent", "penalties", "logprobs", "sample")
-FILES = [SOURCES / f"{name}.cpp" for name in NAMES]
-HEADERS = [SOURCES / f"{name}.h" for name in (*NAMES, "lanes", "philox", "kvferry")]
+SAMPLER = engine("draw_weights", "descent", "penalties", "logprobs", "sample")
 
 
-@pytest.fixture(scope="session", params=usable_isas(cpu_flags()))
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The sampler's sources alone, with the flags of the real library."""
-    assert COMPILER is not None
-    folder = tmp_path_factory.mktemp("library")
-    sources = folder / "src"
-    sources.mkdir()
-    for path in (*FILES, *HEADERS):
-        (sources / path.name).symlink_to(path)
-    target = folder / "libsample.so"
-    compile_library(request.param, COMPILER, target, sources)
-    return ctypes.CDLL(str(target))
+@pytest.fixture(scope="session", params=ISAS)
+def library(request: pytest.FixtureRequest, compiled: Compiled) -> ctypes.CDLL:
+    return ctypes.CDLL(str(compiled.product(request.param)))
 
 
 BROKEN = [float("nan"), float("inf"), float("-inf"), 3e38, -3e38]
@@ -129,25 +115,22 @@ def test_a_draw_depends_on_its_own_row_alone(library: ctypes.CDLL) -> None:
 
 
 MUTANTS = {
-    "min_p loses its border": ("draw_weights.cpp", "weight[lane] >= floor", "weight[lane] > floor"),
-    "top_k keeps one more": ("sample.cpp", "by_rank(draw.top_k - 1)", "by_rank(draw.top_k)"),
-    "top_p keeps one more": ("sample.cpp", "static_cast<uint64_t>(wanted) - 1", "static_cast<uint64_t>(wanted)"),
-    "ties go to the higher id": ("descent.cpp", "tokens[place]", "tokens[candidates.count - 1 - place]"),
+    "min_p loses its border": ("draw_weights", "weight[lane] >= floor", "weight[lane] > floor"),
+    "top_k keeps one more": ("sample", "by_rank(draw.top_k - 1)", "by_rank(draw.top_k)"),
+    "top_p keeps one more": ("sample", "static_cast<uint64_t>(wanted) - 1", "static_cast<uint64_t>(wanted)"),
+    "ties go to the higher id": ("descent", "tokens[place]", "tokens[candidates.count - 1 - place]"),
 }
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_planted_fault_of_one_line_shows_in_the_comparison(tmp_path: Path, mutant: str) -> None:
-    assert COMPILER is not None
+def test_a_planted_fault_of_one_line_shows_in_the_comparison(compiled: Compiled, tmp_path: Path, mutant: str) -> None:
     name, right, wrong = MUTANTS[mutant]
-    for path in (*FILES, *HEADERS):
-        text = path.read_text()
-        assert path.name != name or text.count(right) == 1, "the fault can't be planted"
-        (tmp_path / path.name).write_text(text.replace(right, wrong) if path.name == name else text)
-    target = tmp_path / "libmutant.so"
-    sources = [str(tmp_path / path.name) for path in FILES]
-    command = [COMPILER.path, *FLAGS, "-O1", "-shared", *sources, "-o", str(target)]
-    subprocess.run(command, check=True)
+    (source,) = engine(name)
+    text = source.read_text()
+    assert text.count(right) == 1, "the fault can't be planted"
+    changed = tmp_path / source.name
+    changed.write_text(text.replace(right, wrong))
+    target = compiled.library(["-O1"], [changed if path == source else path for path in SAMPLER])
     library, rng = ctypes.CDLL(str(target)), np.random.default_rng(4)
     different = 0
     for seed in range(400):
@@ -220,20 +203,13 @@ def test_a_batch_of_seeded_draws_is_many_times_faster_than_numpys(library: ctype
 
 
 @pytest.mark.parametrize("planted", [False, True], ids=["as it is", "with an overrun"])
-def test_random_batches_stay_within_their_buffers(tmp_path: Path, planted: bool) -> None:
+def test_random_batches_stay_within_their_buffers(compiled: Compiled, planted: bool) -> None:
     """Under the address and undefined-behaviour sanitizers, which find a planted overrun."""
-    assert COMPILER is not None
-    program = tmp_path / "sample_sanitized"
-    flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-fno-math-errno"]
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    main = Path(__file__).with_name("sample_sanitized.cpp")
-    command = [COMPILER.path, *flags, *sanitizers, f"-I{SOURCES}", str(main), *map(str, FILES), "-o", str(program)]
-    subprocess.run(command, check=True)
-    result = subprocess.run([program, *(["overrun"] if planted else [])], capture_output=True, check=False)
+    program = compiled.program(SANITIZED, (*SAMPLER, HERE / "sample_sanitized.cpp"))
     if planted:
-        assert b"heap-buffer-overflow" in result.stderr
+        assert "heap-buffer-overflow" in run([program, "overrun"], fails=True)
     else:
-        assert result.returncode == 0, result.stdout + result.stderr
+        run([program])
 
 
 def test_the_packed_fields_have_the_layout_of_the_header() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workload import EOS, ClientRequest
 
@@ -19,6 +19,7 @@ from kvferry_gateway.flight import Flight, Unit
 from kvferry_gateway.metrics import GatewayMetrics
 from kvferry_gateway.settings import GatewaySettings
 from kvferry_gateway.streams import TokenStream
+from kvferry_gateway.targets import Targets
 
 if TYPE_CHECKING:
     from world import World
@@ -66,18 +67,20 @@ class Call:
 class GatewayCore:
     """Serves calls as the HTTP route does: take off, attach, land, close."""
 
-    def __init__(self, world: World, name: str, texts: TokenTexts, **settings: object) -> None:
+    def __init__(self, world: World, name: str, texts: TokenTexts, **settings: Any) -> None:
         self.name = name
         self.calls: dict[int, Call] = {}
         self.bus = world.bus(name, "gateway")
         self._world = world
         self._texts = texts
+        self._targets = settings.pop("targets", Targets())
         self._settings = GatewaySettings(name=name, **settings)
         self._tasks = TaskSet(lambda task, error: world.failures.append(f"{name}/{task}: {error!r}"))
 
     async def start(self) -> None:
         await self.bus.start()
-        self.fleet = Fleet(self._settings, self._world.runtime, self.bus, GatewayMetrics(), pid=1)
+        runtime, metrics = self._world.runtime, GatewayMetrics()
+        self.fleet = Fleet(self._settings, runtime, self.bus, metrics, pid=1, targets=self._targets)
         await self.fleet.start()
 
     async def stop(self) -> None:

@@ -1,20 +1,28 @@
 """Everything at once, from one seed.
 
-`python storm.py SEED` prints the digest of all that happened. With `unordered` the one to be killed comes out of a
-set of names: a fault that the comparison of digests has to find.
+`python storm.py SEED` prints the digest of all that happened, and that of the code. With `unordered` the one to be
+killed comes out of a set of names: a fault that the comparison of digests has to find.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import sys
+from pathlib import Path
 
 from disturbances import chance_of
 from planes import NOISE
 from workload import requests
 from world import Scenario, World, check_exact, simulate
 
+import kvferry
+import kvferry_decode
+import kvferry_gateway
+import kvferry_prefill
+
 NUM_REQUESTS = 50
+CODE = (kvferry, kvferry_decode, kvferry_gateway, kvferry_prefill)
 
 
 def storm(seed: int, *, unordered: bool = False) -> Scenario:
@@ -47,6 +55,17 @@ def storm(seed: int, *, unordered: bool = False) -> Scenario:
     return scenario
 
 
+def code_digest() -> str:
+    """Of the sources as they are on disk. A history belongs to a seed and to the code that made it."""
+    digest = hashlib.sha256()
+    for folder in (*(Path(next(iter(package.__path__))) for package in CODE), Path(__file__).parent):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 if __name__ == "__main__":
     seed = int(sys.argv[1])
-    print(simulate(seed, storm(seed, unordered="unordered" in sys.argv)).digest)
+    before = code_digest()
+    history = simulate(seed, storm(seed, unordered="unordered" in sys.argv)).digest
+    print(history, before)

@@ -10,21 +10,25 @@ from pathlib import Path
 
 import pytest
 from processes import ProcessLoop, acting_as, run_as
-from storm import storm
+from storm import code_digest, storm
 from world import simulate
 
 from kvferry.runtime import now
 
 STORM = Path(__file__).with_name("storm.py")
 HASH_SEEDS = ("1", "2", "3")
+CODE = code_digest()  # when this process imported it
 
 
 def digest(seed: int, hash_seed: str, *arguments: str) -> str:
-    """What a process of its own prints for this seed."""
+    """The history that a process of its own makes from this seed."""
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(STORM.parent.parent)}
     command = [sys.executable, str(STORM), str(seed), *arguments]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
-    return run.stdout.strip()
+    history, code = run.stdout.split()
+    # Somebody who edits while the tests run would see a seed with two histories, and look for the cause in vain.
+    assert code == CODE, "the code has changed since this run of the tests began: its histories cannot be compared"
+    return history
 
 
 @pytest.mark.parametrize("seed", range(5))

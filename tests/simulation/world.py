@@ -109,7 +109,9 @@ class World(Cluster):
         await core.die()
 
     async def stop(self) -> None:
+        await settled(lambda: all(informed(core, w) for core in self.cores for w in self.workers), END_CONFIRMED_S)
         for core in self.cores:
+            core.fleet.placer.snapshot.index.check_integrity()
             await core.stop()
         await super().stop()
 
@@ -143,6 +145,12 @@ class World(Cluster):
 
 def remembers(worker: Worker[Any]) -> bool:
     return bool(worker.scheduler.sequences) or len(worker.outbox) > 0
+
+
+def informed(core: GatewayCore, worker: Worker[Any]) -> bool:
+    """Whether a gateway knows just what a worker's prefix cache has."""
+    known = core.fleet.placer.snapshot.index.num_blocks(worker.incarnation)
+    return known == len(worker.scheduler.memory.pool.findable())
 
 
 def process_loop() -> ProcessLoop:

@@ -10,10 +10,11 @@ from typing import Final
 
 import numpy as np
 
-from kvferry.errors import CorruptFrame, WireError
+from kvferry.errors import CorruptFrame, MalformedMessage, WireError
 from kvferry.schedule.step import BlockTable, KVFormat, ModelRunner
 from kvferry.wire.flow import Manifest, ManifestCodec
 from kvferry.wire.frame import HEADER_BYTES, KIND_KV, KIND_MANIFEST, FrameHeader, check
+from kvferry.wire.logprobs import TokenLogprobs, unpack_logprobs
 
 WINDOW: Final = 4  # receives posted at once by one pull
 MAX_AGAIN: Final = 3  # bad frames of one pull before it counts as failed
@@ -133,6 +134,22 @@ class Incoming:
     def whole(self) -> bool:
         """All has come, the manifest included."""
         return self.missing_bytes == 0 and self.manifest is not None
+
+    def first(self, choice: int, *, with_logprobs: bool) -> tuple[int, TokenLogprobs | None] | None:
+        """Token 0 of a choice, with its log-probabilities if they are wanted; None if the manifest lacks them."""
+        manifest = self.manifest
+        assert manifest is not None
+        row = next((row for row, (owner, _) in enumerate(manifest.first_tokens) if owner == choice), None)
+        if row is None:
+            return None
+        token = manifest.first_tokens[row][1]
+        if not with_logprobs:
+            return token, None
+        try:
+            found = dict(unpack_logprobs(manifest.logprobs, len(manifest.first_tokens))) if manifest.logprobs else {}
+        except MalformedMessage:
+            return None
+        return (token, found[row]) if row in found else None
 
     def fault(self, kv_format_id: str, hash_from: bytes, hash_end: bytes) -> str | None:
         """What is wrong with a whole pull, or None: then the sequence may run."""

@@ -5,8 +5,9 @@
                 └── connection lost, or the pull was over ──> free
 
 The stages of different frames overlap: a frame that has come is given to the copy lane at once, and what the
-lane has finished by the time that the loop hears of it is answered by one message of credits. The sequence is
-pinned while a frame of it is in the lane, and only then.
+lane has finished by the time that the loop hears of it is answered by one message of credits, as far as the pace
+allows (`pace.py`); the rest follows with the next step. The sequence is pinned while a frame of it is in the lane,
+and only then.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from kvferry.wire.flow import Credit, Fetch, FlowCodec
 from kvferry.wire.frame import HEADER_BYTES, KIND_KV, frame_tag
 from kvferry.worker.metrics import WorkerMetrics
 from kvferry_decode.incoming import Incoming, Landed, Tiling, land
+from kvferry_decode.pace import Pace
 
 log = get_logger(__name__)
 
@@ -41,6 +43,7 @@ class Dock:
     copy_lane: Lane
     metrics: WorkerMetrics
     codec: FlowCodec
+    pace: Pace
     pin: Callable[[Sequence], None]
     unpin: Callable[[Sequence], None]
 
@@ -77,12 +80,15 @@ class Landing:
         self.heard = now()  # last frame
         self._posted: dict[int, Slot] = {}  # frame -> slot that the transport holds
         self._emptied: list[Slot] = []  # of good frames, to be posted again
+        self._asking = False  # for more, soon
+        self.held_back = False  # at some time, by the pace
 
     async def start(self) -> None:
         """Post the first receives and ask for their frames, as soon as there is a slot."""
         slots = [await self._dock.slots.acquire(self._label)]
         self.heard = now()
-        self._top_up(slots)
+        # The first may always come: a pull that asks for nothing would hear nothing either.
+        self._top_up(slots, 1 + self._allowed(max(0, self._num_wanted - 1)))
         if self._connection.closed or self.incoming.over:
             self._release(slots)
             return
@@ -158,19 +164,26 @@ class Landing:
         self.heard = now()
         self.incoming.good(landed)
         if landed.header.kind == KIND_KV and not self.incoming.over:
-            if not self._emptied:
-                asyncio.get_running_loop().call_soon(self._ask_for_more)
             self._emptied.append(slot)
+            if not self._asking:
+                self._asking = True
+                asyncio.get_running_loop().call_soon(self._ask_after_landing)
         else:
             self._dock.slots.release(slot)
         if self.incoming.whole and not self.incoming.over:
             self._whole()
 
-    def _ask_for_more(self) -> None:
-        """Post the slots of all frames that have landed by now, and more where the pull began with fewer than its
-        window; towards the end, fewer."""
+    def _ask_after_landing(self) -> None:
+        self._asking = False
+        self.ask_for_more()
+
+    def ask_for_more(self) -> None:
+        """Post the slots of all frames that have landed by now, and more where fewer than the window are posted;
+        towards the end, or where the pace forbids, fewer."""
+        if self.incoming.num_posted == 0:
+            return  # the Fetch goes first
         slots, self._emptied = self._emptied, []
-        self._top_up(slots)
+        self._top_up(slots, self._allowed(self._num_wanted))
         if not slots:
             return
         self._post(slots)
@@ -201,9 +214,17 @@ class Landing:
 
     # -- slots -----------------------------------------------------------------------------------------------
 
-    def _top_up(self, slots: list[Slot]) -> None:
-        """Make `slots` as many as should be posted now."""
-        wanted = self.incoming.num_wanted(len(self._posted), self._dock.frame_bytes)
+    @property
+    def _num_wanted(self) -> int:
+        return self.incoming.num_wanted(len(self._posted), self._dock.frame_bytes)
+
+    def _allowed(self, wanted: int) -> int:
+        allowed = self._dock.pace.take(wanted)
+        self.held_back |= allowed < wanted
+        return allowed
+
+    def _top_up(self, slots: list[Slot], wanted: int) -> None:
+        """Make `slots` so many, as far as there are any."""
         while len(slots) < wanted and (slot := self._dock.slots.try_acquire(self._label)) is not None:
             slots.append(slot)
         while len(slots) > wanted:

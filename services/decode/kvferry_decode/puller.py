@@ -11,6 +11,7 @@ back when their receives complete, whatever has become of the pull.
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
@@ -25,10 +26,12 @@ from kvferry.transport.base import Connection
 from kvferry.transport.pool import ConnectionPool
 from kvferry.transport.slots import SlotPool
 from kvferry.wire.flow import Abort, Aborted, Ack, Flow, FlowCodec, Open, Progress, Unknown
-from kvferry.wire.messages import EndReason, WorkerAddress
+from kvferry.wire.logprobs import TokenLogprobs
+from kvferry.wire.messages import MAX_RECENT_PULLS, EndReason, PullTime, WorkerAddress
 from kvferry.worker.digests import Digests
 from kvferry.worker.metrics import WorkerMetrics
 from kvferry_decode.landing import Dock, Landing
+from kvferry_decode.pace import Pace
 from kvferry_decode.timing import TransferRate, is_due
 
 log = get_logger(__name__)
@@ -78,6 +81,7 @@ class _Link:
 class PullPolicy:
     pull_stall_s: float
     reserve_lead_s: float
+    share: float  # of a decode step that landing may take
 
 
 class Puller:
@@ -97,7 +101,7 @@ class Puller:
         pin: Callable[[Sequence], None],
         unpin: Callable[[Sequence], None],
         due: Callable[[Key], None],
-        fetched: Callable[[Sequence, int, int], None],
+        fetched: Callable[[Sequence, int, TokenLogprobs | None, int], None],
         failed: Callable[[Key, EndReason | None, str], None],
     ) -> None:
         self._connections = connections
@@ -113,14 +117,22 @@ class Puller:
         self._fetched = fetched
         self._failed = failed
         self._codec = FlowCodec()
-        self._dock = Dock(runner, slots, copy_lane, metrics, self._codec, pin, unpin)
+        self.rate = TransferRate()
+        self._pace = Pace(policy.share, slots.slot_bytes, self.rate)
+        self._dock = Dock(runner, slots, copy_lane, metrics, self._codec, self._pace, pin, unpin)
         self._links: dict[Connection, _Link] = {}
         self._pulls: dict[Key, _Pull] = {}
         self._next_pull_id = 0
-        self.rate = TransferRate()
+        self._times: deque[PullTime] = deque(maxlen=MAX_RECENT_PULLS)
 
     def __len__(self) -> int:
         return len(self._pulls)
+
+    def take_times(self) -> tuple[PullTime, ...]:
+        """Pulls since the last call whose time tells the rate of their link; the latest if there were very many."""
+        times = tuple(self._times)
+        self._times.clear()
+        return times
 
     # -- opening ---------------------------------------------------------------------------------------------
 
@@ -204,7 +216,7 @@ class Puller:
 
     def _is_due(self, pull: _Pull, progress: Progress) -> bool:
         num_bytes = self._runner.kv_format.token_bytes * pull.sequence.num_context
-        return is_due(progress, self.rate.seconds(num_bytes), self._policy.reserve_lead_s)
+        return is_due(progress, self._pace.seconds(num_bytes), self._policy.reserve_lead_s)
 
     def _on_closed(self, link: _Link) -> None:
         self._links.pop(link.connection, None)
@@ -232,6 +244,13 @@ class Puller:
         )
         self._tasks.spawn(pull.landing.start(), "fetch")
 
+    def begin_step(self, step_s: float | None) -> None:
+        """A step of about `step_s` begins that streams wait for; None: no stream does."""
+        self._pace.begin_step(step_s)
+        for pull in self._pulls.values():  # the oldest first
+            if pull.landing is not None:
+                pull.landing.ask_for_more()
+
     def _judge(self, pull: _Pull) -> None:
         """All has come: let the sequence run only if the manifest fits what D knows."""
         link, landing, sequence = pull.link, pull.landing, pull.sequence
@@ -245,27 +264,32 @@ class Puller:
             sequence.chain_hash(incoming.from_token),
             sequence.chain_hash(sequence.num_context),
         )
-        token = dict(manifest.first_tokens).get(sequence.work.choice)
-        if fault is None and token is None:
+        work = sequence.work
+        first = incoming.first(work.choice, with_logprobs=work.sampling.num_logprobs is not None)
+        if fault is None and first is None:
             fault = "first_token"
         if fault is not None:
             self._metrics.transfer_failures.labels(fault).inc()
             self._spoiled(pull, fault)
             return
-        assert token is not None
+        assert first is not None
         landing.finish()
         self._send(link, Ack(pull.pull_id))
         seconds = now() - pull.began
         num_tokens = sequence.num_context - incoming.from_token
-        prefill_s = seconds if pull.computed_at is None else max(0.0, pull.computed_at - pull.began)
-        self.rate.observe(num_tokens * self._runner.kv_format.token_bytes, seconds, prefill_s)
+        # Where the pace held a pull back, its slowness says nothing.
+        computed_at = None if landing.held_back else pull.computed_at
+        prefill_s = seconds if computed_at is None else max(0.0, computed_at - pull.began)
+        num_bytes = num_tokens * self._runner.kv_format.token_bytes
+        if self.rate.observe(num_bytes, seconds, prefill_s):
+            self._times.append((pull.address.incarnation, num_bytes, seconds))
         self._metrics.pulls.labels("received").inc()
         self._metrics.pull_seconds.observe(seconds)
         link.pulls.pop(pull.pull_id, None)
         del self._pulls[pull.key]
         if self._digests.enabled:
             self._keep_digests(sequence, incoming.from_token)
-        self._fetched(sequence, token, manifest.cached_tokens)
+        self._fetched(sequence, *first, manifest.cached_tokens)
 
     def _spoiled(self, pull: _Pull, detail: str) -> None:
         self._retry(pull, "transfer_failed", detail)

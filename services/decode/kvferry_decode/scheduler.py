@@ -17,6 +17,7 @@ from kvferry.schedule.memory import KVMemory
 from kvferry.schedule.queue import AdmissionQueue
 from kvferry.schedule.sequence import Dropped, Emission, Key, ModelLimits, Sequence, pick_alone
 from kvferry.schedule.step import SequenceStep, StepPlan, StepResult
+from kvferry.wire.logprobs import TokenLogprobs
 from kvferry.wire.messages import RejectReason
 
 
@@ -67,10 +68,10 @@ class DecodeScheduler:
         return len(self._running)
 
     @property
-    def waiting_tokens(self) -> int:
-        """Prompt tokens that this worker has to compute itself, queued or under way."""
-        queued = sum(s.num_context for s in self._waiting if s.key not in self._pulls)
-        return queued + sum(s.num_context - s.num_computed for s in self._computing.values())
+    def queued_tokens(self) -> tuple[int, ...]:
+        """Prompt tokens that this worker has to compute itself, queued or under way, by priority class."""
+        own = (sequence for sequence in self._waiting if sequence.key not in self._pulls)
+        return self.memory.uncomputed(own, self._computing.values())
 
     def add(self, sequence: Sequence, pull: bool) -> RejectReason | None:
         """Take a sequence: `pull` fetches its KV once `due`, otherwise it is computed here."""
@@ -110,14 +111,14 @@ class DecodeScheduler:
         self.memory.free(sequence)
         return sequence
 
-    def fetched(self, key: Key, token: int, now: float) -> Emission | None:
+    def fetched(self, key: Key, token: int, now: float, logprobs: TokenLogprobs | None = None) -> Emission | None:
         """The pull is verified: the sequence may run, from its first token. None if it is gone."""
         sequence = self._fetching.pop(key, None)
         if sequence is None:
             return None
         sequence.num_computed = sequence.num_context
         self.memory.publish(sequence, sequence.num_context)
-        return self._started(sequence, token, now)
+        return self._started(sequence, token, now, logprobs)
 
     def plan(self, now: float) -> DecodeDecision:
         """Grow what runs, admit what fits, cut the next step. Its sequences are pinned until `finish`."""
@@ -149,7 +150,7 @@ class DecodeScheduler:
         num_decoded = sum(1 for step in plan.steps if len(step.tokens) == 1)
         if num_decoded < len(plan.steps):
             self.chunk.observe(plan.num_tokens - num_decoded, result.seconds)
-        for step, token in zip(plan.steps, result.tokens, strict=True):
+        for place, (step, token) in enumerate(zip(plan.steps, result.tokens, strict=True)):
             sequence = self._in_step.pop(step.sequence_id)
             sequence.num_computed += len(step.tokens)
             if not sequence.doomed:
@@ -158,7 +159,7 @@ class DecodeScheduler:
             if token is None or self.sequences.get(sequence.key) is not sequence:
                 continue
             self._computing.pop(sequence.key, None)
-            emissions.append(self._started(sequence, token, now))
+            emissions.append(self._started(sequence, token, now, result.logprobs_of(place)))
         return emissions
 
     def abandon_step(self, detail: str) -> list[Dropped]:
@@ -192,7 +193,7 @@ class DecodeScheduler:
         late = [s for s in queued if s.deadline is not None and now >= s.deadline]
         return [Dropped(s, "deadline") for s in late if self.cancel(s.key) is not None]
 
-    def _started(self, sequence: Sequence, token: int, now: float) -> Emission:
+    def _started(self, sequence: Sequence, token: int, now: float, logprobs: TokenLogprobs | None) -> Emission:
         """Append a drawn token to a sequence whose context is computed."""
         index = sequence.next_index
         sequence.append_token(token)
@@ -203,7 +204,7 @@ class DecodeScheduler:
             sequence.state = "running"
             self._running[sequence.key] = sequence
             self.memory.move(sequence, BlockState.RUNNING, now)
-        return Emission(sequence, index, token, reason)
+        return Emission(sequence, index, token, reason, logprobs)
 
     def _grow_running(self, dropped: list[Dropped]) -> list[Sequence]:
         """A block for every running sequence's next row, oldest first; the sequences that may step."""

@@ -25,6 +25,9 @@ class DecodeSettings(WorkerSettings):
     reserve_lead: Annotated[float, Field(ge=0, le=60)] = Field(
         0.7, description="Seconds before the expected end of a prefill at which memory is reserved, plus the transfer."
     )
+    pull_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.25, description="Share of a decode step that arriving KV may take while streams decode; 1: all of it."
+    )
     watermark_blocks: Annotated[int, Field(ge=0)] = Field(
         4, description="Blocks that stay free for running sequences to grow when new ones are admitted."
     )
@@ -42,4 +45,4 @@ class DecodeSettings(WorkerSettings):
 
     @property
     def pull_policy(self) -> PullPolicy:
-        return PullPolicy(pull_stall_s=self.pull_stall, reserve_lead_s=self.reserve_lead)
+        return PullPolicy(pull_stall_s=self.pull_stall, reserve_lead_s=self.reserve_lead, share=self.pull_share)

@@ -28,19 +28,20 @@ class TransferRate:
     def bytes_per_s(self) -> float:
         return self._bytes / self._seconds
 
-    def observe(self, num_bytes: int, seconds: float, prefill_s: float = 0.0) -> None:
+    def observe(self, num_bytes: int, seconds: float, prefill_s: float = 0.0) -> bool:
         """A pull of `seconds` has ended; P went on computing for the first `prefill_s` of them.
 
         One that streams beside its prefill takes as long as the prefill, however fast the transfer is: it tells the
-        rate only where it was faster than thought, or took much longer than the prefill.
+        rate only where it was faster than thought, or took much longer than the prefill. False: it told nothing.
         """
         if num_bytes < MIN_BYTES or seconds <= 0:
-            return
+            return False
         if num_bytes < self.bytes_per_s * seconds and seconds < TRANSFER_BOUND * prefill_s:
-            return
+            return False
         keep = math.exp(-num_bytes / MEMORY_BYTES)
         self._bytes = self._bytes * keep + num_bytes
         self._seconds = self._seconds * keep + seconds
+        return True
 
     def seconds(self, num_bytes: int) -> float:
         return num_bytes / self.bytes_per_s

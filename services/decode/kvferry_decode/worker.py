@@ -16,7 +16,8 @@ from kvferry.runtime import now
 from kvferry.schedule.sequence import Dropped, Emission, Key, Sequence
 from kvferry.transport.base import Connection
 from kvferry.transport.pool import ConnectionPool
-from kvferry.wire.messages import DecodeRequest, EndReason, PrefillRequest, RejectReason, Role
+from kvferry.wire.logprobs import TokenLogprobs
+from kvferry.wire.messages import DecodeRequest, EndReason, PrefillRequest, PullTime, RejectReason, Role
 from kvferry.worker.worker import Parts, Worker, kv_memory, model_limits
 from kvferry_decode.puller import Puller
 from kvferry_decode.scheduler import DecodeDecision, DecodeScheduler
@@ -66,6 +67,8 @@ class DecodeWorker(Worker[DecodeScheduler]):
 
     def decide(self, moment: float) -> DecodeDecision:
         decision = self.scheduler.plan(moment)
+        decoding = decision.plan is not None and self.scheduler.num_running > 0
+        self._puller.begin_step(self.engine_loop.step_s if decoding else None)
         for sequence in decision.fetch:
             self._puller.fetch(sequence)
         return decision
@@ -78,6 +81,9 @@ class DecodeWorker(Worker[DecodeScheduler]):
     def released(self, sequence: Sequence, reason: str) -> None:
         self._puller.drop(sequence.key)
 
+    def take_pulls(self) -> tuple[PullTime, ...]:
+        return self._puller.take_times()
+
     def tick(self, moment: float) -> None:
         self._puller.tick(moment)
 
@@ -85,8 +91,8 @@ class DecodeWorker(Worker[DecodeScheduler]):
         self.scheduler.due(key)
         self.wake()
 
-    def _fetched(self, sequence: Sequence, token: int, cached_tokens: int) -> None:
-        emission = self.scheduler.fetched(sequence.key, token, now())
+    def _fetched(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, cached_tokens: int) -> None:
+        emission = self.scheduler.fetched(sequence.key, token, now(), logprobs)
         if emission is not None:
             self.outbox.cached(sequence.work, max(cached_tokens, sequence.cached_tokens))
             self.emit(emission)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 from collections.abc import Awaitable, Callable
@@ -13,8 +14,9 @@ from kvferry.log import get_logger
 from kvferry.metrics import Metrics
 from kvferry.runtime import now
 from kvferry.wire.messages import MAX_NAME_CHARS
+from kvferry_gateway.asgi import Caller, Scope, respond
 from kvferry_gateway.auth import ApiKeys
-from kvferry_gateway.completions import Caller, Completions, Scope, respond
+from kvferry_gateway.completions import Completions
 from kvferry_gateway.connection import Receive, Send
 from kvferry_gateway.cors import Cors, Header
 from kvferry_gateway.errors import (
@@ -27,13 +29,22 @@ from kvferry_gateway.errors import (
     method_not_allowed,
     model_not_found,
     not_found,
+    not_served,
     only_local,
 )
 from kvferry_gateway.fleet import Fleet
+from kvferry_gateway.tokenize import TokenService
 
 _REQUEST_ID: Final = re.compile(rb"[!-~]{1,%d}" % MAX_NAME_CHARS)
 _LOOPBACK: Final = re.compile(r"127\.|::1$|::ffff:127\.")
 MODELS: Final = "/v1/models"
+VERSION: Final = importlib.metadata.version("kvferry")
+# Parts of OpenAI's and vLLM's APIs that clients know and this server does not have.
+NOT_SERVED: Final = (
+    "/v1/embeddings", "/v1/moderations", "/v1/images", "/v1/audio", "/v1/files", "/v1/batches", "/v1/fine_tuning",
+    "/v1/assistants", "/v1/threads", "/v1/realtime", "/v1/rerank", "/v1/score", "/pooling", "/classify", "/score",
+    "/rerank",
+)  # fmt: skip
 MAX_WAITING_SHOWN: Final = 100  # requests without a worker that /v1/cluster names
 
 log = get_logger(__name__)
@@ -66,10 +77,17 @@ class GatewayApp:
     """`app(scope, receive, send)`. No state of its own but what it is given."""
 
     def __init__(
-        self, fleet: Fleet, completions: Completions, keys: ApiKeys | None, model_name: str, created: int
+        self,
+        fleet: Fleet,
+        completions: Completions,
+        tokens: TokenService,
+        keys: ApiKeys | None,
+        model_name: str,
+        created: int,
     ) -> None:
         self._fleet = fleet
         self._completions = completions
+        self._tokens = tokens
         self._keys = keys
         self._model_name = model_name
         self._created = created
@@ -80,8 +98,13 @@ class GatewayApp:
             "/v1/chat/completions": _Route("POST", self._chat, "key"),
             "/v1/completions": _Route("POST", self._text, "key"),
             MODELS: _Route("GET", self._models, "key"),
+            "/tokenize": _Route("POST", self._tokenize, "key"),
+            "/detokenize": _Route("POST", self._detokenize, "key"),
             "/v1/cluster": _Route("GET", self._cluster, "operator"),
             "/health": _Route("GET", self._health, "open"),
+            "/ping": _Route("GET", self._health, "open"),
+            "/version": _Route("GET", self._version, "open"),
+            "/load": _Route("GET", self._load, "open"),
             "/ready": _Route("GET", self._ready, "open"),
             "/metrics": _Route("GET", self._serve_metrics, "open"),
         }
@@ -122,7 +145,7 @@ class GatewayApp:
         if route is None and path.startswith(MODELS + "/"):
             route = _Route("GET", self._model, "key")
         if route is None:
-            raise not_found(path)
+            raise not_served(path) if path.startswith(NOT_SERVED) else not_found(path)
         allowed = "GET, HEAD, OPTIONS" if route.method == "GET" else "POST, OPTIONS"
         if method == "OPTIONS":
             asked = given.get(b"access-control-request-headers")
@@ -179,6 +202,13 @@ class GatewayApp:
         body = await self._body(exchange)
         await self._completions.text(body, exchange.caller, exchange.scope, exchange.receive, exchange.send)
 
+    async def _tokenize(self, exchange: Exchange) -> None:
+        body = await self._body(exchange)
+        await exchange.json(await self._tokens.tokenize(body, self._completions.max_model_len))
+
+    async def _detokenize(self, exchange: Exchange) -> None:
+        await exchange.json(self._tokens.detokenize(await self._body(exchange)))
+
     def _model_entry(self) -> dict[str, Any]:
         entry = {"id": self._model_name, "object": "model", "created": self._created, "owned_by": "kvferry"}
         max_model_len = self._fleet.registry.max_model_len(self._model_name)
@@ -203,12 +233,20 @@ class GatewayApp:
                 {"request_id": unit.request_id, "waiting_s": round(moment - unit.since, 3), "why": unit.why}
                 for unit in islice(fleet.waiting.values(), MAX_WAITING_SHOWN)
             ],
+            "placement": fleet.placer.report(moment),
         }
         workers = fleet.registry.rows(moment)
         await exchange.json({"cluster": fleet.settings.cluster, "gateway": gateway, "workers": workers})
 
     async def _health(self, exchange: Exchange) -> None:
         await exchange.json({"status": "ok"})
+
+    async def _version(self, exchange: Exchange) -> None:
+        await exchange.json({"version": VERSION})
+
+    async def _load(self, exchange: Exchange) -> None:
+        """As vLLM tells it: what is under way."""
+        await exchange.json({"server_load": self._completions.num_live})
 
     async def _ready(self, exchange: Exchange) -> None:
         if self._completions.draining:

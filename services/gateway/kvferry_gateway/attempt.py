@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 from kvferry.wire.messages import End, EndReason, Held, WorkerRecord
 from kvferry_gateway.answers import FinishReason
+from kvferry_gateway.forecast import Forecast
 from kvferry_gateway.streams import TokenStream
 
 MAX_REMEMBERED: Final = 4096  # attempts that are over, kept to cancel them where they live on
@@ -56,6 +57,7 @@ class Attempt:
     prefill: WorkerRecord | None  # None: `decode` computes the prompt itself
     first_index: int  # of the tokens that this attempt is to generate
     over: asyncio.Future[Verdict]
+    forecast: Forecast
     accepted: bool = False  # by D
     running_seen: bool = False
     end: End | None = None  # a final one, whose tokens are not all here yet
@@ -75,6 +77,10 @@ class Attempt:
     def conclude(self, verdict: Verdict) -> None:
         if not self.over.done():
             self.over.set_result(verdict)
+
+    def break_off(self) -> None:
+        """What a worker says is not what it was asked for."""
+        self.conclude(Lost("error"))
 
     def ended(self, end: End, incarnation: int) -> bool:
         """An End came. True: it may be acknowledged now."""

@@ -141,7 +141,7 @@ class Comparison:
         late = request.deadline_s <= 0 or (
             float(errors.chance(np.asarray(best.ttft_s), request.deadline_s)) < DEADLINE_CHANCE
         )
-        if late or best.queue_s > targets.max_queue_of(request.priority):
+        if not request.admitted and (late or best.queue_s > targets.max_queue_of(request.priority)):
             return Hopeless(best.ttft_s, max(1.0, best.queue_s - targets.ttft_s))
         records = snapshot.roster.records
         decode = records[best.decode]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Final
 
 from kvferry.log import get_logger
 from kvferry.runtime import now, wall_clock
 from kvferry.wire.messages import pack_tokens
-from kvferry_gateway.answers import DONE, Answer, ChatAnswer, FinishReason, TextAnswer, Usage, sse
-from kvferry_gateway.connection import EXTENSION, AsgiConnection, ClientConnection, Receive, Send
+from kvferry_gateway.answers import DONE, Answer, ChatAnswer, Details, TextAnswer, sse
+from kvferry_gateway.asgi import EVENT_STREAM, Caller, Scope, connection_of, respond
+from kvferry_gateway.body import parse
+from kvferry_gateway.choices import Choice, make_stream, together, usage_of
+from kvferry_gateway.connection import ClientConnection, Receive, Send
 from kvferry_gateway.errors import (
     ApiError,
     ClientGone,
@@ -22,13 +24,10 @@ from kvferry_gateway.errors import (
 from kvferry_gateway.fleet import Fleet
 from kvferry_gateway.flight import Flight
 from kvferry_gateway.offer import Unit
-from kvferry_gateway.openai import ChatRequest, CompletionRequest, parse
-from kvferry_gateway.prompt import Prompter
-from kvferry_gateway.streams import TokenStream
-
-Scope = dict[str, Any]
-Header = tuple[bytes, bytes]
-T = TypeVar("T")
+from kvferry_gateway.openai import ChatRequest, CompletionRequest
+from kvferry_gateway.prompt import Prompt, Prompter
+from kvferry_gateway.sampling import prompt_field
+from kvferry_gateway.streams import TextRules
 
 RETRY_AFTER_S: Final = 1.0
 # How long a client may take to read the end of an answer that is complete; the second one while shutting down.
@@ -36,15 +35,6 @@ LINGER_S: Final = 30.0
 SHUTDOWN_LINGER_S: Final = 1.0
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """What the request's head says about who asks."""
-
-    request_id: str  # a label, at most MAX_NAME_CHARS
-    salt: bytes  # root of the prefix cache
-    headers: list[Header]  # that every answer gets
 
 
 class Completions:
@@ -64,6 +54,17 @@ class Completions:
         self._flights: dict[Flight, ClientConnection] = {}
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt + output that can be served now."""
+        told = self._fleet.registry.max_model_len(self._model_name)
+        return min(told or self._max_context, self._max_context)
+
+    @property
+    def num_live(self) -> int:
+        """Choices under way."""
+        return self._live
 
     async def chat(self, body: bytes, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
         await self._serve("chat", ChatRequest, ChatAnswer, body, caller, scope, receive, send)
@@ -101,25 +102,70 @@ class Completions:
         """Raises `ApiError` for whatever ends the request before its answer has begun."""
         outcome = "error"
         began = now()
-        self._admit()
+        num_choices = 1
+        self._admit(num_choices)
         try:
             request = parse(kind, body)
             if request.model != self._model_name:
                 raise model_not_found(request.model)
-            max_model_len = self._fleet.registry.max_model_len(self._model_name) or self._max_context
-            prompt = await self._prompter.prepare(request, min(max_model_len, self._max_context))
+            prompts = await self._prompter.prepare(request, self.max_model_len)
+            self._admit(len(prompts) * request.n - num_choices)
+            num_choices = len(prompts) * request.n
             answer = form(
                 form.id_prefix + self._fleet.runtime.random_bytes(16).hex(),
                 self._model_name,
                 int(wall_clock()),
+                self._prompter.texts,
                 include_usage=request.include_usage,
+                details=Details(request.num_logprobs is not None, request.return_token_ids),
             )
-            texts, limit = self._prompter.texts, prompt.sampling.max_tokens
-            stream = (
-                TokenStream(texts, request.stops, limit, answer.event_head, answer.event_tail)
-                if request.stream
-                else TokenStream(texts, request.stops, limit)
-            )
+            connection = connection_of(scope, receive, send)
+            choices = self._choices(request, prompts, answer, caller)
+            self._flights |= {choice.flight: connection for choice in choices}
+            try:
+                connection.watch(lambda: _abandon(choices), lambda: _resume(choices))
+                if connection.lost:
+                    raise ClientGone("the client closed its connection")
+                self._metrics.prompt_tokens.inc(sum(len(prompt.tokens) for prompt in prompts))
+                if request.stream:
+                    outcome = await self._stream(choices, answer, request.include_usage, caller, connection, send)
+                else:
+                    outcome = await self._whole(choices, answer, caller, connection, send)
+            finally:
+                for choice in choices:
+                    del self._flights[choice.flight]
+                    self._fleet.attached.pop(choice.stream, None)
+                    choice.stream.detach()
+                    choice.flight.close()
+                await connection.close()
+                self._measure(choices, began)
+        except ClientGone:
+            outcome = "client_gone"
+        except ApiError as error:
+            outcome = error.code or str(error.status)
+            raise
+        finally:
+            self._metrics.requests.labels(route, outcome).inc()
+            self._release(num_choices)
+
+    def _choices(
+        self, request: ChatRequest | CompletionRequest, prompts: list[Prompt], answer: Answer, caller: Caller
+    ) -> list[Choice]:
+        """`n` choices of each prompt, in the answer's order."""
+        silent = set(request.stop_token_ids) | (set() if request.ignore_eos else self._prompter.eos_token_ids)
+        ends_hidden = not request.include_stop_str_in_output
+        # A special token has no text anyhow; only where it would have some need the ends be looked for.
+        needs_look = request.stop_token_ids or not request.skip_special_tokens
+        rules = TextRules(
+            request.min_tokens,
+            frozenset(silent) if ends_hidden and needs_look else frozenset(),
+            request.include_stop_str_in_output,
+            request.skip_special_tokens,
+        )
+        arrival = wall_clock()
+        choices: list[Choice] = []
+        for index in range(len(prompts) * request.n):
+            prompt, number = prompts[index // request.n], index % request.n
             self._num_admitted += 1
             unit = Unit(
                 number=self._num_admitted,
@@ -128,59 +174,46 @@ class Completions:
                 prompt=pack_tokens(prompt.tokens),
                 sampling=prompt.sampling,
                 salt=caller.salt,
-                arrival=wall_clock(),
-                prompt_field="messages" if kind is ChatRequest else "prompt",
+                arrival=arrival,
+                prompt_field=prompt_field(request),
+                choice=number,
             )
+            stream = make_stream(answer, index, prompt, request.stops, rules, streamed=request.stream)
             flight = Flight(self._fleet, unit, stream, self._prompter.eos_token_ids)
-            connection = _connection(scope, receive, send)
-            self._flights[flight] = connection
-            try:
-                connection.watch(flight.abandon, lambda: stream.resume(now()))
-                if connection.lost:
-                    raise ClientGone("the client closed its connection")
-                self._metrics.prompt_tokens.inc(unit.num_prompt)
-                if request.stream:
-                    outcome = await self._stream(flight, answer, request.include_usage, caller, connection, send)
-                else:
-                    outcome = await self._whole(flight, answer, caller, connection, send)
-            finally:
-                del self._flights[flight]
-                self._fleet.attached.pop(stream, None)
-                stream.detach()
-                flight.close()
-                await connection.close()
-                self._measure(stream, began)
-        except ClientGone:
-            outcome = "client_gone"
-        except ApiError as error:
-            outcome = error.code or str(error.status)
-            raise
-        finally:
-            self._metrics.requests.labels(route, outcome).inc()
-            self._release()
+            choice = Choice(index, prompt, stream, flight, choices[index - number] if number else None)
+            stream.on_first_token = choice.begun.set if request.n > 1 else None
+            choices.append(choice)
+        return choices
 
     async def _stream(
         self,
-        flight: Flight,
+        choices: list[Choice],
         answer: Answer,
         include_usage: bool,
         caller: Caller,
         connection: ClientConnection,
         send: Send,
     ) -> str:
-        await flight.take_off()
-        stream = flight.stream
-        await send({"type": "http.response.start", "status": 200, "headers": [*_EVENT_STREAM, *caller.headers]})
-        if first := answer.first_event():
-            stream.pieces.insert(0, first)
-        stream.attach(connection, now(), self._fleet.settings.max_backlog_bytes, lambda: self._too_slow(connection))
-        self._fleet.attached[stream] = None
+        await together(_leaders(choices), lambda choice: choice.flight.take_off())
+        await send({"type": "http.response.start", "status": 200, "headers": [*EVENT_STREAM, *caller.headers]})
+        max_backlog = self._fleet.settings.max_backlog_bytes
+        for choice in choices:
+            prompt, stream = choice.prompt, choice.stream
+            if first := answer.first_event(choice.index, prompt.echo, prompt.tokens.tolist()):
+                stream.pieces.insert(0, first)
+            stream.attach(connection, now(), max_backlog, lambda: self._too_slow(connection))
+            self._fleet.attached[stream] = None
         outcome = "ok"
+
+        async def land(choice: Choice) -> None:
+            await choice.land()
+            choice.stream.pieces.append(answer.last_event(choice.index, choice.reason))
+            if len(choices) > 1:
+                choice.stream.flush(now())
+
         try:
-            reason = await flight.land()
-            stream.finish()
-            usage = _usage(flight) if include_usage else None
-            last = answer.last_events("stop" if stream.stopped else reason, usage)
+            await together(choices, land)
+            last = answer.end(usage_of(choices) if include_usage else None)
         except ApiError as error:
             outcome, last = error.code or str(error.status), sse(error.body) + DONE
         except ClientGone:
@@ -189,7 +222,9 @@ class Completions:
             # The answer has begun as a 200: only an event can still tell the client.
             log.exception("stream failed", request_id=caller.request_id)
             outcome, last = "internal_error", sse(internal_error().body) + DONE
-        stream.close(last, now())
+        for choice in choices[:-1]:
+            choice.stream.close(b"", now())
+        choices[-1].stream.close(last, now())
         try:
             async with asyncio.timeout(LINGER_S):
                 await connection.close()
@@ -200,71 +235,55 @@ class Completions:
         return "client_gone" if connection.lost else outcome
 
     async def _whole(
-        self, flight: Flight, answer: Answer, caller: Caller, connection: ClientConnection, send: Send
+        self, choices: list[Choice], answer: Answer, caller: Caller, connection: ClientConnection, send: Send
     ) -> str:
-        await flight.take_off()
-        reason: FinishReason = await flight.land()
-        stream = flight.stream
-        stream.finish()
-        body = answer.whole(stream.take_text(), "stop" if stream.stopped else reason, _usage(flight))
+        await together(_leaders(choices), lambda choice: choice.flight.take_off())
+        await together(choices, Choice.land)
+        body = answer.whole([choice.whole() for choice in choices], usage_of(choices))
         await connection.close()
         await respond(send, 200, body, caller.headers)
         return "ok"
 
     # -- accounts --------------------------------------------------------------------------------------------
 
-    def _admit(self) -> None:
+    def _admit(self, num_choices: int) -> None:
+        """Each choice counts as a request does."""
         if self.draining:
             raise shutting_down()
-        if self._live >= self._max_requests:
+        if num_choices and self._live + num_choices > self._max_requests:
             raise too_many_requests("The gateway has as many requests as it takes; try again later.", RETRY_AFTER_S)
-        self._live += 1
+        self._live += num_choices
         self._metrics.live.set(self._live)
         self._idle.clear()
 
-    def _release(self) -> None:
-        self._live -= 1
+    def _release(self, num_choices: int) -> None:
+        self._live -= num_choices
         self._metrics.live.set(self._live)
         if self._live == 0:
             self._idle.set()
 
-    def _measure(self, stream: TokenStream, began: float) -> None:
-        if stream.first_token_at is not None:
-            self._metrics.ttft.observe(stream.first_token_at - began)
+    def _measure(self, choices: list[Choice], began: float) -> None:
+        first = [choice.stream.first_token_at for choice in choices if choice.stream.first_token_at is not None]
+        if first:
+            self._metrics.ttft.observe(min(first) - began)
         self._metrics.e2e.observe(now() - began)
-        self._metrics.generated_tokens.inc(len(stream.tokens))
-        self._metrics.cached_tokens.inc(stream.cached_tokens)
+        self._metrics.generated_tokens.inc(sum(len(choice.stream.tokens) for choice in choices))
+        self._metrics.cached_tokens.inc(sum(choice.stream.cached_tokens for choice in choices))
 
     def _too_slow(self, connection: ClientConnection) -> None:
         self._metrics.slow_clients.inc()
         connection.abort()
 
 
-def _usage(flight: Flight) -> Usage:
-    stream = flight.stream
-    return Usage(flight.unit.num_prompt, len(stream.tokens), min(stream.cached_tokens, flight.unit.num_prompt))
+def _leaders(choices: list[Choice]) -> list[Choice]:
+    return [choice for choice in choices if choice.leader is None]
 
 
-def _connection(scope: Scope, receive: Receive, send: Send) -> ClientConnection:
-    """The socket itself where our HTTP protocol class gave it, and chunked encoding is understood."""
-    direct = scope.get("extensions", {}).get(EXTENSION)
-    if isinstance(direct, ClientConnection) and scope["http_version"] == "1.1":
-        return direct
-    return AsgiConnection(receive, send)
+def _abandon(choices: list[Choice]) -> None:
+    for choice in choices:
+        choice.flight.abandon()
 
 
-_EVENT_STREAM: Final[tuple[Header, ...]] = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would keep the events back
-    (b"transfer-encoding", b"chunked"),
-)
-
-
-async def respond(
-    send: Send, status: int, body: bytes, headers: list[Header], kind: bytes = b"application/json"
-) -> None:
-    """A whole answer."""
-    head = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *headers]
-    await send({"type": "http.response.start", "status": status, "headers": head})
-    await send({"type": "http.response.body", "body": body})
+def _resume(choices: list[Choice]) -> None:
+    for choice in choices:
+        choice.stream.resume(now())

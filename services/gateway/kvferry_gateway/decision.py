@@ -34,6 +34,7 @@ class Request:
     full: Set[int] = field(default_factory=frozenset)  # incarnations that refused for now
     unusable: Set[int] = field(default_factory=frozenset)
     bound_to: str | None = None  # numerics_id that the unit began on
+    admitted: bool = False  # it was taken before and lost its workers: no wait is too long
 
 
 @dataclass(frozen=True, slots=True)

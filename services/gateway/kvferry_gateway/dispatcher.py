@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 
 from kvferry.errors import MalformedMessage
+from kvferry.wire.logprobs import unpack_logprobs
 from kvferry.wire.messages import TokenBatch
 from kvferry_gateway.attempt import AttemptTable, Lost
 from kvferry_gateway.metrics import GatewayMetrics
@@ -49,11 +50,17 @@ class Dispatcher:
         self._expected.pop(incarnation, None)
 
     def take(self, batch: TokenBatch) -> None:
-        """Raises `MalformedMessage` for columns of unequal or odd length; nothing is taken then."""
+        """Raises `MalformedMessage` for columns that don't fit together; nothing is taken then."""
         size = len(batch.stream_ids)
         if size % 4 or len(batch.indices) != size or len(batch.tokens) != size:
             raise MalformedMessage("token columns of unequal length")
+        logprobs = None if batch.logprobs is None else unpack_logprobs(batch.logprobs, size // 4)
         self._check_sequence(batch)
+        if logprobs is not None:
+            stream_ids, indices = np.frombuffer(batch.stream_ids, "<u4"), np.frombuffer(batch.indices, "<u4")
+            for row, found in logprobs:
+                if (stream := self._table.streams.get(int(stream_ids[row]))) is not None:
+                    stream.note_logprobs(int(indices[row]), found)
         if size:
             self._take_rows(batch)
         streams = self._table.streams
@@ -135,9 +142,13 @@ class Dispatcher:
                 stream.num_timed = len(stream.tokens)
                 if stream.first_token_at is None:
                     stream.first_token_at = now
+                    if stream.on_first_token is not None:
+                        stream.on_first_token()
                 else:
                     itl.observe(now - stream.last_token_at)
                 stream.last_token_at = now
+                if stream.attempt is not None:
+                    stream.attempt.forecast.began(now)
             stream.flush(now)
             attempt = stream.attempt
             if attempt is not None and (stream.stopped or attempt.end is not None):

@@ -91,6 +91,11 @@ def not_found(path: str) -> ApiError:
     return ApiError(404, f"Unknown path: {path[:256]}", code="unknown_url")
 
 
+def not_served(path: str) -> ApiError:
+    """A path of OpenAI's API that needs another kind of model."""
+    return ApiError(404, f"{path[:256]} is not served here: this server generates text.", code="unknown_url")
+
+
 def method_not_allowed(method: str, allowed: str) -> ApiError:
     return ApiError(
         405,

@@ -18,6 +18,7 @@ from kvferry.runtime import Runtime, TaskSet, now
 from kvferry.wire.messages import (
     WORKER_ROLES,
     Accepted,
+    CacheResync,
     Cancel,
     Codecs,
     DecodeRequest,
@@ -34,14 +35,16 @@ from kvferry.wire.messages import (
     ToWorker,
     WorkerRecord,
 )
-from kvferry.wire.subjects import beat_subject, process_subject, role_beats
+from kvferry.wire.subjects import all_cache_news, beat_subject, process_subject, role_beats
 from kvferry_gateway.attempt import Attempt, AttemptTable, Lost, LostReason, audit
 from kvferry_gateway.dispatcher import Dispatcher, WorkerMail
 from kvferry_gateway.metrics import GatewayMetrics
+from kvferry_gateway.placer import Placer
 from kvferry_gateway.post import Post
 from kvferry_gateway.registry import Registry
 from kvferry_gateway.settings import GatewaySettings
 from kvferry_gateway.streams import TokenStream
+from kvferry_gateway.targets import Targets
 
 ASKS: Final = 2  # how often a worker is asked before its silence counts
 MAX_FENCES: Final = 4096  # workers that are gone and may come back
@@ -72,7 +75,7 @@ class Fleet(WorkerMail):
     """Registry, attempts and dispatcher of one gateway, and the bus around them."""
 
     def __init__(
-        self, settings: GatewaySettings, runtime: Runtime, bus: Bus, metrics: GatewayMetrics, pid: int
+        self, settings: GatewaySettings, runtime: Runtime, bus: Bus, metrics: GatewayMetrics, pid: int, targets: Targets
     ) -> None:
         self.settings = settings
         self.runtime = runtime
@@ -80,6 +83,7 @@ class Fleet(WorkerMail):
         self.incarnation = runtime.random_u64()
         self.subject = process_subject(settings.cluster, "gateway", settings.name, self.incarnation)
         self.registry = Registry(now())
+        self.placer = Placer(targets, settings.local_prefill_threshold)
         self.table = AttemptTable()
         self.tasks = TaskSet(self._task_failed)
         self.failed = asyncio.Event()  # a task without which this gateway is of no use has ended
@@ -105,6 +109,8 @@ class Fleet(WorkerMail):
         for role in WORKER_ROLES:
             beats = role_beats(self.settings.cluster, role)
             self._subscriptions.append(await self._bus.subscribe(beats, self._on_beat))
+        news = all_cache_news(self.settings.cluster)
+        self._subscriptions.append(await self._bus.subscribe(news, self._on_cache_news))
         self.tasks.spawn(self._post.run(), "post")
         self.tasks.spawn(self._beat_loop(), "beat")
 
@@ -200,6 +206,8 @@ class Fleet(WorkerMail):
         seen = self.registry.observe(beat, now())
         if seen is None:
             return
+        if self.placer.heartbeat(beat, now()):
+            self._send(beat.record.subject, CacheResync(incarnation))
         if seen is not Seen.ALIVE or beat.state != before:
             self._tell_news()
             log.info("worker", name=beat.record.name, role=beat.record.role, state=beat.state, seen=seen.value)
@@ -218,6 +226,12 @@ class Fleet(WorkerMail):
                 self._dispatcher.acknowledge(incarnation, row.stream_id)
             elif (key := self.table.remembered(row.stream_id)) is not None:
                 self._send(beat.record.subject, Cancel(*key))
+
+    def _on_cache_news(self, message: BusMessage) -> None:
+        try:
+            self.placer.hear(self._codecs.cache.decode(message.payload))
+        except WireError as error:
+            self.metrics.wire_errors.labels("bus", error.kind).inc()
 
     # -- liveness --------------------------------------------------------------------------------------------
 
@@ -253,6 +267,7 @@ class Fleet(WorkerMail):
             attempts = len(self.table.of_worker(incarnation))
             log.warning("worker gone", worker=worker.name, role=worker.role, crashed=crashed, attempts=attempts)
             self.metrics.workers_gone.inc()
+            self.placer.gone(worker)
             self._dispatcher.forget_worker(incarnation)
             self._fences[incarnation] = self._attempts
             if len(self._fences) > MAX_FENCES:

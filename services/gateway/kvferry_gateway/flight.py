@@ -15,9 +15,11 @@ from typing import Any, Final
 from kvferry.bus.liveness import BEAT_INTERVAL
 from kvferry.log import get_logger
 from kvferry.runtime import now
-from kvferry.wire.messages import Work, WorkerRecord, pack_tokens
+from kvferry.wire.messages import Work, pack_tokens
 from kvferry_gateway.answers import FinishReason
 from kvferry_gateway.attempt import Attempt, Finished, Lost, Verdict
+from kvferry_gateway.block_keys import BlockKeys
+from kvferry_gateway.decision import Hopeless, Placed, Request
 from kvferry_gateway.errors import (
     ApiError,
     ClientGone,
@@ -26,10 +28,11 @@ from kvferry_gateway.errors import (
     failures_used_up,
     numerics_gone,
     shutting_down,
+    too_many_requests,
 )
 from kvferry_gateway.fleet import Fleet, Waiting
 from kvferry_gateway.offer import Refusals, Unit, offer
-from kvferry_gateway.placement import Local, NoWorker, OtherNumerics, Pair, Placement, TooLong, numerics_of, place
+from kvferry_gateway.placement import NoWorker, OtherNumerics, TooLong, numerics_of
 from kvferry_gateway.streams import TokenStream
 
 CRASHES_TO_ISOLATE: Final = 2  # workers that crashed under a request before it runs alone
@@ -52,6 +55,7 @@ class Flight:
         self._alone = False
         self._begun = False  # a worker has accepted, or given a token
         self._bound_to: str | None = None  # numerics_id that the unit began on, in `exact`
+        self._block_keys = BlockKeys(unit.prompt, unit.salt)
         self._lost_prefills: set[int] = set()  # incarnations whose data plane broke under it
         loop = asyncio.get_running_loop()
         # Done when nobody wants the rest: with the error to end with.
@@ -87,6 +91,10 @@ class Flight:
         """Place for the first time. Returns once the workers have accepted. Raises `ApiError`, `ClientGone`."""
         await self._place(first=True)
 
+    async def follow(self) -> None:
+        """Place as a part of a request that has begun: waits for capacity. Raises `ApiError`, `ClientGone`."""
+        await self._place_in_time()
+
     async def land(self) -> FinishReason:
         """Until the choice is complete. Raises `ApiError`, `ClientGone`."""
         while True:
@@ -117,6 +125,7 @@ class Flight:
         attempt = self._attempt
         assert attempt is not None
         self._fleet.confirm_end(attempt)
+        attempt.forecast.ended(len(self.stream.tokens) - attempt.first_index, self.stream.last_token_at)
         self._retire(cancel=False)
         for worker in attempt.workers:
             ended_here = attempt.end is not None and worker.incarnation == attempt.end_from
@@ -152,7 +161,7 @@ class Flight:
     def _complete_already(self) -> FinishReason | None:
         """The last token came, but the word that it was the last one died with the worker."""
         tokens = self.stream.tokens
-        if tokens and tokens[-1] in self._eos_token_ids and not self.unit.sampling.ignore_eos:
+        if tokens and self.unit.sampling.is_end(tokens[-1], self._eos_token_ids):
             return "stop"
         return "length" if len(tokens) >= self.stream.limit else None
 
@@ -191,8 +200,9 @@ class Flight:
         """Ask one choice of workers after the other, until one accepts. Raises `ApiError`, `ClientGone`."""
         refusals = Refusals()
         while True:
+            keys = await self._keys()
             self._check_stop()
-            attempt = self._begin(refusals, first=first)
+            attempt = self._begin(refusals, keys, first=first)
             await offer(self._fleet, attempt, self._work(attempt), self._stop, refusals)
             self._check_stop()
             if attempt.accepted:
@@ -212,24 +222,34 @@ class Flight:
             self._begun = True
             self._bound_to = numerics_of(attempt.decode)
 
-    def _begin(self, refusals: Refusals, *, first: bool) -> Attempt:
+    async def _keys(self) -> tuple[int, ...]:
+        """Names of the text's blocks, as the workers' caches have them."""
+        block_format = self._fleet.placer.block_format(self.unit.model)
+        return () if block_format is None else await self._block_keys.of(block_format, self.stream.tokens)
+
+    def _begin(self, refusals: Refusals, keys: tuple[int, ...], *, first: bool) -> Attempt:
         """Choose workers and give the attempt its numbers."""
-        fleet, unit = self._fleet, self.unit
-        num_tokens = unit.num_prompt + len(self.stream.tokens)
-        request = Placement(
+        fleet, unit, moment = self._fleet, self.unit, now()
+        ticket = fleet.runtime.random_bytes(16)
+        request = Request(
             unit.model,
-            num_tokens,
-            unit.num_prompt + unit.sampling.max_tokens,
-            self._settings.local_prefill_threshold,
-            refusals.full.keys(),
-            refusals.unusable | self._lost_prefills,
-            self._bound_to,
+            num_tokens=unit.num_prompt + len(self.stream.tokens),
+            max_total=unit.num_prompt + unit.sampling.max_tokens,
+            seed=int.from_bytes(ticket[:8], "little"),
+            keys=keys,
+            priority=unit.priority,
+            deadline_s=self._deadline - moment,
+            local_prefill_threshold=fleet.placer.local_prefill_threshold,
+            full=refusals.full.keys(),
+            unusable=refusals.unusable | self._lost_prefills,
+            bound_to=self._bound_to,
+            admitted=not first,
         )
-        match place(request, fleet.registry.views()):
-            case Pair(prefill, decode):
-                workers: tuple[WorkerRecord, WorkerRecord | None] = (decode.record, prefill.record)
-            case Local(decode):
-                workers = (decode.record, None)
+        match fleet.placer.place(request, moment):
+            case Placed() as placed:
+                pass
+            case Hopeless(expected_s, retry_after):
+                raise too_many_requests(f"The first token is expected in {expected_s:.1f} s, too late.", retry_after)
             case TooLong(capacity) if first:
                 raise context_length_exceeded(
                     f"Prompt and output of {request.max_total} tokens fit no worker; the largest holds {capacity}.",
@@ -239,21 +259,33 @@ class Flight:
                 raise numerics_gone(numerics_id)
             case TooLong() | NoWorker() | OtherNumerics():
                 raise refusals.error(unit)
+        number = fleet.new_attempt_number()
         attempt = Attempt(
-            number=fleet.new_attempt_number(),
-            ticket=fleet.runtime.random_bytes(16),
+            number=number,
+            ticket=ticket,
             stream_id=fleet.table.new_stream_id(),
             stream=self.stream,
-            decode=workers[0],
-            prefill=workers[1],
+            decode=placed.decode,
+            prefill=placed.prefill,
             first_index=len(self.stream.tokens),
             over=asyncio.get_running_loop().create_future(),
+            forecast=fleet.placer.placed(request, placed, unit.request_id, number, moment),
         )
+        if not self._begun:
+            self.stream.placed(attempt.decode.numerics_id)
         fleet.table.add(attempt)
-        for worker in attempt.workers:
-            fleet.registry.placed(worker.incarnation, num_tokens)
         self._attempt = attempt
+        self._log_placed(attempt)
         return attempt
+
+    def _log_placed(self, attempt: Attempt) -> None:
+        reason, prefill = attempt.forecast.reason, attempt.prefill
+        log.info(
+            "placed", request_id=self.unit.request_id, attempt=attempt.number, decode=attempt.decode.name,
+            prefill=None if prefill is None else prefill.name, why=reason.why, cached_tokens=reason.cached_tokens,
+            ttft_s=round(reason.ttft_s, 4), queue_s=round(reason.queue_s, 4), itl_s=round(reason.itl_s, 4),
+            chance=round(reason.chance, 3), considered=reason.num_considered,
+        )  # fmt: skip
 
     def _work(self, attempt: Attempt) -> Work:
         unit = self.unit
@@ -263,13 +295,13 @@ class Flight:
             ticket=attempt.ticket,
             attempt=attempt.number,
             stream_id=attempt.stream_id,
-            choice=0,
+            choice=unit.choice,
             request_id=unit.request_id,
             model=unit.model,
             prompt=unit.prompt,
             generated=pack_tokens(self.stream.tokens),
             sampling=unit.sampling,
-            priority=0,
+            priority=unit.priority,
             arrival=unit.arrival,
             salt=unit.salt,
             alone=self._alone,

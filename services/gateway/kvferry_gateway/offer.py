@@ -27,6 +27,8 @@ class Unit:
     salt: bytes
     arrival: float  # Unix seconds: the ordering key
     prompt_field: str  # for errors
+    priority: int = 0  # lower goes first
+    choice: int = 0  # which output of its prompt: the draws' counter
 
     @property
     def num_prompt(self) -> int:

@@ -1,38 +1,38 @@
-"""What clients may send to `/v1/chat/completions` and `/v1/completions`.
-
-Three kinds of fields: built ones (the models below), known ones that are not built and are accepted only at
-a value at which they do nothing (`NEUTRAL`), and unknown ones. The last two are refused by name.
-"""
+"""What clients may send: the fields that are built, by route. `body.py` deals with all others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal
 
-import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kvferry.text.stop import MAX_STOP_CHARS, MAX_STOP_STRINGS
-from kvferry.wire.messages import MAX_REPETITION_PENALTY
-from kvferry_gateway.errors import ApiError, bad_request, unsupported
+from kvferry.wire.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_REPETITION_PENALTY, MAX_TOKEN_LIST
+from kvferry_gateway.errors import bad_request, unsupported
 
 MAX_LABEL_CHARS: Final = 512
 MAX_METADATA: Final = 64  # entries; OpenAI takes 16
+MAX_CHOICES: Final = 128  # of one request, over all its prompts
+MAX_TEMPLATE_KWARGS: Final = 64
 
 Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, le=(1 << 32) - 1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+BadWord = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
-class _Model(BaseModel):
+class RequestModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class StreamOptions(_Model):
+class StreamOptions(RequestModel):
     include_usage: bool = False
 
 
-class GenerationRequest(_Model):
+class GenerationRequest(RequestModel):
     """Fields that both routes share. None: not given."""
 
     model: str
@@ -49,6 +49,16 @@ class GenerationRequest(_Model):
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     ignore_eos: bool = False
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=MAX_LOGIT_BIAS)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_LIST)] = Field(default_factory=list)
+    bad_words: Annotated[list[BadWord], Field(max_length=MAX_TOKEN_LIST // 2)] = Field(default_factory=list)
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None  # -1: to what leaves room for the output
+    return_token_ids: bool = False
     # Labels. They change nothing and are never logged.
     user: Label | None = None
     safety_identifier: Label | None = None
@@ -59,6 +69,11 @@ class GenerationRequest(_Model):
         if self.stream_options is not None and not self.stream:
             raise bad_request("'stream_options' is only allowed when 'stream' is true.", "stream_options")
         return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many best tokens are told beside each drawn one; None: no log-probabilities."""
+        return None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -80,13 +95,13 @@ class GenerationRequest(_Model):
         return "max_tokens"
 
 
-class TextPart(_Model):
+class TextPart(RequestModel):
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Model):
-    role: Literal["system", "user", "assistant"]
+class ChatMessage(RequestModel):
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
     name: Label | None = None
 
@@ -100,6 +115,22 @@ class ChatMessage(_Model):
 class ChatRequest(GenerationRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: Annotated[dict[Label, Any], Field(max_length=MAX_TEMPLATE_KWARGS)] | None = None
+
+    @model_validator(mode="after")
+    def _fields_that_need_others(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise bad_request("'top_logprobs' is only allowed when 'logprobs' is true.", "top_logprobs")
+        _check_conversation_end(self.add_generation_prompt, self.continue_final_message)
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def token_limit(self) -> int | None:
@@ -111,122 +142,68 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: str | Annotated[list[TokenId], Field(min_length=1)]
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
+    )
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool = False
+    best_of: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _fields_that_need_others(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != self.n:
+            raise unsupported("best_of")
+        if self.echo and self.logprobs is not None:
+            raise bad_request("'logprobs' together with 'echo' is not supported.", "logprobs", "unsupported_value")
+        if len(self.prompts) * self.n > MAX_CHOICES:
+            raise bad_request(f"Prompts times 'n' is more than {MAX_CHOICES}.", "n", "invalid_value")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def prompts(self) -> tuple[str | list[int], ...]:
+        """One or more texts or lists of token ids."""
+        if isinstance(self.prompt, str):
+            return (self.prompt,)
+        ids = [part for part in self.prompt if isinstance(part, int)]
+        if ids:
+            return (ids,)
+        return tuple(part for part in self.prompt if not isinstance(part, int))
 
 
-R = TypeVar("R", bound=GenerationRequest)
+def _check_conversation_end(add_generation_prompt: bool, continue_final_message: bool) -> None:
+    if continue_final_message and add_generation_prompt:
+        raise bad_request(
+            "'continue_final_message' needs 'add_generation_prompt' to be false.", "continue_final_message"
+        )
 
 
-def _is(*values: object) -> Callable[[object], bool]:
-    """Equal in value and in kind: `true` is not 1."""
-    return lambda given: any(given == value and isinstance(given, bool) == isinstance(value, bool) for value in values)
+class TokenizeRequest(RequestModel):
+    """A text or a conversation, as vLLM's `/tokenize` takes them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: Annotated[dict[Label, Any], Field(max_length=MAX_TEMPLATE_KWARGS)] | None = None
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise bad_request("Exactly one of 'prompt' and 'messages' is needed.", "prompt")
+        _check_conversation_end(self.add_generation_prompt, self.continue_final_message)
+        return self
 
 
-_COMMON_NEUTRAL: Final[dict[str, Callable[[object], bool]]] = {
-    "n": _is(1),
-    "length_penalty": _is(1),
-    "logit_bias": _is({}),
-    "min_tokens": _is(0),
-    "stop_token_ids": _is([]),
-    "bad_words": _is([]),
-    "skip_special_tokens": _is(True),
-    "spaces_between_special_tokens": _is(True),
-    "include_stop_str_in_output": _is(False),
-    "use_beam_search": _is(False),
-    "response_format": _is({"type": "text"}),
-    "priority": _is(0),
-    "return_token_ids": _is(False),
-}
-# Known fields and whether a value of theirs does nothing. `null` always does nothing.
-NEUTRAL: Final[dict[type[GenerationRequest], dict[str, Callable[[object], bool]]]] = {
-    ChatRequest: {
-        **_COMMON_NEUTRAL,
-        "logprobs": _is(False),
-        "top_logprobs": _is(0),
-        "tools": _is([]),
-        "tool_choice": _is("none", "auto"),
-        "parallel_tool_calls": _is(True, False),
-        "functions": _is([]),
-        "function_call": _is("none", "auto"),
-        "modalities": _is(["text"]),
-        "service_tier": _is("auto", "default"),
-        "store": _is(False),
-        "echo": _is(False),
-        "add_generation_prompt": _is(True),
-        "continue_final_message": _is(False),
-        "add_special_tokens": _is(False),
-        "chat_template_kwargs": _is({}),
-    },
-    CompletionRequest: {
-        **_COMMON_NEUTRAL,
-        "best_of": _is(1),
-        "echo": _is(False),
-        "suffix": _is(""),
-        "add_special_tokens": _is(True),
-    },
-}
-_MESSAGE_NEUTRAL: Final = {"tool_calls": _is([])}
-
-
-def parse(kind: type[R], body: bytes | bytearray) -> R:
-    """Raises `ApiError` 400, which names the field."""
-    try:
-        given = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise bad_request(f"The body is not valid JSON: {error}", code="invalid_json") from None
-    if not isinstance(given, dict):
-        raise bad_request("The body must be a JSON object.", code="invalid_json")
-    given = _without_neutral(given, NEUTRAL[kind])
-    messages = given.get("messages")
-    if isinstance(messages, list):
-        given["messages"] = [
-            _without_neutral(message, _MESSAGE_NEUTRAL, f"messages[{i}].") if isinstance(message, dict) else message
-            for i, message in enumerate(messages)
-        ]
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        raise _named(error) from None
-
-
-def _without_neutral(
-    given: dict[str, Any], neutral: dict[str, Callable[[object], bool]], where: str = ""
-) -> dict[str, Any]:
-    """`given` without nulls and without known fields that do nothing. Raises `ApiError` for those that would."""
-    kept = {}
-    for field, value in given.items():
-        if value is None:
-            continue
-        if (does_nothing := neutral.get(field)) is None:
-            kept[field] = value
-        elif not does_nothing(value):
-            raise unsupported(where + field)
-    return kept
-
-
-def _named(error: ValidationError) -> ApiError:
-    """The first problem as OpenAI would put it; an alternative of a union is no part of the field's name."""
-    problems = error.errors(include_url=False, include_input=False)
-    first = problems[0]
-    where = first["loc"] if _is_field(first["loc"][-1]) else first["loc"][:-1]
-    # Where a field takes several forms, the form that got furthest is the one that was meant.
-    first = max((other for other in problems if other["loc"][: len(where)] == where), key=lambda p: len(p["loc"]))
-    param = ""
-    for part in first["loc"]:
-        if isinstance(part, int):
-            param += f"[{part}]"
-        elif _is_field(part):
-            param += f".{part}" if param else part
-    match first["type"]:
-        case "extra_forbidden":
-            return bad_request(f"Unrecognized request argument supplied: {param}", param, "unknown_parameter")
-        case "missing":
-            return bad_request(f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
-        case _:
-            problem = first["msg"][:1].lower() + first["msg"][1:]
-            return bad_request(f"Invalid '{param}': {problem}.", param, "invalid_value")
-
-
-def _is_field(part: str | int) -> bool:
-    # Pydantic puts the names of a union's alternatives ("str", "list[…]", "constrained-str") in the path.
-    return isinstance(part, int) or (part.isidentifier() and part != "str")
+class DetokenizeRequest(RequestModel):
+    model: str | None = None
+    tokens: list[TokenId]

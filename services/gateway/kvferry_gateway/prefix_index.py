@@ -8,7 +8,7 @@ Events of one incarnation are numbered from 1, and each worker here is at one nu
     seq + 1            applied, and then those that came early, as long as they follow
     up to seq          old: doubled or overtaken, ignored
     above              early: kept (a few of them), the content stays as it is     -> Heard.GAP
-    snapshot ≥ seq     replaces the content, then the early ones that follow it
+    snapshot > seq     its last part completes the replacement of the content; then the early ones that follow it
 
 The heartbeat says which number the worker is at; whoever is behind what the heartbeat *before* said has lost
 something, be it the last batch, a snapshot's part or a resync, and `is_behind` says so again at every beat.
@@ -17,6 +17,7 @@ something, be it the last batch, a snapshot's part or a resync, and `is_behind` 
 from __future__ import annotations
 
 import enum
+import itertools
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from kvferry.kv.events import unpack_keys
 from kvferry.wire.messages import CacheEvents, CacheSnapshot
 
 MAX_EARLY: Final = 16  # batches kept of a worker with a gap
-MAX_SNAPSHOT_PARTS: Final = 256  # 8 million blocks
+MAX_SNAPSHOT_PARTS: Final = 256  # a million blocks
 # 60 bits fit Python's smallest integers of two digits: 32 bytes instead of 48 for each block.
 _KEY_SHIFT: Final = 4
 _FEW_WORKERS: Final = 8
@@ -58,7 +59,7 @@ class _Worker:
     keys: array[int] = field(default_factory=lambda: array("Q"))  # every key that it has, and some that it had
     early: dict[int, CacheEvents] = field(default_factory=dict)
     parts_seq: int = 0
-    parts: dict[int, bytes] = field(default_factory=dict)
+    parts: dict[int, list[int]] = field(default_factory=dict)
 
 
 class PrefixIndex:
@@ -67,7 +68,6 @@ class PrefixIndex:
     def __init__(self) -> None:
         self._holders: dict[int, int] = {}  # key -> bits of the workers that have it
         self._workers: dict[int, _Worker] = {}  # by incarnation
-        self._names: dict[str, int] = {}
         self._bits: list[int] = []  # one integer object for each slot, shared by all blocks of a single holder
         self._free_slots: list[int] = []
 
@@ -87,18 +87,15 @@ class PrefixIndex:
     # -- workers ---------------------------------------------------------------------------------------------
 
     def attach(self, incarnation: int, name: str, max_blocks: int) -> int:
-        """A worker's slot, from its first heartbeat on. A new incarnation drops what the old one of its name had."""
+        """A worker's slot, from its first heartbeat on. `name` is for messages: several workers may have one."""
         if (known := self._workers.get(incarnation)) is not None:
             return known.slot
-        if (before := self._names.get(name)) is not None:
-            self.detach(before)
         if self._free_slots:
             slot = self._free_slots.pop()
         else:
             slot = len(self._bits)
             self._bits.append(1 << slot)
         self._workers[incarnation] = _Worker(name, slot, self._bits[slot], max_blocks)
-        self._names[name] = incarnation
         return slot
 
     def detach(self, incarnation: int) -> None:
@@ -106,8 +103,6 @@ class PrefixIndex:
         worker = self._workers.pop(incarnation, None)
         if worker is None:
             return
-        if self._names.get(worker.name) == incarnation:
-            del self._names[worker.name]
         self._remove(worker, worker.keys)
         self._free_slots.append(worker.slot)
 
@@ -127,7 +122,10 @@ class PrefixIndex:
         return Heard.GAP
 
     def load(self, part: CacheSnapshot) -> Heard:
-        """Take a part of a snapshot; the last one of them replaces what was known of the worker."""
+        """Take a part of a snapshot: its blocks are known at once, what else was known goes with the last part.
+
+        So that even the parts of a large cache cost about the same, and no part much.
+        """
         worker = self._workers.get(part.incarnation)
         if worker is None:
             return Heard.UNKNOWN
@@ -137,15 +135,19 @@ class PrefixIndex:
             return Heard.REFUSED
         if part.seq > worker.parts_seq:
             worker.parts_seq, worker.parts = part.seq, {}
-        worker.parts[part.part] = part.keys
+        if part.part in worker.parts:
+            return Heard.PARTIAL
+        column = worker.parts[part.part] = index_keys(part.keys)
+        if sum(map(len, worker.parts.values())) > worker.max_blocks:
+            worker.parts = {}
+            return Heard.REFUSED
+        self._store(worker, column)
         if len(worker.parts) < part.num_parts:
             return Heard.PARTIAL
-        keys = {key for column in worker.parts.values() for key in index_keys(column)}
+        keys = set(itertools.chain.from_iterable(worker.parts.values()))
         worker.parts = {}
-        if len(keys) > worker.max_blocks:
-            return Heard.REFUSED
-        self._remove(worker, [key for key in worker.keys if key not in keys])
-        self._store(worker, keys)
+        if worker.num_blocks > len(keys):
+            self._remove(worker, [key for key in worker.keys if key not in keys])
         worker.seq = part.seq
         worker.early = {seq: events for seq, events in worker.early.items() if seq > part.seq}
         return self._catch_up(worker)

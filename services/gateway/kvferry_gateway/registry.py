@@ -7,11 +7,12 @@ from typing import Any, Final, Literal
 
 from kvferry.bus.liveness import Liveness, Seen
 from kvferry.wire.messages import WORKER_ROLES, Heartbeat, Load, WorkerRecord, WorkerState
-from kvferry_gateway.placement import Partners, WorkerView
+from kvferry_gateway.placement import Partners, capacity_of
 
 MAX_WORKERS: Final = 4096  # incarnations known at once
 MAX_CAUSES: Final = 4096
 
+_SHOWN: Final = tuple(field for field in Load.__struct_fields__ if field != "pulls")  # of a load
 Cause = Literal["crashed", "killed", "stopped"]
 
 
@@ -21,9 +22,6 @@ class _Worker:
     load: Load
     state: WorkerState
     beat: int
-    placed_requests: int = 0
-    placed_tokens: int = 0
-    last_placed: int = 0
 
 
 class Registry:
@@ -33,7 +31,6 @@ class Registry:
         self.liveness: Final = Liveness(now)
         self._workers: dict[int, _Worker] = {}
         self._causes: dict[int, Cause] = {}  # what supervisors said of processes that ended
-        self._num_placed = 0
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -51,23 +48,12 @@ class Registry:
         if (beat.beat - worker.beat) & 0xFFFFFFFF >= 1 << 31 or beat.beat == worker.beat:
             return None  # overtaken on the bus, or doubled
         worker.load, worker.state, worker.beat = beat.load, beat.state, beat.beat
-        # The load counts by now what was placed before.
-        worker.placed_requests = worker.placed_tokens = 0
         return seen
 
     def remove(self, incarnation: int) -> WorkerRecord | None:
         """It is judged gone."""
         worker = self._workers.pop(incarnation, None)
         return None if worker is None else worker.record
-
-    def placed(self, incarnation: int, num_tokens: int) -> None:
-        """A request was placed there: count it until the next heartbeat does."""
-        worker = self._workers.get(incarnation)
-        if worker is not None:
-            self._num_placed += 1
-            worker.placed_requests += 1
-            worker.placed_tokens += num_tokens
-            worker.last_placed = self._num_placed
 
     def exited(self, incarnation: int, cause: Cause, now: float) -> bool:
         """A supervisor says that a process has ended. True: ping it, to be sure."""
@@ -88,17 +74,10 @@ class Registry:
         worker = self._workers.get(incarnation)
         return None if worker is None else worker.state
 
-    def views(self) -> tuple[WorkerView, ...]:
-        """Snapshot for placement, in the order of first hearing."""
-        return tuple(
-            WorkerView(w.record, w.load, w.state, w.placed_requests, w.placed_tokens, w.last_placed)
-            for w in self._workers.values()
-        )
-
     def max_model_len(self, model: str) -> int | None:
         """Longest prompt + output that a live decode worker of `model` can hold; None without one."""
-        views = self.views()
-        return max((w.capacity for w in views if w.record.role == "decode" and w.record.model == model), default=None)
+        records = [worker.record for worker in self._workers.values()]
+        return max((capacity_of(w) for w in records if w.role == "decode" and w.model == model), default=None)
 
     def has_pair(self, model: str) -> bool:
         """Whether a request could be served: a ready decode worker can also prefill."""
@@ -134,7 +113,7 @@ class Registry:
                 "block_size": worker.record.block_size,
                 "num_blocks": worker.record.num_blocks,
                 "kv_token_bytes": worker.record.kv_token_bytes,
-                "load": {field: getattr(worker.load, field) for field in worker.load.__struct_fields__},
+                "load": {field: getattr(worker.load, field) for field in _SHOWN},
             }
             for worker in self._workers.values()
         ]

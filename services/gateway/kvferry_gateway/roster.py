@@ -11,13 +11,12 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from kvferry.wire.messages import Load, WorkerRecord, WorkerState
+from kvferry.wire.messages import NUM_PRIORITY_CLASSES, Load, WorkerRecord, WorkerState, priority_class
 from kvferry_gateway.estimates import Ewma, StepLine
 
 Rows = npt.NDArray[np.intp]
 Mask = npt.NDArray[np.bool_]
 
-NUM_CLASSES: Final = 3  # of priority: urgent (below 0), normal, background
 # Stand-ins until a worker has measured itself: they only have to rank new workers sensibly.
 NOMINAL_PREFILL_TOKENS_PER_S: Final = 1000.0
 NOMINAL_STEP_BASE_S: Final = 0.01
@@ -26,10 +25,6 @@ RATE_MEMORY: Final = 64.0  # heartbeats of one worker
 FLEET_MEMORY: Final = 1024.0  # heartbeats of all workers of one role and numerics
 # A queue is taken to drain since the heartbeat that told of it, but not for longer than heartbeats may be late.
 MAX_DRAIN_S: Final = 0.5
-
-
-def priority_class(priority: int) -> int:
-    return 0 if priority < 0 else 1 if priority == 0 else 2
 
 
 class Roster:
@@ -53,7 +48,7 @@ class Roster:
     placed_requests: npt.NDArray[np.float64]
     placed_blocks: npt.NDArray[np.float64]
     as_of: npt.NDArray[np.float64]  # when `queued_tokens` was right
-    queued_tokens: npt.NDArray[np.float64]  # [num_rows, NUM_CLASSES], of this priority class or a more urgent one
+    queued_tokens: npt.NDArray[np.float64]  # [num_rows, NUM_PRIORITY_CLASSES], of this class or a more urgent one
 
     def __init__(self) -> None:
         self._rows: dict[int, int] = {}  # incarnation -> row
@@ -87,7 +82,7 @@ class Roster:
             column(name, (size,), np.float64)
         for name in ("placed_blocks", "as_of"):
             column(name, (size,), np.float64)
-        column("queued_tokens", (size, NUM_CLASSES), np.float64)
+        column("queued_tokens", (size, NUM_PRIORITY_CLASSES), np.float64)
         self._size = size
 
     def __len__(self) -> int:
@@ -106,6 +101,9 @@ class Roster:
             found = [row for row in self._rows.values() if (record := self.records[row]) and record.role == role]
             rows = self._by_role[role] = np.asarray(found, dtype=np.intp)
         return rows
+
+    def __contains__(self, incarnation: int) -> bool:
+        return incarnation in self._rows
 
     def rows_of(self, incarnations: Iterable[int]) -> list[int]:
         """Those of them that are here."""
@@ -150,10 +148,8 @@ class Roster:
             self._free.append(row)
             self._by_role.clear()
 
-    def observe(
-        self, incarnation: int, load: Load, state: WorkerState, now: float, queued: tuple[float, ...] | None = None
-    ) -> None:
-        """A heartbeat. `queued`: its waiting tokens by priority class, if it says so."""
+    def observe(self, incarnation: int, load: Load, state: WorkerState, now: float) -> None:
+        """A heartbeat."""
         row = self._rows.get(incarnation)
         if row is None:
             return
@@ -161,7 +157,8 @@ class Roster:
         self.as_of[row] = now
         self.running[row], self.waiting[row] = load.num_running, load.num_waiting
         self.free_blocks[row] = load.free_blocks
-        self.queued_tokens[row] = load.waiting_tokens if queued is None else np.cumsum(queued)
+        by_class = len(load.queued_tokens) == NUM_PRIORITY_CLASSES
+        self.queued_tokens[row] = np.cumsum(load.queued_tokens) if by_class else load.waiting_tokens
         self.placed_requests[row] = self.placed_blocks[row] = 0.0
         if load.prefill_tokens_per_s:
             self.rate[row] = self._believed_rate(row, load.prefill_tokens_per_s)

@@ -28,7 +28,9 @@ from kvferry_gateway.fleet import Fleet
 from kvferry_gateway.http import GatewayProtocol
 from kvferry_gateway.metrics import GatewayMetrics
 from kvferry_gateway.prompt import Prompter
+from kvferry_gateway.scaling import read_targets
 from kvferry_gateway.settings import GatewaySettings
+from kvferry_gateway.tokenize import TokenService
 
 KEY_REFRESH_S: Final = 1.0
 SHUTDOWN_SLACK_S: Final = 5.0  # for answers that are being written when the grace time ends
@@ -66,10 +68,11 @@ class Gateway:
         model_name = settings.served_model_name or model.name
         if unapplied := model.sampling.unapplied:
             log.warning("generation_config.json recommends what is not applied", fields=list(unapplied))
+        targets = read_targets(settings.scaling_file)
         prompter = Prompter(model, runtime)
-        fleet = Fleet(settings, runtime, bus, GatewayMetrics(), pid)
+        fleet = Fleet(settings, runtime, bus, GatewayMetrics(), pid, targets)
         completions = Completions(fleet, prompter, model_name, model.max_context)
-        app = GatewayApp(fleet, completions, keys, model_name, created)
+        app = GatewayApp(fleet, completions, TokenService(prompter, model_name), keys, model_name, created)
         gateway = cls(settings, bus, fleet, completions, prompter, keys, app)
         try:
             await fleet.start()

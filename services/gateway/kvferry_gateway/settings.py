@@ -31,7 +31,13 @@ class GatewaySettings(ServiceSettings):
         1 << 20, description="Bytes that may wait for a slow client before its stream is cancelled."
     )
     local_prefill_threshold: Annotated[int, Field(ge=0)] = Field(
-        32, description="Prompts with fewer tokens are prefilled on the decode worker itself; 0: never by choice."
+        32,
+        description="Prompts with fewer tokens are prefilled on the decode worker itself, longer ones where that is "
+        "expected to be faster and to hurt no stream; 0: never by choice.",
+    )
+    scaling_file: Path | None = Field(
+        None,
+        description="YAML file with placement's targets; `services/gateway/scaling.yaml` of a checkout unless given.",
     )
     accept_timeout: Duration = Field(0.3, description="Seconds that a worker has to accept a request; asked twice.")
     replace_wait: Duration = Field(60.0, description="Seconds that a stream waits for capacity after losing a worker.")

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 from kvferry.text.detokenizer import TokenTexts
 from kvferry.text.stop import StopMatcher
+from kvferry.wire.logprobs import TokenLogprobs
 from kvferry_gateway.answers import COMMENT
 from kvferry_gateway.connection import ClientConnection
 
 if TYPE_CHECKING:
     from kvferry_gateway.attempt import Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class TextRules:
+    """How tokens become text, where it is not just theirs."""
+
+    min_tokens: int = 0  # until then no stop string is looked for
+    silent: frozenset[int] = frozenset()  # tokens that end the text and are no part of it
+    include_stop: bool = False  # a stop string is a part of the text
+    skip_special_tokens: bool = True
+
+
+PLAIN: Final = TextRules()
 
 
 class TokenStream:
@@ -29,11 +44,13 @@ class TokenStream:
         "_connection",
         "_detokenizer",
         "_escaped",
+        "_frame",
         "_head",
         "_matcher",
         "_max_backlog",
         "_on_slow",
         "_plain",
+        "_rules",
         "_tail",
         "attempt",
         "cached_tokens",
@@ -43,6 +60,7 @@ class TokenStream:
         "last_write",
         "limit",
         "num_timed",
+        "on_first_token",
         "pieces",
         "stopped",
         "tokens",
@@ -50,9 +68,15 @@ class TokenStream:
     )
 
     def __init__(
-        self, texts: TokenTexts, stops: Sequence[str], limit: int, event_head: bytes = b"", event_tail: bytes = b""
+        self,
+        texts: TokenTexts,
+        stops: Sequence[str],
+        limit: int,
+        rules: TextRules = PLAIN,
+        frame: Callable[[str], tuple[bytes, bytes]] | None = None,
     ) -> None:
-        """`limit` is the request's max_tokens: an index from there on is never taken."""
+        """`limit` is the request's max_tokens: an index from there on is never taken. `frame` gives what stands
+        before and after the text of an event, once the numerics_id is known that the text comes from."""
         self.tokens: list[int] = []
         self.held: dict[int, int] = {}
         self.pieces: list[bytes] = []
@@ -65,17 +89,24 @@ class TokenStream:
         self.last_token_at = 0.0
         self.num_timed = 0  # tokens that the latency figures have seen
         self.last_write = 0.0
-        self._head = event_head
-        self._tail = event_tail
+        self.on_first_token: Callable[[], None] | None = None
+        self._head = self._tail = b""
+        self._frame = frame
+        self._rules = rules
         self._escaped = texts.escaped
-        self._detokenizer = texts.stream()
+        self._detokenizer = texts.stream(skip_special_tokens=rules.skip_special_tokens)
         self._matcher = StopMatcher(stops) if stops else None
-        self._plain = self._matcher is None  # the table of ready texts may be used for the next token
+        self._plain = self._may_be_plain  # the table of ready texts may be used for the next token
         self._connection: ClientConnection | None = None
         self._max_backlog = 0
         self._backlog: list[bytes] = []
         self._backlog_bytes = 0
         self._on_slow: Callable[[], None] | None = None
+
+    def placed(self, numerics_id: str) -> None:
+        """Its tokens will come from there. Called before the first one, again if that place fell through."""
+        if self._frame is not None:
+            self._head, self._tail = self._frame(numerics_id)
 
     # -- tokens ----------------------------------------------------------------------------------------------
 
@@ -90,8 +121,18 @@ class TokenStream:
                 return
         if not self.stopped:
             self.tokens.append(token)
-            self._append_text(self._detokenizer.push(token))
-            self._plain = self._matcher is None and not self._detokenizer.is_open
+            self._append_text(self._text_of(token))
+            self._plain = self._may_be_plain and not self._detokenizer.is_open
+
+    def note_logprobs(self, index: int, found: TokenLogprobs) -> None:
+        """Log-probabilities of a token that is about to come. A plain stream wants none."""
+
+    @property
+    def _may_be_plain(self) -> bool:
+        return self._matcher is None and not self._rules.silent and self._rules.skip_special_tokens
+
+    def _text_of(self, token: int) -> str:
+        return "" if token in self._rules.silent else self._detokenizer.push(token)
 
     def settle(self, index: int, token: int) -> bool:
         """Take a token that is not simply the next one. False: another token is known for this index."""
@@ -117,8 +158,12 @@ class TokenStream:
             self._emit(self._matcher.finish())
 
     def _append_text(self, text: str) -> None:
-        if self._matcher is not None:
-            text, self.stopped = self._matcher.push(text)
+        matcher = self._matcher
+        # What belongs to the first `min_tokens` is text, whatever it spells.
+        if matcher is not None and len(self.tokens) > self._rules.min_tokens:
+            text, self.stopped = matcher.push(text)
+            if self.stopped and self._rules.include_stop:
+                text += matcher.matched or ""
         self._emit(text)
 
     def _emit(self, text: str) -> None:

@@ -2,9 +2,9 @@
 
     credit ──> slot ──> copy lane: gather, seal ──> send ──> slot free
 
-One frame of a pull is packed at a time, while those before it are sent: a frame that were packed earlier would
-have left the CPU's caches by the time that the transport reads it (measured: 10 to 30 % of the hand-off). The
-sequence is pinned while a gather reads its blocks, and only then.
+One frame of a pull is packed at a time, while those before it are sent: a frame that were packed earlier could
+have left the CPU's caches by the time that the transport reads it. The sequence is pinned while a gather reads its
+blocks, and only then.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from kvferry.wire.frame import (
     frame_tag,
     seal,
 )
+from kvferry.wire.logprobs import pack_logprobs
 from kvferry.worker.metrics import WorkerMetrics
 from kvferry_prefill.outgoing import MANIFEST, PAD, Content, Outgoing
 from kvferry_prefill.pull import Pull
@@ -124,6 +125,7 @@ class Pump:
         self._slots.release(slot)  # free when the send has completed
 
     def _manifest(self, outgoing: Outgoing, sequence: Sequence, frame: int) -> Manifest:
+        logprobs = self._scheduler.first_logprobs.get(sequence.key)
         return Manifest(
             num_frames=frame,
             kv_format_id=self._runner.kv_format.format_id,
@@ -132,6 +134,7 @@ class Pump:
             first_tokens=((sequence.work.choice, self._scheduler.first_tokens[sequence.key]),),
             cached_tokens=sequence.cached_tokens,
             elapsed_s=max(0.0, now() - self.computed_at.get(sequence.key, now())),
+            logprobs=None if logprobs is None else pack_logprobs([(0, logprobs)]),
         )
 
 

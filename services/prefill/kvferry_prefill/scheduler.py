@@ -18,6 +18,7 @@ from kvferry.schedule.memory import KVMemory
 from kvferry.schedule.queue import AdmissionQueue
 from kvferry.schedule.sequence import Dropped, Emission, Key, ModelLimits, Sequence, pick_alone
 from kvferry.schedule.step import SequenceStep, StepPlan, StepResult
+from kvferry.wire.logprobs import TokenLogprobs
 from kvferry.wire.messages import RejectReason
 
 
@@ -46,6 +47,7 @@ class PrefillScheduler:
         self.chunk = ChunkBudget(policy.max_num_batched_tokens, memory.block_size)
         self.sequences: dict[Key, Sequence] = {}
         self.first_tokens: dict[Key, int] = {}  # of held sequences
+        self.first_logprobs: dict[Key, TokenLogprobs] = {}  # of those that want any
         self._limits = limits
         self._policy = policy
         self._waiting = AdmissionQueue(policy.overtake_s)
@@ -65,10 +67,9 @@ class PrefillScheduler:
         return len(self._computing)
 
     @property
-    def waiting_tokens(self) -> int:
-        """Prompt tokens not computed yet, queued or under way."""
-        queued = sum(sequence.num_context for sequence in self._waiting)
-        return queued + sum(s.num_context - s.num_computed for s in self._computing.values())
+    def queued_tokens(self) -> tuple[int, ...]:
+        """Prompt tokens to compute, queued or under way, by priority class."""
+        return self.memory.uncomputed(self._waiting, self._computing.values())
 
     def add(self, sequence: Sequence) -> RejectReason | None:
         if self.memory.blocks_for(sequence.num_context) > self.memory.pool.num_blocks:
@@ -90,6 +91,7 @@ class PrefillScheduler:
         self._computing.pop(key, None)
         self._held.pop(key, None)
         self.first_tokens.pop(key, None)
+        self.first_logprobs.pop(key, None)
         sequence.state = "ended"
         self.memory.free(sequence)
         return sequence
@@ -117,7 +119,7 @@ class PrefillScheduler:
         """Account for a step. Full blocks become findable; a finished prompt is held for its pull."""
         emissions: list[Emission] = []
         self.chunk.observe(plan.num_tokens, result.seconds)
-        for step, token in zip(plan.steps, result.tokens, strict=True):
+        for place, (step, token) in enumerate(zip(plan.steps, result.tokens, strict=True)):
             sequence = self._in_step.pop(step.sequence_id)
             sequence.num_computed += len(step.tokens)
             if not sequence.doomed:
@@ -128,7 +130,8 @@ class PrefillScheduler:
             index = sequence.next_index
             sequence.append_token(token)
             reason = sequence.end_reason(token, self._limits)
-            emissions.append(Emission(sequence, index, token, reason))
+            logprobs = result.logprobs_of(place)
+            emissions.append(Emission(sequence, index, token, reason, logprobs))
             del self._computing[sequence.key]
             if reason is not None:
                 del self.sequences[sequence.key]
@@ -138,6 +141,8 @@ class PrefillScheduler:
             sequence.state = "held"
             self._held[sequence.key] = sequence
             self.first_tokens[sequence.key] = token
+            if logprobs is not None:
+                self.first_logprobs[sequence.key] = logprobs
             self.memory.move(sequence, BlockState.HELD, now, deadline=now + self._policy.lease_s)
         return emissions
 

@@ -7,6 +7,9 @@
 So KV depends on every token up to and including its position, and a step reads all of a sequence's KV through
 its block table: one wrong, stale or misplaced byte changes the tokens from then on. `continuation` computes
 the same tokens from the text alone.
+
+Where a draw has a bias or banned tokens, or wants log-probabilities, the digest makes a whole row of logits. The
+token that it gives by itself is the row's best, so a feature changes nothing but what it is for.
 """
 
 from __future__ import annotations
@@ -18,8 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kvferry.engine.drawing import draws_of, result_of
 from kvferry.engine.limits import Limits, Slots, slots_of
-from kvferry.schedule.step import BlockTable, Draw, KVFormat, StepPlan, StepResult
+from kvferry.engine.penalties import adjust
+from kvferry.engine.sampler import Drawn, find_logprobs, greedy
+from kvferry.schedule.step import BlockTable, Draw, KVFormat, Logprobs, StepPlan, StepResult
 from kvferry.wire.frame import DTYPE_BYTES, Piece
 from kvferry.wire.messages import Sampling
 
@@ -28,6 +34,7 @@ Lanes = npt.NDArray[np.uint8]  # [layers, 2, positions, kv_heads, head_dim * ite
 _MIX_A = np.uint64(0xBF58476D1CE4E5B9)  # constants of splitmix64
 _MIX_B = np.uint64(0x94D049BB133111EB)
 _STEP = np.uint64(0x9E3779B97F4A7C15)
+GREEDY = Sampling(temperature=0.0)
 _UNWRITTEN = 0xFF  # NaN in every float format, and no state that a sequence has
 
 
@@ -99,7 +106,7 @@ class MemoryRunner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         self._limits.check_plan(plan)
-        tokens: list[int | None] = []
+        drawn = Drawn([], [])
         for step in plan.steps:
             end = step.start + len(step.tokens)
             slots = self._slots(step.block_table, 0, end)
@@ -109,9 +116,12 @@ class MemoryRunner:
             lanes = expand(self._format, chain(before, step.tokens))
             self._blocks[:, :, slots[step.start :]] = lanes
             context = self._blocks[:, :, slots]
-            tokens.append(None if step.draw is None else pick(context, step.draw, self._settings))
+            if step.draw is not None:
+                token, logprobs = pick(context, step.draw, self._settings)
+                drawn.tokens.append(token)
+                drawn.logprobs.append(logprobs)
         seconds = self._settings.seconds_per_step + plan.num_tokens * self._settings.seconds_per_token
-        return StepResult(tuple(tokens), seconds)
+        return result_of(plan, draws_of(plan), drawn, seconds)
 
     def gather(self, piece: Piece, block_table: BlockTable, out: memoryview) -> None:
         self._limits.check_piece(piece, block_table, out.nbytes)
@@ -154,16 +164,26 @@ def continuation(
     settings: MemorySettings, prompt: Sequence[int], sampling: Sampling, choice: int, count: int
 ) -> list[int]:
     """The next `count` tokens after `prompt`, from the text alone: what any run of it must produce."""
+    return [token for token, _ in scored_continuation(settings, prompt, sampling, choice, count)]
+
+
+def scored_continuation(
+    settings: MemorySettings, prompt: Sequence[int], sampling: Sampling, choice: int, count: int
+) -> list[tuple[int, Logprobs | None]]:
+    """`continuation` with the log-probabilities that `sampling` asks for."""
     kv_format = settings.kv_format
     states = chain(root_state(settings), np.asarray(prompt, np.uint32))
     tokens: list[int] = []
+    scored: list[tuple[int, Logprobs | None]] = []
     lanes = expand(kv_format, states)
     for index in range(count):
         history = np.asarray([*prompt, *tokens], np.uint32)
-        tokens.append(pick(lanes, Draw(sampling, choice, index, history, len(prompt)), settings))
+        draw = Draw.of(sampling, choice, index, history, len(prompt), settings.eos_token_ids)
+        scored.append(pick(lanes, draw, settings))
+        tokens.append(scored[-1][0])
         states = chain(states[-1], np.asarray(tokens[-1:], np.uint32))
         lanes = np.concatenate((lanes, expand(kv_format, states)), axis=2)
-    return tokens
+    return scored
 
 
 def root_state(settings: MemorySettings) -> np.uint64:
@@ -226,9 +246,9 @@ def unmix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return values - _STEP
 
 
-def pick(context: Lanes, wanted: Draw, settings: MemorySettings) -> int:
+def pick(context: Lanes, wanted: Draw, settings: MemorySettings) -> tuple[int, Logprobs | None]:
     """The token after a context: greedy depends on the KV alone, a draw also on (seed, choice, index), and one
-    with penalties on what they count."""
+    with penalties on what they count. With its log-probabilities where they are wanted."""
     digest = hashlib.blake2b(np.ascontiguousarray(context).data, digest_size=8)
     digest.update(settings.numerics.encode())
     if wanted.sampling.temperature > 0:
@@ -236,4 +256,20 @@ def pick(context: Lanes, wanted: Draw, settings: MemorySettings) -> int:
     if wanted.sampling.penalised:
         generated = np.ascontiguousarray(wanted.tokens[wanted.num_prompt :])
         digest.update(repr((len(generated), wanted.num_prompt)).encode() + generated.data)
-    return int.from_bytes(digest.digest(), "little") % settings.vocab_size
+    value = int.from_bytes(digest.digest(), "little")
+    token = value % settings.vocab_size
+    if not wanted.logit_bias and not wanted.banned and wanted.num_logprobs is None:
+        return token, None
+    row = logits_row(value, token, settings.vocab_size)
+    if wanted.logit_bias or wanted.banned:
+        unpenalised = Draw(GREEDY, wanted.choice, wanted.index, logit_bias=wanted.logit_bias, banned=wanted.banned)
+        token = greedy(adjust(row, unpenalised))  # penalties are in the digest
+    return token, None if wanted.num_logprobs is None else find_logprobs(row, token, wanted.num_logprobs)
+
+
+def logits_row(value: int, best: int, vocab_size: int) -> npt.NDArray[np.float32]:
+    """Logits [vocab] in [-4, 4) that follow from a digest's value, and 4 for `best`."""
+    words = mix(np.arange(vocab_size, dtype=np.uint64) ^ np.uint64(value))
+    row = (words >> np.uint64(40)).astype(np.float32) / np.float32(1 << 21) - np.float32(4)
+    row[best] = 4
+    return row

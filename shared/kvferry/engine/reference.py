@@ -74,8 +74,10 @@ class TeacherForced(Protocol):
 class ReferencePass:
     """Judges texts with a runner of its own (whose cache it uses from block 0 on)."""
 
-    def __init__(self, runner: TeacherForced) -> None:
+    def __init__(self, runner: TeacherForced, eos_token_ids: frozenset[int] = frozenset()) -> None:
+        """`eos_token_ids` count only for requests with `min_tokens`."""
         self._runner = runner
+        self._eos_token_ids = eos_token_ids
 
     def check(self, prompt: Sequence[int], generated: Sequence[int], sampling: Sampling, choice: int) -> Verdict:
         """`generated` is the whole text of the choice, from generated index 0.
@@ -92,7 +94,7 @@ class ReferencePass:
             plan = StepPlan((SequenceStep(0, chunk, start, table),))
             for row, logits in enumerate(self._runner.logits(plan)[0][max(first - start, 0) :]):
                 index = max(start, first) + row - first
-                draw = Draw(sampling, choice, index, tokens[: len(prompt) + index], len(prompt))
+                draw = Draw.of(sampling, choice, index, tokens[: len(prompt) + index], len(prompt), self._eos_token_ids)
                 gaps.append(penalised_gap(logits, generated[index], draw))
         return Verdict(tuple(gaps))
 

@@ -167,4 +167,5 @@ def _best(logits: Logits, count: int) -> npt.NDArray[np.int64]:
 
 
 def _logprob(logit: float, norm: float) -> float:
-    return float(np.float32(float(logit) - norm))
+    with np.errstate(over="ignore"):  # beyond fp32 it is minus infinity
+        return float(np.float32(float(logit) - norm))

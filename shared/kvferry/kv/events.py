@@ -10,7 +10,7 @@ before it, so a key is in one column at most, and applying a batch to a later st
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -71,22 +71,12 @@ class CacheLog:
             pack_keys(block_hash for block_hash, stored in changes if not stored),
         )
 
-    def snapshot(self, findable: Iterable[BlockHash]) -> list[CacheEvents | CacheSnapshot]:
-        """The batches that are due, then all parts of a snapshot of `findable`, the pool's blocks of now.
+    def snapshot(self, seq: int, keys: KeyArray) -> Iterator[CacheSnapshot]:
+        """All parts of a snapshot: `keys`, sorted, are those of all blocks that were findable after batch `seq`.
 
-        Keys are sorted: snapshots of one number have equal parts, so parts of two of them may be mixed.
+        They are sorted so that snapshots of one number have equal parts, and parts of two of them may be mixed.
         """
-        due = self.batches()
-        keys = np.sort(unpack_keys(pack_keys(findable)))
         num_parts = max(1, -(-len(keys) // MAX_CACHE_KEYS))
-        parts = [
-            CacheSnapshot(
-                self.incarnation,
-                self.seq,
-                part,
-                num_parts,
-                keys[part * MAX_CACHE_KEYS : (part + 1) * MAX_CACHE_KEYS].tobytes(),
-            )
-            for part in range(num_parts)
-        ]
-        return [*due, *parts]
+        for part in range(num_parts):
+            column = keys[part * MAX_CACHE_KEYS : (part + 1) * MAX_CACHE_KEYS].tobytes()
+            yield CacheSnapshot(self.incarnation, seq, part, num_parts, column)

@@ -17,12 +17,14 @@ All methods are called by the event loop alone. None awaits, none depends on set
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from kvferry.errors import PoolExhausted
+from kvferry.kv.events import CacheLog
 from kvferry.kv.hashing import HASH_BYTES, TOKEN_BYTES, BlockHash, token_bytes
 from kvferry.wire.messages import TokenArray
 
@@ -42,6 +44,7 @@ class BlockPool:
         # A stack, so that memory that is still warm in the CPU's caches is used again first.
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached: dict[int, None] = {}  # least recently used first
+        self.log: CacheLog | None = None  # is told what becomes findable and what no longer is
 
     @property
     def num_free(self) -> int:
@@ -65,6 +68,18 @@ class BlockPool:
 
     def is_cached(self, block: int) -> bool:
         return block in self._cached
+
+    def findable(self) -> list[BlockHash]:
+        """The hashes of all findable blocks, of now."""
+        return list(self._findable)
+
+    def guess_depth(self, hashes: Sequence[BlockHash]) -> int:
+        """About how many of a chain's first blocks are findable, by bisection.
+
+        Chains are evicted from their end, so as a rule what is findable is a run from the start. Tokens are not
+        compared: this is for estimates, `match` is for use.
+        """
+        return bisect.bisect_left(hashes, True, key=lambda block_hash: block_hash not in self._findable)
 
     def match(self, hashes: Sequence[BlockHash], tokens: TokenArray) -> list[int]:
         """The longest run of findable blocks from the root, in order.
@@ -146,6 +161,8 @@ class BlockPool:
             self._findable[block_hash] = block
             self._hashes[block] = block_hash
             self._tokens[block] = tokens
+            if self.log is not None:
+                self.log.stored(block_hash)
 
     def drop_cache(self) -> int:
         """Make nothing findable. Blocks in use stay with their holders. Returns how many cached ones it freed."""
@@ -184,6 +201,8 @@ class BlockPool:
         assert block_hash is not None
         del self._findable[block_hash]
         self._hashes[block] = self._tokens[block] = None
+        if self.log is not None:
+            self.log.evicted(block_hash)
 
 
 def _index(blocks: Sequence[int]) -> npt.NDArray[np.int64]:

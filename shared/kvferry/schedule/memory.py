@@ -8,10 +8,13 @@ The rules are those of `docs/protocol.md`, "Memory rules":
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from kvferry.errors import PoolExhausted
 from kvferry.kv.ledger import BlockState, Ledger
 from kvferry.kv.pool import BlockPool
 from kvferry.schedule.sequence import Sequence
+from kvferry.wire.messages import NUM_PRIORITY_CLASSES, priority_class
 
 
 class KVMemory:
@@ -67,6 +70,16 @@ class KVMemory:
         fresh = self.blocks_for(num_tokens) - len(hits) + watermark
         unheld = sum(self.pool.is_cached(block) for block in hits)
         return max(0, fresh - (self.pool.num_free - unheld) - self.num_doomed)
+
+    def uncomputed(self, waiting: Iterable[Sequence], computing: Iterable[Sequence]) -> tuple[int, ...]:
+        """Tokens of these prompts that are left to compute, by priority class; what the cache has now is not."""
+        tokens = [0] * NUM_PRIORITY_CLASSES
+        for sequence in waiting:
+            hit = min(self.pool.guess_depth(sequence.hashes) * self.block_size, sequence.num_context - 1)
+            tokens[priority_class(sequence.work.priority)] += sequence.num_context - hit
+        for sequence in computing:
+            tokens[priority_class(sequence.work.priority)] += sequence.num_context - sequence.num_computed
+        return tuple(tokens)
 
     def grow(self, sequence: Sequence) -> bool:
         """A block for the next token, if it needs one. False when the pool is out of blocks."""

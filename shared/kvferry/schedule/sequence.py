@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from kvferry.kv.hashing import block_hashes, chain_hash, root_hash
 from kvferry.schedule.step import BlockTable, Draw, SequenceStep
+from kvferry.wire.logprobs import TokenLogprobs
 from kvferry.wire.messages import EndReason, SequenceState, Work, unpack_tokens
 
 Key = tuple[bytes, int]  # (ticket, attempt)
@@ -39,6 +40,7 @@ class Sequence:
         "cached_tokens",
         "deadline",
         "doomed",
+        "eos_token_ids",
         "hashes",
         "num_blocks",
         "num_computed",
@@ -53,11 +55,19 @@ class Sequence:
     )
 
     def __init__(
-        self, sequence_id: int, work: Work, kv_format_id: str, block_size: int, max_model_len: int, now: float
+        self,
+        sequence_id: int,
+        work: Work,
+        kv_format_id: str,
+        block_size: int,
+        max_model_len: int,
+        now: float,
+        eos_token_ids: frozenset[int] = frozenset(),
     ) -> None:
         prompt, generated = unpack_tokens(work.prompt), unpack_tokens(work.generated)
         self.sequence_id = sequence_id
         self.work = work
+        self.eos_token_ids = eos_token_ids  # not drawn before `min_tokens`
         self.block_size = block_size
         self.num_context = len(prompt) + len(generated)  # tokens that were there when the attempt began
         self.num_tokens = self.num_context
@@ -142,13 +152,15 @@ class Sequence:
         end = self.num_computed + num_rows
         draw = None
         if end == self.num_tokens:
-            draw = Draw(self.work.sampling, self.work.choice, self.next_index, self.tokens, self.num_prompt)
+            draw = Draw.of(
+                self.work.sampling, self.work.choice, self.next_index, self.tokens, self.num_prompt, self.eos_token_ids
+            )
         rows = self._tokens[self.num_computed : end]
         return SequenceStep(self.sequence_id, rows, self.num_computed, self.block_table, draw)
 
     def end_reason(self, token: int, limits: ModelLimits) -> FinalReason | None:
         """Why the sequence ends with `token`, which `append_token` has just added."""
-        if token in limits.eos_token_ids and not self.work.sampling.ignore_eos:
+        if self.work.sampling.is_end(token, limits.eos_token_ids):
             return "stop"
         if self.next_index >= self.work.sampling.max_tokens or self.num_tokens >= limits.max_model_len:
             return "length"
@@ -163,6 +175,7 @@ class Emission:
     index: int
     token: int
     reason: FinalReason | None
+    logprobs: TokenLogprobs | None = None  # if the request wants any
 
     @property
     def first(self) -> bool:

@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.wire.frame import DTYPE_BYTES, Piece
+from kvferry.wire.logprobs import TokenLogprobs
+from kvferry.wire.messages import MAX_LOGPROBS as MAX_LOGPROBS
 from kvferry.wire.messages import Sampling, TokenArray
 
 BlockTable: TypeAlias = npt.NDArray[np.int32]  # [num_blocks of the sequence]: block ids, by position
 NO_TOKENS: Final[TokenArray] = np.empty(0, np.uint32)
-MAX_LOGPROBS: Final = 20  # best tokens of one draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,22 @@ class Draw:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
     banned: tuple[int, ...] = ()  # tokens that must not be drawn
     num_logprobs: int | None = None  # None: no log-probability wanted; n: the drawn token's, and the n best tokens'
+
+    @classmethod
+    def of(
+        cls,
+        sampling: Sampling,
+        choice: int,
+        index: int,
+        tokens: TokenArray,
+        num_prompt: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ) -> Draw:
+        """The draw that a request's sampling asks for at a generated index. `tokens`: prompt and text before it."""
+        return cls(
+            sampling, choice, index, tokens, num_prompt, sampling.logit_bias,
+            sampling.banned_at(index, eos_token_ids), sampling.num_logprobs,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +112,11 @@ class StepResult:
     tokens: tuple[int | None, ...]  # drawn token of each SequenceStep, in plan order; None without a draw
     seconds: float  # spent inside the runner
     logprobs: tuple[Logprobs | None, ...] = ()  # of each SequenceStep, or empty if no draw wanted any
+
+    def logprobs_of(self, place: int) -> TokenLogprobs | None:
+        """What goes to the client of the SequenceStep at a place of the plan."""
+        found = self.logprobs[place] if self.logprobs else None
+        return None if found is None else TokenLogprobs(found.logprob, found.top_tokens, found.top_logprobs)
 
 
 class ModelRunner(Protocol):

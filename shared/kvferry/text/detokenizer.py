@@ -24,6 +24,7 @@ from kvferry.text.tokenizer import Tokenizer
 # After so many tokens without a settled character a window is shown as it stands: a stream of nothing but
 # byte tokens then still moves, though a later bad byte can no longer unmake what was shown.
 MAX_OPEN_TOKENS: Final = 256
+WORD_START: Final = "\u2581"  # SentencePiece's space
 _MAX_CHARACTER_BYTES: Final = 4  # of UTF-8
 
 
@@ -57,6 +58,10 @@ class TokenTexts:
         decoder = json.loads(tokenizer.backend.to_str())["decoder"]
         self.byte_level: Final = _is_byte_level(decoder)
         self._bytes: Final = _token_bytes(tokenizer) if self.byte_level else {}
+        self._special_bytes: Final = {
+            token_id: (tokenizer.backend.id_to_token(token_id) or "").encode()
+            for token_id in tokenizer.special_token_ids
+        }
         self._byte_tokens: Final = _byte_tokens(tokenizer) if _has_byte_fallback(decoder) else None
         escaped: dict[int, bytes] = {}
         for token_id, text in self._bytes.items():
@@ -66,18 +71,30 @@ class TokenTexts:
                 continue  # part of a character
         self.escaped: Final[Callable[[int], bytes | None]] = escaped.get
 
-    def stream(self) -> Detokenizer:
-        """A detokeniser for one new stream."""
+    def stream(self, *, skip_special_tokens: bool = True) -> Detokenizer:
+        """A detokeniser for one new stream. `skip_special_tokens`: they have no text."""
         if self.byte_level:
-            return ByteDetokenizer(self._bytes)
-        return WindowDetokenizer(self._tokenizer, self._byte_tokens)
+            return ByteDetokenizer(self._bytes, {} if skip_special_tokens else self._special_bytes)
+        return WindowDetokenizer(self._tokenizer, self._byte_tokens, skip_special_tokens)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token stands for by itself, special tokens as they are spelled; b"" for ids without a token."""
+        backend = self._tokenizer.backend
+        if token_id in self._tokenizer.special_token_ids or not self.byte_level:
+            name = backend.id_to_token(token_id) or ""
+            if self._byte_tokens is not None and token_id in self._byte_tokens:
+                return bytes([int(name[3:5], 16)])
+            return name.replace(WORD_START, " ").encode()
+        return self._bytes.get(token_id, b"")
 
 
 class ByteDetokenizer(Detokenizer):
     """Concatenates token bytes; holds back an incomplete UTF-8 character."""
 
-    def __init__(self, token_bytes: dict[int, bytes]) -> None:
+    def __init__(self, token_bytes: dict[int, bytes], special_bytes: dict[int, bytes]) -> None:
+        """`special_bytes`: those of special tokens that are shown."""
         self._bytes = token_bytes
+        self._special_bytes = special_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     @property
@@ -85,7 +102,7 @@ class ByteDetokenizer(Detokenizer):
         return bool(self._utf8.getstate()[0])
 
     def push(self, token_id: int) -> str:
-        return self._utf8.decode(self._bytes.get(token_id, b""))
+        return self._utf8.decode(self._special_bytes.get(token_id) or self._bytes.get(token_id, b""))
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -98,9 +115,12 @@ class WindowDetokenizer(Detokenizer):
     the start of a text differently (drops its first space) treats both windows alike.
     """
 
-    def __init__(self, tokenizer: Tokenizer, byte_tokens: frozenset[int] | None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, byte_tokens: frozenset[int] | None, skip_special_tokens: bool = True
+    ) -> None:
         """`byte_tokens`: ids of <0x00> to <0xFF>; None if the decoder has no byte fallback."""
         self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
         self._byte_tokens = byte_tokens
         self._context: list[int] = []
         self._context_text = ""
@@ -111,7 +131,9 @@ class WindowDetokenizer(Detokenizer):
         return bool(self._held)
 
     def push(self, token_id: int) -> str:
-        if token_id in self._tokenizer.special_token_ids or self._tokenizer.backend.id_to_token(token_id) is None:
+        if self._skip and token_id in self._tokenizer.special_token_ids:
+            return ""
+        if self._tokenizer.backend.id_to_token(token_id) is None:
             return ""
         self._held.append(token_id)
         in_run = self._byte_tokens is not None and token_id in self._byte_tokens
@@ -131,7 +153,7 @@ class WindowDetokenizer(Detokenizer):
         return text
 
     def _new_text(self) -> str:
-        return self._tokenizer.decode(self._context + self._held)[len(self._context_text) :]
+        return self._tokenizer.decode(self._context + self._held, self._skip)[len(self._context_text) :]
 
     def _settle(self, in_run: bool) -> None:
         """All is shown. In a run of byte tokens the context is its last character, not a part of it."""
@@ -140,7 +162,7 @@ class WindowDetokenizer(Detokenizer):
         longest = _MAX_CHARACTER_BYTES if in_run else len(shown)
         for length in range(1, min(longest, len(shown)) + 1):
             self._context = shown[-length:]
-            self._context_text = self._tokenizer.decode(self._context)
+            self._context_text = self._tokenizer.decode(self._context, self._skip)
             if self._context_text and not (in_run and "\ufffd" in self._context_text):
                 return
 

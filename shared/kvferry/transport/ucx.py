@@ -1,5 +1,5 @@
 """The data plane over UCX: RDMA where UCX has it, TCP otherwise. The thread is in
-`ucx_worker.py`, the endpoints on it in `ucx_endpoint.py`.
+`ucx_worker.py`, the endpoints on it in `ucx_endpoints.py`.
 
 Peers connect to a listener, whose port is the one in `address`; UCX opens a second, random port on each
 device in `net_devices` for the data itself. Connecting by worker address instead would spare the first

@@ -23,7 +23,8 @@ from kvferry.errors import TransportUnavailable
 from kvferry.runtime import blocking_clock
 from kvferry.transport import libucp as ucp
 from kvferry.transport.sockaddr import pack_sockaddr, unpack_port
-from kvferry.transport.ucx_endpoint import Endpoint, Endpoints
+from kvferry.transport.ucx_endpoint import Endpoint
+from kvferry.transport.ucx_endpoints import Endpoints
 
 TICK_SECONDS: Final = 1.0
 STOP_SECONDS: Final = 2.0  # for operations of closing endpoints, before the worker itself is destroyed

@@ -23,7 +23,7 @@ from typing import Annotated, Final, Literal
 from msgspec import Meta
 
 from kvferry.wire.codec import Codec, Message
-from kvferry.wire.messages import U32, U64, Count, Name, Seconds, Ticket
+from kvferry.wire.messages import U32, U64, Count, LogprobColumns, Name, Seconds, Ticket
 
 MAX_FLOW_BYTES: Final = 4096  # of one flow message, encoded
 MAX_CREDITS: Final = 64
@@ -105,6 +105,7 @@ class Manifest(Message, frozen=True, tag="manifest"):
     first_tokens: Annotated[tuple[tuple[U32, U32], ...], Meta(max_length=1024)]  # (choice, token)
     cached_tokens: Count = 0  # of the prompt, found in P's prefix cache
     elapsed_s: Seconds = 0.0  # from the end of the last prefill step to this manifest
+    logprobs: LogprobColumns | None = None  # of `first_tokens`, where they are wanted
 
 
 Flow = Hello | Prove | Open | Unknown | Progress | Fetch | Credit | Abort | Aborted | Ack

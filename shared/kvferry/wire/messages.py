@@ -24,6 +24,11 @@ MAX_NAME_CHARS: Final = 128
 MAX_ROWS: Final = 1 << 16
 MAX_SHARDS: Final = 64
 MAX_REPETITION_PENALTY: Final = 100
+MAX_LOGPROBS: Final = 20  # best tokens told beside a drawn one
+MAX_LOGIT_BIAS: Final = 1024  # entries of one request
+MAX_TOKEN_LIST: Final = 1024  # stop tokens, or banned tokens, of one request
+NUM_PRIORITY_CLASSES: Final = 3
+MAX_RECENT_PULLS: Final = 32  # in one heartbeat
 
 U16 = Annotated[int, Meta(ge=0, le=(1 << 16) - 1)]
 U32 = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
@@ -39,6 +44,11 @@ Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 TokenArray: TypeAlias = npt.NDArray[np.uint32]
 Role = Literal["gateway", "prefill", "decode"]
 WORKER_ROLES: Final = ("prefill", "decode")
+
+
+def priority_class(priority: int) -> int:
+    """0 urgent (below 0), 1 normal, 2 background: lower numbers go first."""
+    return 0 if priority < 0 else 1 if priority == 0 else 2
 
 
 def pack_tokens(tokens: TokenArray | list[int] | tuple[int, ...]) -> bytes:
@@ -64,11 +74,29 @@ class Sampling(Message, frozen=True):
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Meta(gt=0, le=MAX_REPETITION_PENALTY)] = 1.0
+    logit_bias: Annotated[
+        tuple[tuple[U32, Annotated[float, Meta(ge=-100, le=100)]], ...], Meta(max_length=MAX_LOGIT_BIAS)
+    ] = ()  # (token, what is added to its logit)
+    min_tokens: Count = 0  # of the whole choice: until then nothing that ends it is drawn
+    stop_token_ids: Annotated[tuple[U32, ...], Meta(max_length=MAX_TOKEN_LIST)] = ()  # end it, beside EOS
+    banned: Annotated[tuple[U32, ...], Meta(max_length=MAX_TOKEN_LIST)] = ()  # never drawn
+    num_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None  # None: no log-probability wanted
 
     @property
     def penalised(self) -> bool:
         """Whether a draw depends on which tokens came before it, apart from the model."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    def is_end(self, token: int, eos_token_ids: frozenset[int]) -> bool:
+        """Whether a drawn token is the last one by what it is."""
+        return (not self.ignore_eos and token in eos_token_ids) or token in self.stop_token_ids
+
+    def banned_at(self, index: int, eos_token_ids: frozenset[int]) -> tuple[int, ...]:
+        """What must not be drawn at a generated index, ends of the choice among it before `min_tokens`."""
+        if index >= self.min_tokens:
+            return self.banned
+        eos = () if self.ignore_eos else sorted(eos_token_ids)
+        return (*self.banned, *eos, *self.stop_token_ids)
 
 
 class Work(Message, frozen=True):
@@ -207,6 +235,21 @@ class End(Message, frozen=True):
     detail: Text = ""
 
 
+class LogprobColumns(Message, frozen=True):
+    """Log-probabilities of some rows of other columns, as little-endian columns of its own.
+
+    rows           u32 [num_rows]              which rows, rising
+    counts         u32 [num_rows]              best tokens told of each row
+    top_tokens     u32 [sum(counts)]           the best tokens, best first, row after row
+    logprobs       f32 [num_rows + sum(counts)]  of each row: the drawn token's, then the best tokens'
+    """
+
+    rows: Tokens
+    counts: Tokens
+    top_tokens: Tokens
+    logprobs: Tokens
+
+
 class TokenBatch(Message, frozen=True, tag="tokens"):
     """Worker -> gateway, one per step: the new tokens of all that gateway's sequences, as columns.
 
@@ -222,6 +265,7 @@ class TokenBatch(Message, frozen=True, tag="tokens"):
     tokens: Tokens
     ends: Annotated[tuple[End, ...], Meta(max_length=MAX_ROWS)] = ()
     cached: Annotated[tuple[tuple[U32, U32], ...], Meta(max_length=MAX_ROWS)] = ()  # (stream_id, cached tokens)
+    logprobs: LogprobColumns | None = None  # of the rows whose sequences want any
 
 
 class WorkerRecord(Message, frozen=True):
@@ -251,16 +295,23 @@ WorkerState = Literal["loading", "ready", "draining", "wedged"]
 SequenceState = Literal["waiting", "computing", "held", "opening", "fetching", "running", "ended"]
 
 
+PullTime: TypeAlias = tuple[U64, Count, Seconds]  # prefill incarnation, bytes, seconds
+
+
 class Load(Message, frozen=True):
     """What a worker is doing, for placement and for operators."""
 
     num_waiting: Count = 0
     num_running: Count = 0
-    waiting_tokens: Count = 0  # uncomputed prompt tokens, queued or under way
+    waiting_tokens: Count = 0  # prompt tokens to compute, queued or under way, without those that its cache has now
     free_blocks: Count = 0  # free or evictable
     prefill_tokens_per_s: Seconds = 0.0  # this worker's own measured rate, 0 when unknown
     decode_step_s: Seconds = 0.0  # mean step time of late, 0 when unknown
     steps: Count = 0  # engine steps ended since start
+    cache_seq: U64 = 0  # number of its last `CacheEvents`: shows who has missed it
+    # `waiting_tokens` by priority class; empty from a worker that does not say.
+    queued_tokens: Annotated[tuple[Count, ...], Meta(max_length=NUM_PRIORITY_CLASSES)] = ()
+    pulls: Annotated[tuple[PullTime, ...], Meta(max_length=MAX_RECENT_PULLS)] = ()  # ended since the last heartbeat
 
 
 class Held(Message, frozen=True):
@@ -301,7 +352,7 @@ class ExitNotice(Message, frozen=True, tag="exit"):
     cause: Literal["crashed", "killed", "stopped"]
 
 
-MAX_CACHE_KEYS: Final = 1 << 15  # in one message; more are split
+MAX_CACHE_KEYS: Final = 1 << 12  # in one message, so that it costs its receiver no more than 1 ms; more are split
 CacheKeys = Annotated[bytes, Meta(max_length=8 * MAX_CACHE_KEYS)]  # u64 LE column, see `kvferry.kv.events`
 
 

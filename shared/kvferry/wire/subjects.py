@@ -2,6 +2,7 @@
 
 kvferry.<cluster>.<role>.<name>.<incarnation>             one per process: all messages to it
 kvferry.<cluster>.beat.<role>.<name>.<incarnation>        heartbeats and exit notices
+kvferry.<cluster>.cache.<role>.<name>.<incarnation>       what a worker's prefix cache stores and evicts
 kvferry.<cluster>.inbox.<role>                            prefix of answers to requests
 """
 
@@ -37,6 +38,14 @@ def all_beats(cluster: str) -> str:
 
 def role_beats(cluster: str, role: str) -> str:
     return f"{ROOT}.{cluster}.beat.{role}.>"
+
+
+def cache_subject(cluster: str, role: str, name: str, incarnation: int) -> str:
+    return f"{ROOT}.{cluster}.cache.{role}.{name}.{incarnation:016x}"
+
+
+def all_cache_news(cluster: str) -> str:
+    return f"{ROOT}.{cluster}.cache.>"
 
 
 def inbox_prefix(cluster: str, role: str) -> str:

@@ -33,4 +33,4 @@ def refuse(
 def retry_after(scheduler: Scheduler) -> float:
     """Seconds until what waits now could have been computed, at this worker's own rate; 1 to 30."""
     rate = scheduler.chunk.tokens_per_s
-    return min(30.0, max(1.0, scheduler.waiting_tokens / rate)) if rate else 1.0
+    return min(30.0, max(1.0, sum(scheduler.queued_tokens) / rate)) if rate else 1.0

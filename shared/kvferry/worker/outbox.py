@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
+from kvferry.wire.logprobs import TokenLogprobs, pack_logprobs
 from kvferry.wire.messages import End, EndReason, Held, TokenBatch, Work, pack_tokens
 
 REPEAT_END_S: Final = 0.5
 # Bounds of one batch, which is then smaller than NATS' default max_payload of 1 MiB.
 MAX_BATCH_TOKENS: Final = 1 << 15
+MAX_BATCH_LOGPROBS: Final = 1 << 11  # rows that have log-probabilities, up to 172 bytes each
 MAX_BATCH_ENDS: Final = 96
 MAX_BATCH_CACHED: Final = 1 << 13
 
@@ -23,6 +25,7 @@ class _Stream:
     work: Work
     first_index: int
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of every token, or empty if they are not wanted
     cached_tokens: int = 0
     end: End | None = None
     repeat_at: float = 0.0
@@ -39,12 +42,27 @@ class _Mailbox:
     stream_ids: list[int] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)  # (row of the columns above, …)
     ends: list[End] = field(default_factory=list)
     cached: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, stream: _Stream, offset: int) -> None:
+        """A row for a stream's token with this offset from its first one."""
+        if stream.logprobs:
+            self.logprobs.append((len(self.tokens), stream.logprobs[offset]))
+        self.stream_ids.append(stream.work.stream_id)
+        self.indices.append(stream.first_index + offset)
+        self.tokens.append(stream.tokens[offset])
 
     @property
     def waiting(self) -> bool:
         return bool(self.tokens or self.ends or self.cached)
+
+    @property
+    def num_rows_of_batch(self) -> int:
+        if len(self.logprobs) > MAX_BATCH_LOGPROBS:
+            return min(MAX_BATCH_TOKENS, self.logprobs[MAX_BATCH_LOGPROBS][0])
+        return min(MAX_BATCH_TOKENS, len(self.tokens))
 
 
 class Outbox:
@@ -61,16 +79,17 @@ class Outbox:
             box = self._mailboxes[work.gateway_incarnation] = _Mailbox(work.gateway, work.gateway_incarnation)
         box.streams[work.stream_id] = _Stream(work, len(work.generated) // 4)
 
-    def token(self, work: Work, index: int, token: int) -> None:
+    def token(self, work: Work, index: int, token: int, logprobs: TokenLogprobs | None = None) -> None:
+        """The next token of a stream; with log-probabilities either always or never."""
         found = self._find(work)
         if found is None:
             return
         box, stream = found
         assert index == stream.first_index + len(stream.tokens), "tokens come in order"
         stream.tokens.append(token)
-        box.stream_ids.append(work.stream_id)
-        box.indices.append(index)
-        box.tokens.append(token)
+        if logprobs is not None:
+            stream.logprobs.append(logprobs)
+        box.add(stream, len(stream.tokens) - 1)
 
     def cached(self, work: Work, num_tokens: int) -> None:
         """How many prompt tokens came from a prefix cache: for the usage figures."""
@@ -112,10 +131,8 @@ class Outbox:
             if stream is None:
                 continue
             start = max(0, index - stream.first_index)
-            for offset, token in enumerate(stream.tokens[start:], start):
-                box.stream_ids.append(stream_id)
-                box.indices.append(stream.first_index + offset)
-                box.tokens.append(token)
+            for offset in range(start, len(stream.tokens)):
+                box.add(stream, offset)
             if stream.end is not None:
                 box.ends.append(stream.end)
             if stream.cached_tokens:
@@ -134,17 +151,21 @@ class Outbox:
         batches: list[tuple[str, TokenBatch]] = []
         for box in self._mailboxes.values():
             while box.waiting:
+                num_rows = box.num_rows_of_batch
                 batch = TokenBatch(
                     self._incarnation,
                     box.batch_seq,
-                    pack_tokens(box.stream_ids[:MAX_BATCH_TOKENS]),
-                    pack_tokens(box.indices[:MAX_BATCH_TOKENS]),
-                    pack_tokens(box.tokens[:MAX_BATCH_TOKENS]),
+                    pack_tokens(box.stream_ids[:num_rows]),
+                    pack_tokens(box.indices[:num_rows]),
+                    pack_tokens(box.tokens[:num_rows]),
                     tuple(box.ends[:MAX_BATCH_ENDS]),
                     tuple(box.cached[:MAX_BATCH_CACHED]),
+                    pack_logprobs([item for item in box.logprobs if item[0] < num_rows]) if box.logprobs else None,
                 )
                 for column in (box.stream_ids, box.indices, box.tokens):
-                    del column[:MAX_BATCH_TOKENS]
+                    del column[:num_rows]
+                if box.logprobs:
+                    box.logprobs = [(row - num_rows, found) for row, found in box.logprobs if row >= num_rows]
                 del box.ends[:MAX_BATCH_ENDS]
                 del box.cached[:MAX_BATCH_CACHED]
                 box.batch_seq = (box.batch_seq + 1) & 0xFFFFFFFF

@@ -39,16 +39,20 @@ def record(worker: Worker[Any]) -> WorkerRecord:
 
 
 def load(worker: Worker[Any]) -> Load:
-    """What it is doing, for placement."""
+    """What it is doing, for placement. Takes the pulls that have ended since the last call."""
     scheduler = worker.scheduler
+    queued = scheduler.queued_tokens
     return Load(
         num_waiting=scheduler.num_waiting,
         num_running=scheduler.num_running,
-        waiting_tokens=scheduler.waiting_tokens,
+        waiting_tokens=sum(queued),
         free_blocks=scheduler.memory.pool.num_free,
         prefill_tokens_per_s=scheduler.chunk.tokens_per_s,
-        decode_step_s=worker.step_s,
-        steps=worker.num_steps,
+        decode_step_s=worker.engine_loop.step_s,
+        steps=worker.engine_loop.num_steps,
+        cache_seq=worker.cache_news.seq,
+        queued_tokens=queued,
+        pulls=worker.take_pulls(),
     )
 
 

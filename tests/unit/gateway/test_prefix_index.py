@@ -6,12 +6,13 @@ import hashlib
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from kvferry.kv.events import CacheLog, pack_keys
+from kvferry.kv.events import CacheLog, pack_keys, unpack_keys
 from kvferry.wire.messages import CacheEvents, CacheSnapshot
 from kvferry_gateway.prefix_index import MAX_EARLY, Heard, PrefixIndex, index_keys
 
@@ -91,11 +92,15 @@ def test_a_snapshot_counts_only_when_all_its_parts_are_there(index: PrefixIndex)
     index.apply(stored(7, 2, 9))
     assert index.load(CacheSnapshot(7, 3, 1, 2, column(2))) is Heard.PARTIAL
     assert index.load(CacheSnapshot(7, 3, 1, 2, column(2))) is Heard.PARTIAL
-    assert depths(index, 2) == [0, 0]
+    assert depths(index, 2) == [1, 0], "its blocks may be used already"
+    assert index.is_behind(7, 3) is False
+    assert index.is_behind(7, 3), "but it is not complete"
     assert index.load(CacheSnapshot(7, 4, 0, 2, column(5))) is Heard.PARTIAL, "a newer one begins anew"
     assert index.load(CacheSnapshot(7, 3, 0, 2, column(1))) is Heard.OLD
     assert index.load(CacheSnapshot(7, 4, 1, 2, column(6))) is Heard.APPLIED
     assert depths(index, 5, 6) == [2, 0]
+    assert depths(index, 2) == [0, 0], "what the complete one lacks is gone"
+    index.check_integrity()
 
 
 def test_the_heartbeat_tells_of_a_lost_last_batch_one_beat_later(index: PrefixIndex) -> None:
@@ -111,13 +116,23 @@ def test_the_heartbeat_tells_of_a_lost_last_batch_one_beat_later(index: PrefixIn
 def test_a_restarted_worker_keeps_nothing_of_its_predecessor(index: PrefixIndex) -> None:
     index.apply(stored(7, 1, 1, 2))
     index.apply(stored(8, 1, 1))
+    index.detach(7)
     slot = index.attach(9, "p0", 100)
+    assert slot == 0, "given again"
     assert index.depths(keys(1, 2))[slot] == 0
     assert index.apply(stored(7, 2, 3)) is Heard.UNKNOWN
     assert index.load(CacheSnapshot(7, 2, 0, 1, column(3))) is Heard.UNKNOWN
     assert index.num_blocks(8) == 1
     assert len(index) == 1
     index.check_integrity()
+
+
+def test_two_workers_of_one_name_keep_what_each_has(index: PrefixIndex) -> None:
+    index.apply(stored(7, 1, 1, 2))
+    slot = index.attach(9, "p0", 100)
+    index.apply(stored(9, 1, 1))
+    assert depths(index, 1, 2) == [2, 0, 1]
+    assert slot == 2
 
 
 def test_a_worker_that_claims_more_blocks_than_it_can_have_is_not_believed(index: PrefixIndex) -> None:
@@ -191,6 +206,7 @@ class LossyBus(RuleBasedStateMachine):
 
     @rule(worker=workers)
     def restart(self, worker: int) -> None:
+        self.index.detach(self.incarnation[worker])
         self.incarnation[worker] += 1
         self.logs[worker] = CacheLog(self.incarnation[worker])
         self.caches[worker] = set()
@@ -219,7 +235,10 @@ class LossyBus(RuleBasedStateMachine):
             assert self.index.num_blocks(incarnation) == len(self.caches[worker])
 
     def snapshot(self, worker: int) -> list[CacheEvents | CacheSnapshot]:
-        return self.logs[worker].snapshot(map(block, self.caches[worker]))
+        log = self.logs[worker]
+        due = log.batches()
+        keys = np.sort(unpack_keys(pack_keys(map(block, self.caches[worker]))))
+        return [*due, *log.snapshot(log.seq, keys)]
 
     def hear(self, message: CacheEvents | CacheSnapshot) -> None:
         if isinstance(message, CacheEvents):

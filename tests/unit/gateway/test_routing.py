@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvferry.kv.events import pack_keys
 from kvferry.wire.messages import CacheEvents, Load, WorkerAddress, WorkerRecord
 from kvferry_gateway.decision import Decision, Hopeless, Placed, Request
-from kvferry_gateway.placement import NoWorker, OtherNumerics, TooLong
+from kvferry_gateway.placement import NoWorker, OtherNumerics, TooLong, numerics_of
 from kvferry_gateway.prediction import Snapshot
 from kvferry_gateway.prefix_index import index_keys
 from kvferry_gateway.routing import place
@@ -303,10 +303,11 @@ def test_a_queue_is_bounded_by_priority_and_urgent_requests_see_only_what_is_ahe
     assert isinstance(world.place(priority=5), Hopeless), "background waits half as long"
     world.load("p0", waiting_tokens=2000)
     assert isinstance(world.place(), Hopeless)
+    assert names(world.place(admitted=True)) == ("p0", "d0"), "a stream that lost its workers is not refused"
     assert names(world.place(priority=-1)) == ("p0", "d0"), "urgent waits four times as long"
     roster = world.snapshot.roster
-    load = Load(waiting_tokens=6000, prefill_tokens_per_s=1000.0)
-    roster.observe(number("p0"), load, "ready", 0.0, queued=(0.0, 500.0, 5500.0))
+    load = Load(waiting_tokens=6000, prefill_tokens_per_s=1000.0, queued_tokens=(0, 500, 5500))
+    roster.observe(number("p0"), load, "ready", 0.0)
     decision = world.place()
     assert isinstance(decision, Placed)
     assert decision.reason.queue_s == pytest.approx(0.5)
@@ -372,6 +373,39 @@ def test_a_decision_is_allowed_pure_and_near_the_best_of_all_pairs(
     assert isinstance(narrow, Placed)
     assert isinstance(everything, Placed)
     assert narrow.cost <= everything.lowest_cost * 1.02 + 0.004, "four of each are enough when links are alike"
+
+
+worker_kinds = st.tuples(
+    st.sampled_from("pd"), st.sampled_from("ab"), st.booleans(), st.integers(0, 5), st.integers(0, 10)
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(worker_kinds, max_size=8), st.sampled_from([None, "a", "b"]), st.sets(st.integers(0, 7)), st.booleans())
+def test_no_decision_mixes_numerics_where_exactness_is_promised(
+    specs: list[tuple[str, str, bool, int, int]], bound_to: str | None, refused: set[int], local: bool
+) -> None:
+    world = World(targets=Targets(prefill_on_decode=local))
+    listed = [f"{role}{i}" for i, (role, *_) in enumerate(specs)]
+    for name, (_, numerics, exact, running, cached) in zip(listed, specs, strict=True):
+        world.add(name, load={"num_running": running}, numerics_id=numerics, exact=exact)
+        world.cache(name, 1, cached)
+    full = {number(listed[i]) for i in refused if i < len(listed)}
+    decoders = [record for record in world.snapshot.roster.records if record and record.role == "decode"]
+    match world.place(keys=keys(1, 10), bound_to=bound_to, full=full):
+        case Placed(prefill, decode):
+            assert bound_to in (None, numerics_of(decode))
+            if prefill is not None and decode.exact:
+                assert prefill.exact
+                assert prefill.numerics_id == decode.numerics_id
+        case OtherNumerics(numerics_id):
+            assert numerics_id == bound_to
+            assert decoders
+            assert not any(numerics_of(decode) == bound_to for decode in decoders)
+        case NoWorker():
+            pass
+        case other:
+            raise AssertionError(f"all have room and nobody waits: {other}")
 
 
 @pytest.mark.parametrize("field", ["ttft_s", "itl_s", "max_queue_s"])

@@ -16,7 +16,10 @@ from kvferry.text.tokenizer import Tokenizer
 from kvferry.wire.messages import End, EndReason, Held, TokenBatch, WorkerAddress, WorkerRecord, pack_tokens
 from kvferry_gateway.attempt import Attempt, AttemptTable, Finished, Lost, audit
 from kvferry_gateway.connection import AsgiConnection, ClientConnection
+from kvferry_gateway.decision import Reason
 from kvferry_gateway.dispatcher import Dispatcher, WorkerMail
+from kvferry_gateway.estimates import ForecastError
+from kvferry_gateway.forecast import Forecast
 from kvferry_gateway.metrics import GatewayMetrics
 from kvferry_gateway.streams import TokenStream
 
@@ -59,6 +62,11 @@ def record(role: str, incarnation: int) -> WorkerRecord:
     )  # type: ignore[arg-type]
 
 
+def forecast() -> Forecast:
+    reason = Reason("least_work", 0.5, 0.0, 0.4, 0.1, 0.01, 1.0, 0, 1)
+    return Forecast(reason, 0.0, ForecastError(0.5), ForecastError(0.2))
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> TokenTexts:
     return TokenTexts(Tokenizer(write_model(tmp_path_factory.mktemp("model") / "tiny")))
@@ -81,7 +89,8 @@ class Desk:
         self.numbers += 1
         self.attempt = Attempt(
             self.numbers, bytes(16), self.table.new_stream_id(), self.stream, record("decode", D),
-            record("prefill", P), len(self.stream.tokens), asyncio.get_running_loop().create_future(), accepted=True,
+            record("prefill", P), len(self.stream.tokens), asyncio.get_running_loop().create_future(), forecast(),
+            accepted=True,
         )  # fmt: skip
         self.table.add(self.attempt)
         return self.attempt

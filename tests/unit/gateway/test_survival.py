@@ -245,7 +245,7 @@ async def test_garbage_on_the_bus_is_counted_and_disturbs_nothing(cluster: Clust
 async def test_a_worker_that_keeps_silent_is_asked_twice_and_then_another(cluster: Cluster) -> None:
     silent = await cluster.worker("decode", "a-silent")
     silent.answer = lambda work: None
-    await cluster.speaker(TEXT)
+    await cluster.speaker(TEXT, running=20)
     response = await cluster.client.post("/v1/completions", json=completion())
     assert response.json()["choices"][0]["text"] == TEXT
     assert len(silent.got(DecodeRequest)) == 2
@@ -255,7 +255,7 @@ async def test_a_worker_that_keeps_silent_is_asked_twice_and_then_another(cluste
 
 async def test_where_nobody_listens_the_next_worker_is_asked_at_once(cluster: Cluster) -> None:
     dead = await cluster.worker("decode", "a-dead")
-    await cluster.speaker(TEXT)
+    await cluster.speaker(TEXT, running=20)
     assert dead._subscription is not None
     await dead._subscription.close()
     dead.freeze()
@@ -271,7 +271,7 @@ async def test_when_one_of_a_pair_refuses_the_other_is_cancelled_and_the_next_tr
 ) -> None:
     prefill, decode = await cluster.pair()
     decode.answer = lambda work: Rejected(work.ticket, work.attempt, "draining")
-    await cluster.speaker(TEXT)
+    await cluster.speaker(TEXT, running=20)
     response = await cluster.client.post("/v1/completions", json=completion())
     assert response.json()["choices"][0]["text"] == TEXT
     first, second = (item.work for item in prefill.got(PrefillRequest))
@@ -303,6 +303,9 @@ async def test_a_lost_decode_worker_costs_a_pause_and_no_token(cluster: Cluster,
                 first.state = "wedged"
             case "forgetful":
                 first.forget(first.works[0])
+                first.answer = lambda work: Rejected(
+                    work.ticket, work.attempt, "queue_full"
+                )  # it lives, and may be asked
         resumed = (await second.wait_for(DecodeRequest)).work
         assert asyncio.get_running_loop().time() - began < 2.0, "a new worker has it within 2 s"
         assert unpack_tokens(resumed.generated).tolist() == TOKENS[:5]

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvferry.kv.events import CacheLog, pack_keys, unpack_keys
-from kvferry.wire.messages import MAX_CACHE_KEYS, CacheEvents, CacheSnapshot, Codecs
+from kvferry.kv.events import CacheLog, KeyArray, pack_keys, unpack_keys
+from kvferry.wire.messages import MAX_CACHE_KEYS, CacheSnapshot, Codecs
 
 
 def block(number: int) -> bytes:
     return hashlib.sha256(number.to_bytes(8, "big")).digest()[:16]
+
+
+def column(*numbers: int) -> KeyArray:
+    return np.sort(unpack_keys(pack_keys(map(block, numbers))))
 
 
 def keys(column: bytes) -> set[int]:
@@ -52,27 +57,26 @@ def test_a_block_stored_twice_in_a_row_is_a_fault_of_the_caller() -> None:
         log.stored(block(1))
 
 
-def test_a_snapshot_follows_the_batch_that_is_due_and_has_its_number() -> None:
+def test_a_snapshot_has_the_number_of_the_last_batch_before_it() -> None:
     log = CacheLog(7)
     log.stored(block(3))
-    events, snapshot = log.snapshot([block(1), block(3)])
-    assert isinstance(events, CacheEvents)
-    assert isinstance(snapshot, CacheSnapshot)
+    (events,) = log.batches()
+    (snapshot,) = log.snapshot(events.seq, column(1, 3))
     assert keys(events.stored) == of(3)
     assert (snapshot.seq, snapshot.part, snapshot.num_parts, keys(snapshot.keys)) == (1, 0, 1, of(1, 3))
 
 
 def test_an_empty_cache_has_a_snapshot_of_one_part() -> None:
-    (snapshot,) = CacheLog(7).snapshot([])
+    (snapshot,) = CacheLog(7).snapshot(0, column())
     assert snapshot == CacheSnapshot(7, 0, 0, 1)
 
 
-def test_snapshots_of_one_number_have_equal_parts_whatever_the_order_of_the_pool() -> None:
-    log = CacheLog(7)
-    numbers = range(MAX_CACHE_KEYS + 10)
-    forwards, backwards = log.snapshot(map(block, numbers)), log.snapshot(map(block, reversed(numbers)))
-    assert forwards == backwards
-    assert [len(part.keys) for part in forwards if isinstance(part, CacheSnapshot)] == [8 * MAX_CACHE_KEYS, 80]
+def test_a_large_snapshot_is_cut_into_parts_that_the_codec_takes() -> None:
+    codec = Codecs().cache
+    parts = list(CacheLog(7).snapshot(3, column(*range(MAX_CACHE_KEYS + 10))))
+    assert [len(part.keys) for part in parts] == [8 * MAX_CACHE_KEYS, 80]
+    assert [codec.decode(codec.encode(part)) for part in parts] == parts
+    assert set().union(*(keys(part.keys) for part in parts)) == of(*range(MAX_CACHE_KEYS + 10))
 
 
 def test_more_changes_than_a_message_holds_become_several_batches_that_the_codec_takes() -> None:

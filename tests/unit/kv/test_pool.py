@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kvferry.errors import PoolExhausted
+from kvferry.kv.events import CacheLog, pack_keys
 from kvferry.kv.hashing import block_hashes, root_hash, token_bytes
 from kvferry.kv.pool import BlockPool
 
@@ -232,3 +233,28 @@ def test_hashing_and_matching_4096_tokens_takes_milliseconds_at_most() -> None:
         assert pool.match(block_hashes(ROOT, tokens, 16), tokens) == blocks
         best = min(best, time.perf_counter() - start)
     assert best < 4e-3, f"{best * 1e3:.2f} ms for 4,096 tokens: 1 ms per 1,000 tokens is the limit"
+
+
+def test_the_depth_of_a_chain_is_guessed_without_looking_at_every_block() -> None:
+    pool = BlockPool(16, SIZE)
+    cache(pool, prompt(10))
+    assert [pool.guess_depth(hashes_of(prompt(n))) for n in (0, 1, 10)] == [0, 1, 10]
+    assert pool.guess_depth(hashes_of(prompt(14))) == 10
+    assert pool.guess_depth(hashes_of(prompt(5, first=900))) == 0
+    pool.release(pool.allocate(9))  # evicts the chain's end
+    assert pool.guess_depth(hashes_of(prompt(14))) == len(pool.match(hashes_of(prompt(14)), prompt(14))) == 7
+
+
+def test_only_what_becomes_findable_is_logged() -> None:
+    pool = BlockPool(8, SIZE)
+    pool.log = CacheLog(1)
+    cache(pool, prompt(2))
+    twin = pool.allocate(2)
+    publish_all(pool, twin, prompt(2))
+    (batch,) = pool.log.batches()
+    assert (batch.stored, batch.evicted) == (pack_keys(hashes_of(prompt(2))), b"")
+    pool.release(twin)
+    assert pool.log.batches() == [], "the twins were never findable"
+    pool.drop_cache()
+    (batch,) = pool.log.batches()
+    assert (batch.stored, len(batch.evicted)) == (b"", 16)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvferry.errors import PoolExhausted
+from kvferry.kv.events import CacheLog, pack_keys, unpack_keys
 from kvferry.kv.hashing import block_hashes, root_hash, token_bytes
 from kvferry.kv.ledger import BlockState, Holder, Ledger
 from kvferry.kv.pool import BlockPool
@@ -28,6 +29,8 @@ class PoolMachine(RuleBasedStateMachine):
     def start(self, num_blocks: int) -> None:
         self.pool = BlockPool(num_blocks, SIZE)
         self.ledger = Ledger(self.pool)
+        self.pool.log = CacheLog(1)
+        self.told: set[int] = set()  # keys that a gateway knows of
         self.refs: Counter[int] = Counter()
         self.findable: dict[tuple, int] = {}  # prefix of token pairs -> block
         self.lru: list[int] = []  # cached blocks, least recently used first
@@ -139,6 +142,16 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.drop_cache() == len(self.lru)
         self.findable, self.lru = {}, []
 
+    def hash_of(self, prefix: tuple) -> bytes:
+        return block_hashes(ROOT, np.array(prefix, dtype=np.uint32).reshape(-1), SIZE)[-1]
+
+    def hear(self) -> None:
+        """What the pool logs, batch by batch, is what it has."""
+        for batch in self.pool.log.batches():
+            self.told |= set(unpack_keys(batch.stored).tolist())
+            self.told -= set(unpack_keys(batch.evicted).tolist())
+        assert self.told == set(unpack_keys(pack_keys(self.pool.findable())).tolist())
+
     @invariant()
     def agrees_with_the_model(self) -> None:
         if not hasattr(self, "pool"):
@@ -146,6 +159,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.ledger.check_integrity()
         assert self.pool.ref_counts.tolist() == [self.refs[block] for block in range(self.pool.num_blocks)]
         assert self.pool.num_free == self.model_free()
+        assert set(self.pool.findable()) == {self.hash_of(prefix) for prefix in self.findable}
+        self.hear()
         assert [block for block in range(self.pool.num_blocks) if self.pool.is_cached(block)] == sorted(self.lru)
         assert sum(self.ledger.counts().values()) == self.pool.num_blocks
 

@@ -15,6 +15,7 @@ import msgspec
 
 from kvferry.wire import flow, messages
 from kvferry.wire.codec import Codec, Message
+from kvferry.wire.logprobs import TokenLogprobs, pack_logprobs
 from kvferry.wire.messages import pack_tokens
 
 GOLDEN = Path(__file__).with_name("golden_v1.json")
@@ -33,13 +34,16 @@ WORK = messages.Work(
     model="smollm2",
     prompt=pack_tokens([1, 2, 49151]),
     generated=pack_tokens([3]),
-    sampling=messages.Sampling(0.7, 0.9, 40, 0.05, (1 << 64) - 1, 128, True, -0.5, 1.5, 1.25),
+    sampling=messages.Sampling(
+        0.7, 0.9, 40, 0.05, (1 << 64) - 1, 128, True, -0.5, 1.5, 1.25, ((5, -100.0), (6, 2.5)), 3, (7, 8), (9,), 20
+    ),
     priority=-1,
     arrival=1234.5,
     salt=bytes(16),
     alone=True,
     deadline=2.5,
 )
+LOGPROBS = pack_logprobs([(1, TokenLogprobs(-0.5, (49151, 7), (-0.5, -1.25)))])
 ADDRESS = messages.WorkerAddress(INCARNATION, ("ucx://00ff", "tcp://127.0.0.1:4000"))
 RECORD = messages.WorkerRecord(
     role="decode",
@@ -61,7 +65,7 @@ RECORD = messages.WorkerRecord(
     engine="native",
     engine_reason="asked for",
 )
-LOAD = messages.Load(1, 2, 3, 4, 1500.5, 0.0125, 99)
+LOAD = messages.Load(1, 2, 3, 4, 1500.5, 0.0125, 99, 12, (0, 1, 2), ((0xBB, 1 << 20, 0.5),))
 HELD = messages.Held(5, "running", 17)
 
 TO_WORKER: list[Message] = [
@@ -84,6 +88,7 @@ TO_GATEWAY: list[Message] = [
         pack_tokens([100, 49151]),
         (messages.End(5, 18, "stop", "EOS"),),
         ((6, 16),),
+        LOGPROBS,
     ),
 ]
 ANSWERS: list[Message] = [
@@ -112,22 +117,46 @@ FLOW: list[Message] = [
     flow.Aborted(1, 9, "expired"),
     flow.Ack(1),
 ]
-MANIFESTS: list[Message] = [flow.Manifest(4, "kv-1", TICKET, TICKET[::-1], ((0, 42), (1, 43)), 16, 0.004)]
+MANIFESTS: list[Message] = [flow.Manifest(4, "kv-1", TICKET, TICKET[::-1], ((0, 42), (1, 43)), 16, 0.004, LOGPROBS)]
 
 
-BEFORE_PENALTIES = msgspec.structs.replace(
+BEFORE_LOGIT_BIAS = msgspec.structs.replace(
     WORK,
     sampling=msgspec.structs.replace(
-        WORK.sampling, presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0
+        WORK.sampling, logit_bias=(), min_tokens=0, stop_token_ids=(), banned=(), num_logprobs=None
     ),
 )
+BEFORE_PENALTIES = msgspec.structs.replace(
+    BEFORE_LOGIT_BIAS,
+    sampling=msgspec.structs.replace(
+        BEFORE_LOGIT_BIAS.sampling, presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0
+    ),
+)
+BEFORE_LOGPROBS = (
+    msgspec.structs.replace(TO_GATEWAY[0], logprobs=None),
+    msgspec.structs.replace(MANIFESTS[0], logprobs=None),
+)
+BEFORE_CACHE_NEWS = msgspec.structs.replace(LOAD, cache_seq=0, queued_tokens=(), pulls=())
 BEFORE_EXACT = msgspec.structs.replace(RECORD, exact=False, engine="", engine_reason="")
 OLDER: dict[str, tuple[Codec[Any], Message]] = {  # what senders of version 1 wrote before a field was appended
     "PrefillRequest before penalties": (messages.Codecs().to_worker, messages.PrefillRequest(BEFORE_PENALTIES)),
     "DecodeRequest before penalties": (messages.Codecs().to_worker, messages.DecodeRequest(BEFORE_PENALTIES, ADDRESS)),
+    "PrefillRequest before logit_bias": (messages.Codecs().to_worker, messages.PrefillRequest(BEFORE_LOGIT_BIAS)),
+    "DecodeRequest before logit_bias": (
+        messages.Codecs().to_worker,
+        messages.DecodeRequest(BEFORE_LOGIT_BIAS, ADDRESS),
+    ),
+    "TokenBatch before logprobs": (messages.Codecs().to_gateway, BEFORE_LOGPROBS[0]),
+    "Manifest before logprobs": (flow.ManifestCodec(), BEFORE_LOGPROBS[1]),
     "Heartbeat before exact": (
         messages.Codecs().beat,
-        messages.Heartbeat(8, "ready", BEFORE_EXACT, LOAD, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD,)}),
+        messages.Heartbeat(
+            8, "ready", BEFORE_EXACT, BEFORE_CACHE_NEWS, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD,)}
+        ),
+    ),
+    "Heartbeat before cache news": (
+        messages.Codecs().beat,
+        messages.Heartbeat(8, "ready", RECORD, BEFORE_CACHE_NEWS, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD,)}),
     ),
 }
 

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from sequences import GATEWAY, work_of
 
-from kvferry.wire.messages import Codecs, TokenBatch, unpack_tokens
-from kvferry.worker.outbox import MAX_BATCH_CACHED, MAX_BATCH_ENDS, MAX_BATCH_TOKENS, REPEAT_END_S, Outbox
+from kvferry.wire.logprobs import TokenLogprobs, unpack_logprobs
+from kvferry.wire.messages import MAX_LOGPROBS, Codecs, TokenBatch, unpack_tokens
+from kvferry.worker.outbox import (
+    MAX_BATCH_CACHED,
+    MAX_BATCH_ENDS,
+    MAX_BATCH_LOGPROBS,
+    MAX_BATCH_TOKENS,
+    REPEAT_END_S,
+    Outbox,
+)
 
 
 def rows(batch: TokenBatch) -> list[tuple[int, int, int]]:
@@ -131,3 +139,54 @@ def test_ended_streams_are_reported_until_they_are_acknowledged() -> None:
     assert [(h.stream_id, h.state, h.next_index) for h in outbox.held()[work.gateway]] == [(work.stream_id, "ended", 0)]
     assert outbox.ended(GATEWAY) == [work]
     assert outbox.ended(4711) == []
+
+
+def found(token: int, count: int = 2) -> TokenLogprobs:
+    return TokenLogprobs(-1.0, tuple(range(token, token + count)), tuple(-float(place) for place in range(count)))
+
+
+def scored(batch: TokenBatch) -> dict[int, TokenLogprobs]:
+    """By row."""
+    return dict(unpack_logprobs(batch.logprobs, len(rows(batch)))) if batch.logprobs else {}
+
+
+def test_log_probabilities_stay_with_their_rows_and_are_sent_again_with_them() -> None:
+    outbox = Outbox(9)
+    plain, wanting = work_of(4), work_of(4)
+    for work in (plain, wanting):
+        outbox.open(work)
+    outbox.token(plain, 0, 11)
+    assert taken(outbox)[0].logprobs is None, "nobody wants any"
+    outbox.token(plain, 1, 12)
+    outbox.token(wanting, 0, 21, found(21))
+    outbox.token(plain, 2, 13)
+    outbox.token(wanting, 1, 22, found(22))
+    assert scored(taken(outbox)[0]) == {1: found(21), 3: found(22)}
+    outbox.resend(GATEWAY, ((wanting.stream_id, 1), (plain.stream_id, 2)))
+    batch = taken(outbox)[0]
+    assert rows(batch) == [(wanting.stream_id, 1, 22), (plain.stream_id, 2, 13)]
+    assert scored(batch) == {0: found(22)}
+    assert taken(outbox) == []
+
+
+def test_a_flood_of_log_probabilities_is_split_and_stays_under_the_default_payload_of_nats() -> None:
+    outbox = Outbox((1 << 64) - 1)
+    work, plain = work_of(1, max_tokens=1 << 20), work_of(1, max_tokens=1 << 20)
+    outbox.open(work)
+    outbox.open(plain)
+    most = TokenLogprobs(-1.0, ((1 << 32) - 1,) * MAX_LOGPROBS, (-1.0,) * MAX_LOGPROBS)
+    for index in range(MAX_BATCH_TOKENS):
+        outbox.token(plain, index, (1 << 32) - 1)
+        if index % 8 == 0:
+            outbox.token(work, index // 8, (1 << 32) - 1, most)
+    batches = taken(outbox)
+    assert sum(len(rows(batch)) for batch in batches) == MAX_BATCH_TOKENS * 9 // 8
+    assert [index for batch in batches for s, index, _ in rows(batch) if s == work.stream_id] == [
+        *range(MAX_BATCH_TOKENS // 8)
+    ]
+    for batch in batches:
+        assert len(scored(batch)) <= MAX_BATCH_LOGPROBS
+        wanting = [row for row, (stream_id, _, _) in enumerate(rows(batch)) if stream_id == work.stream_id]
+        assert list(scored(batch)) == wanting
+        assert len(Codecs().to_gateway.encode(batch)) < 1 << 20
+    assert len(batches) >= 2

@@ -38,10 +38,15 @@ ISA_FLAGS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 TIMEOUT_S: Final = 600.0  # of one compiler run
 _MAX_MESSAGE_CHARS: Final = 300
+_MAX_ATTEMPTS: Final = 3  # sources that change under every build are someone's open editor
 
 
 class BuildError(Exception):
     """The library could not be built. The text is one line."""
+
+
+class SourcesChanged(BuildError):
+    """What was compiled is no longer what lies in the folder: its name would be wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,19 +99,8 @@ def build_cached(isa: str, cache: Path, building: Callable[[str], None] | None =
         raise BuildError(f"{COMPILER_SETTING} names no compiler: {named}" if named else "there is no C++ compiler")
     problem = ""
     for compiler in compilers:
-        target = cache / f"libkvferry-{isa}-{_key(isa, compiler, sources)}.so"
-        if target.is_file():
-            return target
         try:
-            cache.mkdir(parents=True, exist_ok=True)
-            if building is not None:
-                building(isa)
-            with _lock(target):
-                for left in cache.glob(f"{_scratch_prefix(target)}*"):  # by a build that was killed
-                    shutil.rmtree(left, ignore_errors=True)
-                if not target.is_file():
-                    compile_library(isa, compiler, target, sources)
-            return target
+            return _built(isa, compiler, cache, building, sources)
         except BuildError as error:
             problem = problem or str(error)
         except OSError as error:
@@ -115,25 +109,53 @@ def build_cached(isa: str, cache: Path, building: Callable[[str], None] | None =
 
 
 def build_for_wheel(folder: Path, warn: Callable[[str], object], sources: Path = SOURCES) -> list[Path]:
-    """Libraries for all instruction sets that a compiler of this machine can build, by their names in the wheel."""
+    """Libraries for all instruction sets that a compiler of this machine can build, by their names in the wheel.
+
+    What an earlier call built in `folder` is used again: an image's layer can compile before the rest is copied in.
+    """
     compilers = find_compilers()
     if not compilers:
         warn("there is no C++ compiler")
         return []
-    folder.mkdir(parents=True, exist_ok=True)
-    built = []
+    packaged = []
     for isa in buildable_isas():
-        target = folder / packaged_name(isa, sources)
         try:
-            compile_library(isa, compilers[0], target, sources)
-            built.append(target)
+            built = _built(isa, compilers[0], folder, None, sources)
         except BuildError as error:
             warn(f"{isa}: {error}")
-    return built
+            continue
+        target = folder / packaged_name(isa, sources)
+        shutil.copy2(built, target)
+        packaged.append(target)
+    return packaged
+
+
+def _built(isa: str, compiler: Compiler, folder: Path, building: Callable[[str], None] | None, sources: Path) -> Path:
+    """The library by one compiler, in `folder`; anew if the sources change meanwhile. Raises `BuildError`, OSError."""
+    for attempt in range(_MAX_ATTEMPTS):
+        target = folder / f"libkvferry-{isa}-{_key(isa, compiler, sources)}.so"
+        if target.is_file():
+            return target
+        folder.mkdir(parents=True, exist_ok=True)
+        if building is not None and attempt == 0:
+            building(isa)
+        with _lock(target):
+            for left in folder.glob(f"{_scratch_prefix(target)}*"):  # by a build that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            if target.is_file():
+                return target
+            with contextlib.suppress(SourcesChanged):
+                compile_library(isa, compiler, target, sources)
+                return target
+    raise SourcesChanged(f"{sources}: changed while it was compiled, {_MAX_ATTEMPTS} times")
 
 
 def compile_library(isa: str, compiler: Compiler, target: Path, sources: Path = SOURCES) -> None:
-    """Compile the sources side by side, link, and move the result to `target`. Raises `BuildError`, OSError."""
+    """Compile the sources side by side, link, and move the result to `target`.
+
+    Raises `BuildError`, OSError; `SourcesChanged` if they are others by then, and `target` is not made.
+    """
+    digest = sources_digest(sources)
     flags = [*FLAGS, *ISA_FLAGS[isa]]
     # Beside the target, so that the move is atomic.
     with tempfile.TemporaryDirectory(prefix=_scratch_prefix(target), dir=target.parent) as scratch:
@@ -143,6 +165,8 @@ def compile_library(isa: str, compiler: Compiler, target: Path, sources: Path = 
             list(pool.map(_run, commands))
         library = Path(scratch) / "library.so"
         _run([compiler.path, *flags, "-shared", *objects.values(), "-o", str(library)])
+        if sources_digest(sources) != digest:
+            raise SourcesChanged(f"{sources}: changed while it was compiled")
         library.chmod(0o755)
         library.replace(target)
 

@@ -103,6 +103,9 @@ struct Isa {
   }
   static F to_float(I value) { return _mm256_cvtepi32_ps(value); }
 
+  static constexpr bool kStreamsLines = false;  // a vector is part of a line
+  static void stream(void* to, P vector) { std::memcpy(to, &vector, sizeof vector); }
+  static void end_streams() {}
   static void prefetch(const void* line) { _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T0); }
 
  private:

@@ -100,6 +100,9 @@ struct Isa {
   }
   static F to_float(I value) { return _mm512_cvtepi32_ps(value); }
 
+  static constexpr bool kStreamsLines = true;
+  static void stream(void* line, P vector) { _mm512_stream_si512(static_cast<__m512i*>(line), vector); }
+  static void end_streams() { _mm_sfence(); }
   static void prefetch(const void* line) { _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T0); }
 
  private:

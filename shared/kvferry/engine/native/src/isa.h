@@ -26,9 +26,11 @@
 //   I  set1_int(int32_t) load_bytes(const void*) broadcast_bytes(const void*)      4W bytes · four bytes into every lane
 //   I  dot4(I acc, I u8, I s8)          acc + the four products of unsigned by signed bytes, without saturation, exact
 //   F  to_float(I)
+//   void stream(void* line, P)          a whole aligned cache line past the caches, if kStreamsLines; else a store
+//   void end_streams()                  what was streamed is visible to whom later writes are
 //   void prefetch(const void*)          of a line into the first cache
 //
-// No alignment is asked for anywhere. exp over F is vector_math.h.
+// No alignment is asked for anywhere else. exp over F is vector_math.h.
 #pragma once
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)

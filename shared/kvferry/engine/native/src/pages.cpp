@@ -13,6 +13,45 @@ constexpr size_t kPair = 2 * sizeof(bf16);
 std::byte* bytes_of(bf16* values) { return reinterpret_cast<std::byte*>(values); }
 const std::byte* bytes_of(const bf16* values) { return reinterpret_cast<const std::byte*>(values); }
 
+// Bytes to a pair of dimensions of one position in a page of keys, and in rows.
+size_t key_place(int pair, int position) { return static_cast<size_t>(pair * kPageTokens + position) * kPair; }
+size_t row_place(int row, int pair, size_t stride) {
+  return static_cast<size_t>(row) * stride + static_cast<size_t>(pair) * kPair;
+}
+
+template <Stores kStores, typename V>
+[[gnu::always_inline]] inline void put(std::byte* to, const V& vector) {
+  if constexpr (kStores == Stores::Streamed && Isa::kStreamsLines) {
+    Isa::stream(to, reinterpret_cast<Isa::P>(vector));
+  } else {
+    std::memcpy(to, &vector, sizeof vector);
+  }
+}
+
+// A square of a page of keys: kWords positions of `width` pairs of dimensions, as rows and back. Whole squares have the
+// width as a constant, and so no branch and nothing on the stack.
+template <Stores kStores, typename Width>
+[[gnu::always_inline]] inline void store_square(std::byte* page, const std::byte* rows, size_t stride, Width width) {
+  Words square[kWords];
+  const size_t bytes = static_cast<size_t>(width) * kPair;
+  unroll<kWords>([&](auto i) { square[i] = read_part<Words>(rows + i * stride, bytes); });
+  transpose(square);
+  unroll<kWords>([&](auto i) {
+    if (i < width) put<kStores>(page + key_place(i, 0), square[i]);
+  });
+}
+template <typename Width>
+[[gnu::always_inline]] inline void load_square(const std::byte* page, std::byte* rows, size_t stride, Width width) {
+  Words square[kWords] = {};
+  unroll<kWords>([&](auto i) {
+    if (i < width) square[i] = read_vector<Words>(page + key_place(i, 0));
+  });
+  transpose(square);
+  unroll<kWords>([&](auto i) { std::memcpy(rows + i * stride, &square[i], static_cast<size_t>(width) * kPair); });
+}
+
+using WholeSquare = std::integral_constant<int, kWords>;
+
 }  // namespace
 
 uint64_t Pages::bytes(const Shape& shape, int num_blocks) {
@@ -41,36 +80,25 @@ void Pages::copy_block(int from, int to) const {
   }
 }
 
+template <Stores kStores>
 void store_keys(bf16* keys, int head_dim, int first, int count, const std::byte* rows, size_t stride) {
   std::byte* page = bytes_of(keys);
   const int pairs = head_dim / 2;
   if (count < kPageTokens) {
     for (int row = 0; row < count; ++row) {
       for (int pair = 0; pair < pairs; ++pair) {
-        std::memcpy(page + static_cast<size_t>(pair * kPageTokens + first + row) * kPair,
-                    rows + static_cast<size_t>(row) * stride + static_cast<size_t>(pair) * kPair, kPair);
+        std::memcpy(page + key_place(pair, first + row), rows + row_place(row, pair, stride), kPair);
       }
     }
     return;
   }
   for (int row = 0; row < kPageTokens; row += kWords) {
-    for (int pair = 0; pair < pairs; pair += kWords) {
-      const std::byte* from = rows + static_cast<size_t>(row) * stride + static_cast<size_t>(pair) * kPair;
-      std::byte* to = page + static_cast<size_t>(pair * kPageTokens + row) * kPair;
-      const int width = std::min(pairs - pair, kWords);
-      Words block[kWords];
-      if (width == kWords) {
-        for (int i = 0; i < kWords; ++i) block[i] = read_vector<Words>(from + static_cast<size_t>(i) * stride);
-      } else {
-        for (int i = 0; i < kWords; ++i) {
-          block[i] = read_part<Words>(from + static_cast<size_t>(i) * stride, static_cast<size_t>(width) * kPair);
-        }
-      }
-      transpose(block);
-      for (int i = 0; i < width; ++i) {
-        std::memcpy(to + static_cast<size_t>(i) * kPageTokens * kPair, &block[i], sizeof(Words));
-      }
+    int pair = 0;
+    for (; pair + kWords <= pairs; pair += kWords) {
+      store_square<kStores>(page + key_place(pair, row), rows + row_place(row, pair, stride), stride, WholeSquare{});
     }
+    if (pair == pairs) continue;
+    store_square<kStores>(page + key_place(pair, row), rows + row_place(row, pair, stride), stride, pairs - pair);
   }
 }
 
@@ -80,33 +108,22 @@ void load_keys(const bf16* keys, int head_dim, int first, int count, std::byte* 
   if (count < kPageTokens) {
     for (int row = 0; row < count; ++row) {
       for (int pair = 0; pair < pairs; ++pair) {
-        std::memcpy(rows + static_cast<size_t>(row) * stride + static_cast<size_t>(pair) * kPair,
-                    page + static_cast<size_t>(pair * kPageTokens + first + row) * kPair, kPair);
+        std::memcpy(rows + row_place(row, pair, stride), page + key_place(pair, first + row), kPair);
       }
     }
     return;
   }
   for (int row = 0; row < kPageTokens; row += kWords) {
-    for (int pair = 0; pair < pairs; pair += kWords) {
-      const std::byte* from = page + static_cast<size_t>(pair * kPageTokens + row) * kPair;
-      std::byte* to = rows + static_cast<size_t>(row) * stride + static_cast<size_t>(pair) * kPair;
-      const int width = std::min(pairs - pair, kWords);
-      Words block[kWords] = {};
-      for (int i = 0; i < width; ++i) {
-        block[i] = read_vector<Words>(from + static_cast<size_t>(i) * kPageTokens * kPair);
-      }
-      transpose(block);
-      if (width == kWords) {
-        for (int i = 0; i < kWords; ++i) std::memcpy(to + static_cast<size_t>(i) * stride, &block[i], sizeof(Words));
-      } else {
-        for (int i = 0; i < kWords; ++i) {
-          std::memcpy(to + static_cast<size_t>(i) * stride, &block[i], static_cast<size_t>(width) * kPair);
-        }
-      }
+    int pair = 0;
+    for (; pair + kWords <= pairs; pair += kWords) {
+      load_square(page + key_place(pair, row), rows + row_place(row, pair, stride), stride, WholeSquare{});
     }
+    if (pair == pairs) continue;
+    load_square(page + key_place(pair, row), rows + row_place(row, pair, stride), stride, pairs - pair);
   }
 }
 
+template <Stores kStores>
 void store_values(bf16* values, int head_dim, int first, int count, const std::byte* rows, size_t stride) {
   const size_t line = static_cast<size_t>(Pages::padded(head_dim)) * kPair;  // of a pair of positions
   const auto single = [&](int position, const std::byte* row) {
@@ -128,8 +145,8 @@ void store_values(bf16* values, int head_dim, int first, int count, const std::b
       const auto even = read_vector<Halves>(rows + static_cast<size_t>(dim) * 2);
       const auto odd = read_vector<Halves>(rows + stride + static_cast<size_t>(dim) * 2);
       const Halves low = zip_low(even, odd), high = zip_high(even, odd);
-      std::memcpy(to + static_cast<size_t>(dim) * kPair, &low, sizeof low);
-      std::memcpy(to + static_cast<size_t>(dim) * kPair + sizeof low, &high, sizeof high);
+      put<kStores>(to + static_cast<size_t>(dim) * kPair, low);
+      put<kStores>(to + static_cast<size_t>(dim) * kPair + sizeof low, high);
     }
     for (; dim < head_dim; ++dim) {
       std::memcpy(to + static_cast<size_t>(dim) * kPair, rows + static_cast<size_t>(dim) * 2, 2);
@@ -171,5 +188,10 @@ void load_values(const bf16* values, int head_dim, int first, int count, std::by
   }
   if (position < end) single(position, rows);
 }
+
+template void store_keys<Stores::Cached>(bf16*, int, int, int, const std::byte*, size_t);
+template void store_keys<Stores::Streamed>(bf16*, int, int, int, const std::byte*, size_t);
+template void store_values<Stores::Cached>(bf16*, int, int, int, const std::byte*, size_t);
+template void store_values<Stores::Streamed>(bf16*, int, int, int, const std::byte*, size_t);
 
 }  // namespace kvferry

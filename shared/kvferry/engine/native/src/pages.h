@@ -37,6 +37,8 @@ class Pages {
     return memory_ + layer * layer_values_ +
            ((block * block_pages_ + page % block_pages_) * heads_ + static_cast<size_t>(head)) * page_values_;
   }
+  // Of keys and values of one page.
+  size_t page_bytes() const { return page_values_ * sizeof(bf16); }
   bf16* values_of(bf16* keys) const { return keys + page_values_ / 2; }
   const bf16* values_of(const bf16* keys) const { return keys + page_values_ / 2; }
 
@@ -51,10 +53,16 @@ class Pages {
   size_t layer_values_ = 0;
 };
 
+// How a whole page is written. Streamed goes past the caches where the build's vectors are cache lines: nothing is read
+// for being overwritten, and a step that runs beside keeps its caches. Call `Isa::end_streams` after the last.
+enum class Stores { Cached, Streamed };
+
 // Copies between `count` positions of a page, from `first` on, and rows of one head: row i of head_dim values begins at
 // rows + i * stride bytes, at any alignment. Nothing else of the page or between the rows is touched, so that other
 // threads may write other positions of the page meanwhile.
+template <Stores kStores = Stores::Cached>
 void store_keys(bf16* keys, int head_dim, int first, int count, const std::byte* rows, size_t stride);
+template <Stores kStores = Stores::Cached>
 void store_values(bf16* values, int head_dim, int first, int count, const std::byte* rows, size_t stride);
 void load_keys(const bf16* keys, int head_dim, int first, int count, std::byte* rows, size_t stride);
 void load_values(const bf16* values, int head_dim, int first, int count, std::byte* rows, size_t stride);

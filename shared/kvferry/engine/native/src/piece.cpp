@@ -2,25 +2,44 @@
 
 #include <algorithm>
 
+#include "isa.h"
+
 namespace kvferry {
 namespace {
 
+// Pages ahead of the one that is worked on whose lines are asked for. Blocks lie anywhere, so that hardware foresees
+// neither their lines nor their addresses' translations.
+constexpr int kAhead = 2;
+
+void fetch(const bf16* page, size_t bytes) {
+  const auto* line = reinterpret_cast<const std::byte*>(page);
+  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(line + at, 0, 2);
+}
+
 // Calls visit(keys page, first, count, offset of the keys' first row in the frame, of the values') for every page, head
 // and layer of a piece. Heads are innermost: their rows lie beside each other in the frame, their pages in the cache.
-template <typename Visit>
-void walk(const Shape& shape, const Pages& pages, const kvf_piece& piece, const int32_t* block_table, Visit&& visit) {
+template <typename Visit, typename Foresee>
+void walk(const Shape& shape, const Pages& pages, const kvf_piece& piece, const int32_t* block_table, Visit&& visit,
+          Foresee&& foresee) {
   const size_t row = static_cast<size_t>(shape.head_dim) * sizeof(bf16);
   const size_t token = static_cast<size_t>(piece.head_end - piece.head_start) * row;
   const size_t half = static_cast<size_t>(piece.token_end - piece.token_start) * token;
-  size_t layer_start = 0;
-  for (int layer = piece.layer_start; layer < piece.layer_end; ++layer, layer_start += 2 * half) {
-    for (int position = piece.token_start; position < piece.token_end;) {
-      const int first = position % kPageTokens, count = std::min(kPageTokens - first, piece.token_end - position);
-      size_t offset = layer_start + static_cast<size_t>(position - piece.token_start) * token;
-      for (int head = piece.head_start; head < piece.head_end; ++head, offset += row) {
-        visit(pages.keys(layer, head, block_table, position), first, count, offset, offset + half, token);
-      }
-      position += count;
+  const int first_page = piece.token_start / kPageTokens;
+  const int layer_pages = (piece.token_end + kPageTokens - 1) / kPageTokens - first_page;
+  const int num_pages = (piece.layer_end - piece.layer_start) * layer_pages;
+  const auto keys = [&](int index, int head) {
+    const int page = first_page + index % layer_pages;
+    return pages.keys(piece.layer_start + index / layer_pages, head, block_table, page * kPageTokens);
+  };
+  for (int index = 0; index < num_pages; ++index) {
+    const int page_start = (first_page + index % layer_pages) * kPageTokens;
+    const int begin = std::max(page_start, piece.token_start);
+    const int end = std::min(page_start + kPageTokens, piece.token_end);
+    size_t offset = static_cast<size_t>(index / layer_pages) * 2 * half +
+                    static_cast<size_t>(begin - piece.token_start) * token;
+    for (int head = piece.head_start; head < piece.head_end; ++head, offset += row) {
+      if (index + kAhead < num_pages) foresee(keys(index + kAhead, head));
+      visit(keys(index, head), begin - page_start, end - begin, offset, offset + half, token);
     }
   }
 }
@@ -47,20 +66,25 @@ uint64_t piece_bytes(const Shape& shape, const kvf_piece& piece) {
 
 void gather(const Shape& shape, const Pages& pages, const kvf_piece& piece, const int32_t* block_table,
             std::byte* frame) {
-  walk(shape, pages, piece, block_table,
-       [&](const bf16* keys, int first, int count, size_t key_row, size_t value_row, size_t stride) {
-         load_keys(keys, shape.head_dim, first, count, frame + key_row, stride);
-         load_values(pages.values_of(keys), shape.head_dim, first, count, frame + value_row, stride);
-       });
+  walk(
+      shape, pages, piece, block_table,
+      [&](const bf16* keys, int first, int count, size_t key_row, size_t value_row, size_t stride) {
+        load_keys(keys, shape.head_dim, first, count, frame + key_row, stride);
+        load_values(pages.values_of(keys), shape.head_dim, first, count, frame + value_row, stride);
+      },
+      [&](const bf16* keys) { fetch(keys, pages.page_bytes()); });
 }
 
 void scatter(const Shape& shape, const Pages& pages, const kvf_piece& piece, const int32_t* block_table,
              const std::byte* frame) {
-  walk(shape, pages, piece, block_table,
-       [&](bf16* keys, int first, int count, size_t key_row, size_t value_row, size_t stride) {
-         store_keys(keys, shape.head_dim, first, count, frame + key_row, stride);
-         store_values(pages.values_of(keys), shape.head_dim, first, count, frame + value_row, stride);
-       });
+  walk(
+      shape, pages, piece, block_table,
+      [&](bf16* keys, int first, int count, size_t key_row, size_t value_row, size_t stride) {
+        store_keys<Stores::Streamed>(keys, shape.head_dim, first, count, frame + key_row, stride);
+        store_values<Stores::Streamed>(pages.values_of(keys), shape.head_dim, first, count, frame + value_row, stride);
+      },
+      [](const bf16*) {});  // written without being read
+  Isa::end_streams();
 }
 
 }  // namespace kvferry

@@ -93,6 +93,9 @@ struct Isa {
   }
   static F to_float(I value) { return __builtin_convertvector(value, F); }
 
+  static constexpr bool kStreamsLines = false;  // a vector is part of a line
+  static void stream(void* to, P vector) { std::memcpy(to, &vector, sizeof vector); }
+  static void end_streams() {}
   static void prefetch(const void* line) { __builtin_prefetch(line); }
 
  private:

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "isa.h"
+#include "unroll.h"
 
 namespace kvferry {
 
@@ -72,16 +73,29 @@ V unzip_odd(V a, V b) {
   return detail::unzip<1>(a, b, std::make_integer_sequence<int, kElements<V>>{});
 }
 
-// kWords x kWords, in place. Each pass moves the top bit of the row number into the column number and back.
-inline void transpose(Words (&rows)[kWords]) {
-  for (int pass = 1; pass < kWords; pass *= 2) {
-    Words mixed[kWords];
-    for (int i = 0; i < kWords / 2; ++i) {
-      mixed[2 * i] = zip_low(rows[i], rows[i + kWords / 2]);
-      mixed[2 * i + 1] = zip_high(rows[i], rows[i + kWords / 2]);
-    }
-    for (int i = 0; i < kWords; ++i) rows[i] = mixed[i];
-  }
+namespace detail {
+
+// Of rows whose numbers differ in `Bit` alone: exchanges the elements whose columns have it in one and not the other.
+template <int Bit, typename V, int... I>
+[[gnu::always_inline]] inline void exchange(V& a, V& b, std::integer_sequence<int, I...>) {
+  const V low = pick<((I & Bit) != 0 ? kElements<V> + I - Bit : I)...>(a, b);
+  b = pick<((I & Bit) != 0 ? kElements<V> + I : I + Bit)...>(a, b);
+  a = low;
 }
+
+template <int Bit>
+[[gnu::always_inline]] inline void exchange_all(Words (&rows)[kWords]) {
+  unroll<kWords / 2>([&](auto pair) {
+    constexpr int row = pair / Bit * 2 * Bit + pair % Bit;
+    exchange<Bit>(rows[row], rows[row + Bit], std::make_integer_sequence<int, kWords>{});
+  });
+  if constexpr (Bit > 1) exchange_all<Bit / 2>(rows);
+}
+
+}  // namespace detail
+
+// kWords x kWords, in place: a bit of the row number and the same of the column number change places, one after the
+// other. Unrolled, because rows that are indexed at run time would lie on the stack.
+[[gnu::always_inline]] inline void transpose(Words (&rows)[kWords]) { detail::exchange_all<kWords / 2>(rows); }
 
 }  // namespace kvferry

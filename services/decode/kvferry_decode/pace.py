@@ -1,0 +1,52 @@
+"""How many frames may be asked for while streams decode. Pure.
+
+Receiving, checking and scattering KV takes CPU from the decode step beside it. P often holds most of a prompt when
+D asks for it, and would send all of that at once: the step of that moment then takes several times its length. But
+a transfer hides behind the prefill as long as it ends by the time that the prefill does, so it need not be fast:
+while streams decode, each step is followed by credits for no more frames than take `share` of a step to land.
+
+Credits that P has not used are not called back: a pull whose P is slower than the pace has its whole window open,
+and each piece comes as soon as it is computed.
+"""
+
+from __future__ import annotations
+
+import math
+
+from kvferry_decode.timing import TransferRate
+
+
+class Pace:
+    """Credits of all pulls of a worker. `unpaced` is the rate of pulls that nothing held back."""
+
+    def __init__(self, share: float, frame_bytes: int, unpaced: TransferRate) -> None:
+        """`share` of a step may be spent on landing; 1 holds nothing back."""
+        self._share = share
+        self._frame_bytes = frame_bytes
+        self._unpaced = unpaced
+        self._step_s: float | None = None  # None: no stream is disturbed
+        self._left = 0
+
+    def begin_step(self, step_s: float | None) -> None:
+        """A step begins that will take about `step_s`. None: none does, or one without streams that decode."""
+        self._step_s = step_s if self._share < 1 else None
+        self._left = self._frames_per_step(self._step_s or 0.0)
+
+    def take(self, wanted: int) -> int:
+        """Of `wanted` credits those that may be given now."""
+        if self._step_s is None:
+            return wanted
+        given = min(wanted, self._left)
+        self._left -= given
+        return given
+
+    def seconds(self, num_bytes: int) -> float:
+        """How long so many bytes take at the present pace."""
+        unpaced = self._unpaced.seconds(num_bytes)
+        if self._step_s is None:
+            return unpaced
+        num_frames = math.ceil(num_bytes / self._frame_bytes)
+        return max(unpaced, num_frames * self._step_s / self._frames_per_step(self._step_s))
+
+    def _frames_per_step(self, step_s: float) -> int:
+        return max(1, int(self._share * step_s * self._unpaced.bytes_per_s / self._frame_bytes))

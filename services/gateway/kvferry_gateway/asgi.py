@@ -1,0 +1,45 @@
+"""One HTTP exchange in ASGI's terms: who asks, the client's end, and whole answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from kvferry_gateway.connection import EXTENSION, AsgiConnection, ClientConnection, Receive, Send
+
+Scope = dict[str, Any]
+Header = tuple[bytes, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """What the request's head says about who asks."""
+
+    request_id: str  # a label, at most MAX_NAME_CHARS
+    salt: bytes  # root of the prefix cache
+    headers: list[Header]  # that every answer gets
+
+
+def connection_of(scope: Scope, receive: Receive, send: Send) -> ClientConnection:
+    """The socket itself where our HTTP protocol class gave it, and chunked encoding is understood."""
+    direct = scope.get("extensions", {}).get(EXTENSION)
+    if isinstance(direct, ClientConnection) and scope["http_version"] == "1.1":
+        return direct
+    return AsgiConnection(receive, send)
+
+
+EVENT_STREAM: Final[tuple[Header, ...]] = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would keep the events back
+    (b"transfer-encoding", b"chunked"),
+)
+
+
+async def respond(
+    send: Send, status: int, body: bytes, headers: list[Header], kind: bytes = b"application/json"
+) -> None:
+    """A whole answer."""
+    head = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body})

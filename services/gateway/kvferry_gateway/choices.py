@@ -1,0 +1,97 @@
+"""The choices of one request: `n` for each of its prompts, each a unit of its own with its own stream.
+
+The choices of a prompt share its KV by the prefix cache: the first one, the leader, is placed at once, the others
+when its first token has shown that the prompt is computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvferry_gateway.answers import Answer, FinishReason, Usage, WholeChoice
+from kvferry_gateway.flight import Flight
+from kvferry_gateway.prompt import Prompt
+from kvferry_gateway.streams import TextRules, TokenStream
+from kvferry_gateway.told import ToldStream
+
+
+@dataclass(eq=False, slots=True)
+class Choice:
+    """One output. `index` is its place in the answer."""
+
+    index: int
+    prompt: Prompt
+    stream: TokenStream
+    flight: Flight
+    leader: Choice | None = None  # None: it leads itself
+    begun: asyncio.Event = field(default_factory=asyncio.Event)  # its first token has come, or none will
+    reason: FinishReason = "length"
+
+    async def land(self) -> None:
+        """Until it is complete. A follower is placed here. Raises `ApiError`, `ClientGone`."""
+        try:
+            if self.leader is not None:
+                await self.leader.begun.wait()
+                await self.flight.follow()
+            reason = await self.flight.land()
+        finally:
+            self.begun.set()
+        self.stream.finish()
+        self.reason = "stop" if self.stream.stopped else reason
+
+    def whole(self) -> WholeChoice:
+        """As a part of an answer that is not streamed. Takes the text."""
+        text: str = json.loads(b'"' + self.stream.take_text() + b'"')
+        told = self.stream.told if isinstance(self.stream, ToldStream) else ()
+        return WholeChoice(self.prompt.echo + text, self.reason, told, self.prompt.tokens.tolist())
+
+
+def make_stream(
+    answer: Answer, index: int, prompt: Prompt, stops: Sequence[str], rules: TextRules, *, streamed: bool
+) -> TokenStream:
+    """A stream whose pieces are events of `answer`, or bare text where nothing is streamed."""
+    texts, limit = answer.texts, prompt.sampling.max_tokens
+
+    def frame(numerics_id: str) -> tuple[bytes, bytes]:
+        answer.placed(index, numerics_id)
+        return answer.event_frame(index) if streamed else (b"", b"")
+
+    if not answer.details:
+        return TokenStream(texts, stops, limit, rules, frame)
+    return ToldStream(
+        texts,
+        stops,
+        limit,
+        rules,
+        frame,
+        wants_logprobs=answer.details.logprobs,
+        make_event=(lambda text, told: answer.told_event(index, text, told)) if streamed else None,
+        num_chars=len(prompt.echo),
+    )
+
+
+def usage_of(choices: Sequence[Choice]) -> Usage:
+    """Each prompt counts once, with what its leader found in a cache."""
+    leaders = [choice for choice in choices if choice.leader is None]
+    num_prompt = sum(len(choice.prompt.tokens) for choice in leaders)
+    cached = sum(min(choice.stream.cached_tokens, len(choice.prompt.tokens)) for choice in leaders)
+    return Usage(num_prompt, sum(len(choice.stream.tokens) for choice in choices), cached)
+
+
+async def together(choices: Sequence[Choice], act: Callable[[Choice], Awaitable[None]]) -> None:
+    """Act on all at once. The first failure cancels the others and is raised."""
+    if len(choices) == 1:
+        return await act(choices[0])
+    tasks = [asyncio.ensure_future(act(choice)) for choice in choices]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
+            raise result

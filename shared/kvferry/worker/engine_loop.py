@@ -1,0 +1,87 @@
+"""The engine's loop: decide, execute, account for, again.
+
+    wake ──> decide (event loop) ──plan──> execute (engine lane) ──result──> finish, emit (event loop) ──> decide
+
+One step is under way at a time, so that a decision always sees all that the step before it has changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+
+from kvferry.lane import Lane
+from kvferry.log import get_logger
+from kvferry.runtime import now
+from kvferry.schedule.step import StepPlan, StepResult
+
+if TYPE_CHECKING:
+    from kvferry.worker.worker import Worker
+
+log = get_logger(__name__)
+STEP_SMOOTHING: Final = 0.1
+
+
+class EngineLoop:
+    """Runs the steps that a worker's scheduler plans. Only the event loop calls it."""
+
+    def __init__(self, worker: Worker[Any]) -> None:
+        self.num_steps = 0
+        self.step_s = 0.0  # mean of late
+        self._worker = worker
+        self._lane: Lane = worker.runtime.lane("engine")
+        self._work = asyncio.Event()
+        self._step_began: float | None = None
+
+    def wake(self) -> None:
+        """Something changed that may give the engine work."""
+        self._work.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        worker = self._worker
+        while True:
+            self._work.clear()  # before the decision: what it drops may give it work again
+            decision = worker.decide(now())
+            worker.drop(*decision.dropped)
+            if decision.plan is None:
+                await self._work.wait()
+                continue
+            await self._step(decision.plan)
+            worker.observe_freed()
+
+    def close(self) -> None:
+        """Wait for the step that runs. Its result is nobody's: the scheduler must abandon it."""
+        self._lane.close()
+
+    def stuck_s(self, moment: float) -> float:
+        """Seconds since the step that runs began; 0 without one."""
+        return 0.0 if self._step_began is None else moment - self._step_began
+
+    async def _step(self, plan: StepPlan) -> None:
+        worker = self._worker
+        began = self._step_began = now()
+        try:
+            result = await self._lane.run(worker.runner.execute, plan)
+        except Exception as error:
+            # A step that fails must cost its own sequences and nobody else's; their gateways count the failure.
+            log.exception("engine step failed", num_tokens=plan.num_tokens)
+            worker.drop(*worker.scheduler.abandon_step(type(error).__name__))
+            return
+        finally:
+            self._step_began = None
+        self._account(plan, result, now() - began)
+        emissions = worker.scheduler.finish(plan, result, now())
+        for emission in emissions:
+            worker.emit(emission)
+        worker.stepped(emissions)
+
+    def _account(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        metrics = self._worker.metrics
+        self.num_steps += 1
+        self.step_s += (seconds - self.step_s) * (STEP_SMOOTHING if self.step_s else 1.0)
+        drawn = sum(token is not None for token in result.tokens)
+        metrics.steps.observe(seconds)
+        metrics.batch.set(len(plan.steps))
+        metrics.tokens.labels("drawn").inc(drawn)
+        metrics.tokens.labels("prefill").inc(sum(len(s.tokens) for s in plan.steps if len(s.tokens) > 1))

@@ -1,0 +1,182 @@
+"""What a worker hears on the bus: requests, cancels, fences, gateways' heartbeats; and its answers to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from kvferry.bus.base import BusMessage, Subscription
+from kvferry.bus.liveness import Liveness
+from kvferry.errors import BusError, WireError
+from kvferry.log import get_logger
+from kvferry.runtime import now
+from kvferry.schedule.sequence import Sequence
+from kvferry.wire.codec import WIRE_VERSION
+from kvferry.wire.messages import (
+    Accepted,
+    CacheResync,
+    Cancel,
+    Codecs,
+    DecodeRequest,
+    Drain,
+    EndAck,
+    Fence,
+    GatewayHeartbeat,
+    Ping,
+    Pong,
+    PrefillRequest,
+    Rejected,
+    Resend,
+    Work,
+)
+from kvferry.wire.subjects import role_beats
+from kvferry.worker.admission import refuse, retry_after
+from kvferry.worker.gateways import Gateways
+
+if TYPE_CHECKING:
+    from kvferry.worker.worker import Worker
+
+log = get_logger(__name__)
+
+
+class Inbox:
+    """Turns messages into calls of its worker. Only the event loop calls it."""
+
+    def __init__(self, worker: Worker[Any]) -> None:
+        self._worker = worker
+        self._codecs = Codecs()
+        self._subscriptions: list[Subscription] = []
+        self._sequence_ids = 0
+        self._gateways = Gateways(worker.incarnation, Liveness(now()))
+        self._bus_lost: float | None = None
+
+    async def open(self) -> None:
+        """Begin to listen."""
+        worker = self._worker
+        worker.bus.on_change(self._bus_changed)
+        beats = role_beats(worker.settings.cluster, "gateway")
+        self._subscriptions.append(await worker.bus.subscribe(worker.subject, self._on_message))
+        self._subscriptions.append(await worker.bus.subscribe(beats, self._on_gateway_beat))
+
+    async def close(self) -> None:
+        for subscription in self._subscriptions:
+            await subscription.close()
+
+    # -- requests --------------------------------------------------------------------------------------------
+
+    def _on_message(self, message: BusMessage) -> None:
+        worker = self._worker
+        try:
+            request = self._codecs.to_worker.decode(message.payload)
+        except WireError as error:
+            worker.metrics.wire_errors.labels("bus", error.kind).inc()
+            log.warning("message dropped", kind=error.kind, bytes=len(message.payload), version=WIRE_VERSION)
+            return
+        match request:
+            case PrefillRequest() | DecodeRequest():
+                self._answer(message, self._on_request(request))
+            case Cancel(ticket, attempt):
+                if not worker.cancel((ticket, attempt)):
+                    worker.fences.bury((ticket, attempt), now())
+            case Fence(incarnation, gateway, highest) if incarnation == worker.incarnation:
+                worker.fences.fence(gateway, highest)
+                self._give_up(work for work in self._works_of(gateway) if work.attempt <= highest)
+            case Resend(gateway, streams):
+                worker.outbox.resend(gateway, streams)
+                worker.mail()
+            case EndAck(gateway, streams):
+                worker.outbox.acknowledge(gateway, streams)
+            case Ping(nonce):
+                self._answer(message, Pong(nonce, worker.incarnation))
+            case Drain(incarnation) if incarnation == worker.incarnation:
+                worker.draining.set()
+            case CacheResync(incarnation) if incarnation == worker.incarnation:
+                worker.cache_news.ask()
+
+    def _answer(self, message: BusMessage, answer: Accepted | Rejected | Pong) -> None:
+        self._worker.tasks.spawn(self._respond(message, self._codecs.answer.encode(answer)), "respond")
+
+    async def _respond(self, message: BusMessage, payload: bytes) -> None:
+        try:
+            await message.respond(payload)
+        except BusError:
+            return  # the gateway asks again: answers are idempotent
+
+    def _on_request(self, request: PrefillRequest | DecodeRequest) -> Accepted | Rejected:
+        worker, work = self._worker, request.work
+        if worker.fences.is_repeat(work):
+            return Accepted(work.ticket, work.attempt)
+        reason = refuse(request, worker.role, worker.state, worker.model_name, worker.runner)
+        reason = reason or worker.fences.check(work)
+        if reason is None:
+            self._gateways.seen(work.gateway_incarnation, now())  # its silence will free what is kept for it
+            worker.outbox.open(work)
+            reason = worker.accept(request, self._sequence(work))
+            if reason is not None:
+                worker.outbox.close(work)
+        if reason is not None:
+            return Rejected(work.ticket, work.attempt, reason, retry_after(worker.scheduler))
+        older = worker.fences.accept(work)
+        if older is not None:
+            worker.cancel(older)
+        worker.wake()
+        return Accepted(work.ticket, work.attempt)
+
+    def _sequence(self, work: Work) -> Sequence:
+        self._sequence_ids += 1
+        runner = self._worker.runner
+        kv_format = runner.kv_format
+        return Sequence(
+            self._sequence_ids, work, kv_format.format_id, kv_format.block_size, runner.max_model_len, now(),
+            runner.eos_token_ids,
+        )  # fmt: skip
+
+    # -- gateways --------------------------------------------------------------------------------------------
+
+    def tick(self, moment: float) -> None:
+        """Every heartbeat: judge the gateways, and whether the bus has been away for too long."""
+        worker = self._worker
+        self._gateways.liveness.tick(moment)
+        for incarnation in self._gateways.gone(moment):
+            works = self._sequences_of(incarnation)
+            log.warning("gateway gone", incarnation=f"{incarnation:016x}", sequences=len(works))
+            for work in works:
+                worker.cancel(work.key)
+            worker.outbox.forget_gateway(incarnation)
+        if self._bus_lost is not None and moment - self._bus_lost >= worker.settings.bus_grace:
+            for key in list(worker.scheduler.sequences):
+                worker.cancel(key)
+
+    def _on_gateway_beat(self, message: BusMessage) -> None:
+        try:
+            beat = self._codecs.beat.decode(message.payload)
+        except WireError as error:
+            self._worker.metrics.wire_errors.labels("bus", error.kind).inc()
+            return
+        if not isinstance(beat, GatewayHeartbeat):
+            return
+        self._give_up(self._gateways.observe(beat, self._works_of(beat.incarnation), now()))
+
+    def _bus_changed(self, connected: bool) -> None:
+        liveness = self._gateways.liveness
+        if connected:
+            liveness.bus_up(now())
+            self._bus_lost = None
+            self._worker.mail()
+        else:
+            liveness.bus_down(now())
+            self._bus_lost = now()
+
+    def _give_up(self, works: Iterable[Work]) -> None:
+        """What a gateway no longer wants: cancelled where it still lives, forgotten where its end waits."""
+        for work in works:
+            if not self._worker.cancel(work.key):
+                self._worker.outbox.close(work)
+
+    def _works_of(self, gateway_incarnation: int) -> list[Work]:
+        """A gateway's live attempts, and those whose end it has not confirmed."""
+        return self._sequences_of(gateway_incarnation) + self._worker.outbox.ended(gateway_incarnation)
+
+    def _sequences_of(self, gateway_incarnation: int) -> list[Work]:
+        sequences = self._worker.scheduler.sequences.values()
+        return [s.work for s in sequences if s.work.gateway_incarnation == gateway_incarnation]

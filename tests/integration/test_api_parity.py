@@ -1,0 +1,202 @@
+"""Each feature gives the same answer, bit for bit, from one worker, over the hand-off, and after a lost worker.
+
+A row is a feature, a column a way through the cluster. The twin's KV, tokens and log-probabilities depend on every
+byte of the context, so an equal answer means equal bytes all the way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from typing import Any
+
+import pytest
+from api_cluster import ApiCluster, api, joined, timeless
+from cluster import settled
+from scripted_worker import EOS
+
+from kvferry.engine.memory import MemoryRunner
+from kvferry_decode.worker import DecodeWorker
+from kvferry_gateway.openai import ChatRequest, CompletionRequest
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+PROMPT = "A prompt that is longer than some blocks of the cache are, so that the hand-off has frames to send. "
+MAX_TOKENS = 24
+Row = dict[str, Any]
+
+# One field at least in each row; together they are all fields that change what is generated or told.
+BOTH: dict[str, Row] = {
+    "greedy": {},
+    "temperature": {"temperature": 0.8, "seed": 5},
+    "top_p": {"temperature": 1.0, "top_p": 0.5, "seed": 6},
+    "top_k": {"temperature": 1.0, "top_k": 3, "seed": 7},
+    "min_p": {"temperature": 1.0, "min_p": 0.1, "seed": 8},
+    "seed": {"temperature": 1.0, "seed": -1},
+    "presence_penalty": {"presence_penalty": 1.5},
+    "frequency_penalty": {"frequency_penalty": -1.0},
+    "repetition_penalty": {"repetition_penalty": 1.3},
+    "logit_bias": {"logit_bias": {"66": 100, "70": -100}},
+    "min_tokens": {"min_tokens": 9, "stop_token_ids": list(range(1, 200))},
+    "stop_token_ids": {"stop_token_ids": list(range(1, 30))},
+    "stop": {"stop": ["e", "\u00e9", "a", "3"]},
+    "include_stop_str_in_output": {"stop": ["e", "a", "3"], "include_stop_str_in_output": True},
+    "bad_words": {"bad_words": ["a", "!"]},
+    "ignore_eos": {"ignore_eos": True, "logit_bias": {str(EOS): 100}},
+    "skip_special_tokens": {"ignore_eos": True, "logit_bias": {str(EOS): 100}, "skip_special_tokens": False},
+    "add_special_tokens": {"add_special_tokens": True},
+    "truncate_prompt_tokens": {"truncate_prompt_tokens": 20},
+    "return_token_ids": {"return_token_ids": True},
+    "n": {"n": 3, "temperature": 1.0, "seed": 11},
+    "max_tokens": {"max_tokens": 1},
+}
+ROWS: dict[str, tuple[str, Row]] = {
+    **{f"chat {name}": (CHAT, row) for name, row in BOTH.items()},
+    **{f"text {name}": (TEXT, row) for name, row in BOTH.items()},
+    "chat logprobs": (CHAT, {"logprobs": True}),
+    "chat top_logprobs": (CHAT, {"logprobs": True, "top_logprobs": 5}),
+    "chat top_logprobs of n choices": (
+        CHAT, {"logprobs": True, "top_logprobs": 2, "n": 2, "temperature": 1.0, "seed": 3},
+    ),
+    "chat top_logprobs and stop": (CHAT, {"logprobs": True, "top_logprobs": 2, "stop": ["e", "a", "3"]}),
+    "chat logprobs of one token": (CHAT, {"logprobs": True, "top_logprobs": 20, "max_tokens": 1}),
+    "chat max_completion_tokens": (CHAT, {"max_completion_tokens": 5}),
+    "chat add_generation_prompt": (CHAT, {"add_generation_prompt": False}),
+    "chat continue_final_message": (CHAT, {"add_generation_prompt": False, "continue_final_message": True}),
+    "chat chat_template_kwargs": (CHAT, {"chat_template_kwargs": {"enable_thinking": False}}),
+    "text logprobs": (TEXT, {"logprobs": 4}),
+    "text logprobs and token ids": (TEXT, {"logprobs": 0, "return_token_ids": True}),
+    "text echo": (TEXT, {"echo": True}),
+    "text best_of": (TEXT, {"best_of": 1}),
+    "text prompt batch": (TEXT, {"prompt": [PROMPT, PROMPT + "b", "c"], "n": 2, "temperature": 1.0, "seed": 2}),
+    "text prompt ids": (TEXT, {"prompt": [5, 6, 7] * 15}),
+}  # fmt: skip
+# Fields without a row, and why.
+NO_ROW = {
+    "model": "there is one", "messages": "in every row", "prompt": "in every row", "stream": "a column",
+    "stream_options": "in every streamed row", "user": "a label", "safety_identifier": "a label", "metadata": "a label",
+}  # fmt: skip
+
+
+def body_of(name: str, *, stream: bool) -> tuple[str, Row]:
+    path, row = ROWS[name]
+    asked: Row = {"model": "memory", "max_tokens": MAX_TOKENS, "temperature": 0}
+    asked |= {"messages": [{"role": "user", "content": PROMPT}]} if path == CHAT else {"prompt": PROMPT}
+    if stream:
+        asked |= {"stream": True, "stream_options": {"include_usage": True}}
+    return path, asked | row
+
+
+async def run(cluster: ApiCluster, name: str, *, stream: bool) -> Any:
+    path, body = body_of(name, stream=stream)
+    return await cluster.ask(path, body)
+
+
+@functools.cache
+def answers(*, disaggregated: bool) -> dict[tuple[str, bool], Any]:
+    """Every row, streamed and not, from one cluster: later rows find earlier prompts in its prefix caches."""
+    found: dict[tuple[str, bool], Any] = {}
+
+    async def scenario(cluster: ApiCluster) -> None:
+        for name in ROWS:
+            for stream in (False, True):
+                found[name, stream] = await run(cluster, name, stream=stream)
+        kinds = {kind: cluster.api.fleet.metrics.placements.labels(kind)._value.get() for kind in ("pair", "local")}
+        assert kinds["local" if disaggregated else "pair"] == 0, kinds
+        assert kinds["pair" if disaggregated else "local"] >= 2 * len(ROWS), kinds
+
+    api(scenario, disaggregated=disaggregated)
+    return found
+
+
+def texts(answer: Any) -> dict[int, str]:
+    if isinstance(answer, list):
+        return {index: choice["text"] for index, choice in joined(answer).items()}
+    return {c["index"]: c["message"]["content"] if "message" in c else c["text"] for c in answer["choices"]}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("name", ROWS)
+def test_disaggregated_equals_a_single_worker(name: str, stream: bool) -> None:
+    single, pair = (answers(disaggregated=way)[name, stream] for way in (False, True))
+    if stream and len(texts(single)) > 1:  # choices take turns as they come
+        assert joined(pair) == joined(single)
+        assert timeless(pair[-1]) == timeless(single[-1]), "usage"
+    else:
+        assert timeless(pair) == timeless(single)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_stream_adds_up_to_the_whole_answer(name: str) -> None:
+    whole, events = (answers(disaggregated=True)[name, stream] for stream in (False, True))
+    parts = joined(events)
+    assert texts(events) == texts(whole)
+    for choice in whole["choices"]:
+        part = parts[choice["index"]]
+        assert part["reason"] == choice["finish_reason"]
+        assert part["token_ids"] == (choice.get("token_ids") or [])
+        told = {key: column or [] for key, column in (choice["logprobs"] or {}).items()}
+        assert part["logprobs"] == told
+    usage = events[-1]["usage"]
+    for count in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert usage[count] == whole["usage"][count]
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name not in ("chat greedy", "text greedy")])
+def test_a_row_shows_its_feature(name: str) -> None:
+    """A field that changed nothing would pass every comparison."""
+    same = {"chat max_completion_tokens", "chat chat_template_kwargs", "text best_of", "chat add_special_tokens",
+            "text add_special_tokens"}  # fmt: skip
+    base = answers(disaggregated=False)["chat greedy" if name.startswith("chat") else "text greedy", False]
+    if name not in same:
+        fields = ("choices", "usage")
+        assert {f: answers(disaggregated=False)[name, False][f] for f in fields} != {f: base[f] for f in fields}
+
+
+RESUMED = ["chat top_logprobs", "text logprobs and token ids", "chat presence_penalty", "text min_tokens",
+           "text logit_bias", "chat temperature", "chat n", "text skip_special_tokens"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_an_answer_is_the_same_after_its_decode_worker_was_killed(name: str) -> None:
+    async def scenario(cluster: ApiCluster) -> None:
+        asking = asyncio.ensure_future(run(cluster, name, stream=True))
+        await settled(lambda: any(len(stream.tokens) >= 4 for stream in cluster.streams), 10.0)
+        stream = next(stream for stream in cluster.streams if len(stream.tokens) >= 4)
+        assert stream.attempt is not None
+        victim = next(w for w in cluster.workers if w.incarnation == stream.attempt.decode.incarnation)
+        assert isinstance(victim, DecodeWorker)
+        await cluster.kill(victim)
+        found = await asking
+        assert joined(found) == joined(answers(disaggregated=True)[name, True])
+        lost = cluster.api.fleet.metrics.replacements.labels("decode_gone")._value.get()
+        assert lost >= 1, "the kill cost nobody anything"
+
+    api(scenario, spares=1)
+
+
+def test_the_comparison_finds_one_wrong_byte_in_what_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    gather = MemoryRunner.gather
+
+    def wrong(self: MemoryRunner, piece: Any, block_table: Any, out: memoryview) -> None:
+        gather(self, piece, block_table, out)
+        out[7] ^= 1
+
+    async def scenario(cluster: ApiCluster) -> None:
+        right = answers(disaggregated=True)["text logprobs", False]
+        monkeypatch.setattr(MemoryRunner, "gather", wrong)
+        found = await run(cluster, "text logprobs", stream=False)
+        monkeypatch.setattr(MemoryRunner, "gather", gather)
+        told, wanted = (answer["choices"][0]["logprobs"] for answer in (found, right))
+        assert told["tokens"][0] == wanted["tokens"][0], "P had right KV"
+        assert told["token_logprobs"][0] == wanted["token_logprobs"][0]
+        assert timeless(found) != timeless(right)
+
+    answers(disaggregated=True)
+    api(scenario)
+
+
+def test_every_field_has_a_row() -> None:
+    fields = set(ChatRequest.model_fields) | set(CompletionRequest.model_fields)
+    shown = {field for _, row in ROWS.values() for field in row} | set(NO_ROW)
+    assert fields - shown == set()
+    assert shown - fields == set(), "a row of a field that is not built"

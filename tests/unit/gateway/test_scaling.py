@@ -1,0 +1,54 @@
+"""scaling.yaml: what it says is what placement aims at, and what is wrong in it is named."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from kvferry.errors import SettingError
+from kvferry_gateway.scaling import BESIDE, read_targets
+from kvferry_gateway.targets import Targets
+
+
+def test_the_file_of_the_checkout_says_the_defaults() -> None:
+    """A wheel has no such file: it must behave the same."""
+    assert BESIDE.exists()
+    assert read_targets(BESIDE) == read_targets(None) == Targets()
+
+
+def test_what_is_given_counts_and_the_rest_stays(tmp_path: Path) -> None:
+    file = tmp_path / "scaling.yaml"
+    file.write_text("targets:\n  ttft_s: 2\n  prefill_on_decode: false\n")
+    assert read_targets(file) == Targets(ttft_s=2, prefill_on_decode=False)
+    assert read_targets(file).max_queue_s == math.inf
+    file.write_text("")
+    assert read_targets(file) == Targets()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("targets:\n  ttft: 2\n", "targets.ttft "),
+        ("targets:\n  ttft_s: soon\n", "targets.ttft_s "),
+        ("targets:\n  ttft_s: true\n", "targets.ttft_s "),
+        ("targets:\n  prefill_on_decode: 1\n", "targets.prefill_on_decode "),
+        ("targets:\n  itl_s: -1\n", "itl_s: -1"),
+        ("targets: [1]\n", "targets in"),
+        ("replicas: 3\n", "replicas in"),
+        ("[1]\n", "--scaling-file"),
+        ("a: [\n", "--scaling-file"),
+        ("#" * (1 << 17), "--scaling-file"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, named: str) -> None:
+    file = tmp_path / "scaling.yaml"
+    file.write_text(text)
+    with pytest.raises(SettingError, match=named):
+        read_targets(file)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="--scaling-file"):
+        read_targets(tmp_path / "none.yaml")
