@@ -70,7 +70,8 @@ async def measure(options: Options) -> Report:
     )
     bursts = QUICK_BURSTS if options.quick else BURSTS
     judge = _judge(options)
-    async with running(options, "--threads", "1") as stack:
+    apart = {"local_prefill_threshold": "0"}  # the pair is what is measured, not the choice to use it
+    async with running(options, "--threads", "1", settings=apart) as stack:
         await stack.pin({"prefill": [0], "decode": [1], "": [0]})
         _add(report, "disaggregated", await _with_transfer_check(stack, judge, bursts), LIMIT)
 

@@ -226,8 +226,9 @@ async def _add_transfers(report: Report, stack: Stack, cases: list[Case], *, qui
     report.add("token slots fetched", received, "", 1, at_least=True)
     report.add("token slots compared", len(slots), "", 1, at_least=True)
     report.add("token slots that differ between the pools", differing, "", 0)
-    for role, tokens in hits.items():
-        report.add(f"prefix-cache hits on {role}", tokens, "tokens", 1, at_least=True)
+    report.add("prefix-cache hits on prefill", hits["prefill"], "tokens", 1, at_least=True)
+    # With two, D's hits depend on which of them was chosen, and the killed one's are not known.
+    report.add("prefix-cache hits on decode", hits["decode"], "tokens", None if kill else 1, at_least=True)
     preemptions = metric(prefill, "kvferry_preemption_total") + metric(decode, "kvferry_preemption_total")
     least = 1 if kill else MIN_QUICK_PREEMPTIONS if quick else MIN_PREEMPTIONS
     report.add("preemptions", preemptions, "", least, at_least=True)

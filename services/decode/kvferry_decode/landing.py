@@ -88,7 +88,7 @@ class Landing:
         slots = [await self._dock.slots.acquire(self._label)]
         self.heard = now()
         # The first may always come: a pull that asks for nothing would hear nothing either.
-        self._top_up(slots, 1 + self._allowed(max(0, self._num_wanted - 1)))
+        self._top_up(slots, 1 + self._allowed(max(0, self._num_wanted - 1), 1))
         if self._connection.closed or self.incoming.over:
             self._release(slots)
             return
@@ -183,7 +183,7 @@ class Landing:
         if self.incoming.num_posted == 0:
             return  # the Fetch goes first
         slots, self._emptied = self._emptied, []
-        self._top_up(slots, self._allowed(self._num_wanted))
+        self._top_up(slots, self._allowed(self._num_wanted, len(self._posted)))
         if not slots:
             return
         self._post(slots)
@@ -218,8 +218,8 @@ class Landing:
     def _num_wanted(self) -> int:
         return self.incoming.num_wanted(len(self._posted), self._dock.frame_bytes)
 
-    def _allowed(self, wanted: int) -> int:
-        allowed = self._dock.pace.take(wanted)
+    def _allowed(self, wanted: int, num_open: int) -> int:
+        allowed = self._dock.pace.take(wanted, num_open)
         self.held_back |= allowed < wanted
         return allowed
 

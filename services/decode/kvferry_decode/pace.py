@@ -5,8 +5,8 @@ D asks for it, and would send all of that at once: the step of that moment then 
 a transfer hides behind the prefill as long as it ends by the time that the prefill does, so it need not be fast:
 while streams decode, each step is followed by credits for no more frames than take `share` of a step to land.
 
-Credits that P has not used are not called back: a pull whose P is slower than the pace has its whole window open,
-and each piece comes as soon as it is computed.
+A chunk that P has computed is several frames. So credits that P has not used yet count, too: else they would pile up
+to a window while it computes, and all be used at once when the chunk is done.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Pace:
         self._step_s = step_s if self._share < 1 else None
         self._left = self._frames_per_step(self._step_s or 0.0)
 
-    def take(self, wanted: int) -> int:
-        """Of `wanted` credits those that may be given now."""
+    def take(self, wanted: int, num_open: int) -> int:
+        """Of `wanted` credits those that may be given now, beside `num_open` of the same pull that are not used yet."""
         if self._step_s is None:
             return wanted
-        given = min(wanted, self._left)
+        given = min(wanted, self._left, max(0, self._frames_per_step(self._step_s) - num_open))
         self._left -= given
         return given
 
