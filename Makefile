@@ -4,6 +4,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 ARGS  ?=
 PYTEST_ARGS ?=
+MINUTES ?= 10
 
 # The build of torch. Without TORCH_INDEX the CPU builds are taken where their index answers within 3 s,
 # else whatever pip is configured to use. For CUDA:
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: help run setup check test bench compose-up compose-down clean FORCE
+.PHONY: help run setup check test simulate simulate-plants mutate bench chaos fuzz compose-up compose-down clean FORCE
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -40,9 +41,29 @@ test: check ## Everything: check, then unit, contract, integration and end-to-en
 	@model=$$($(BIN)/kvferry model fetch smollm2) && \
 		KVFERRY_TEST_MODEL="$$model" $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+SEEDS     ?= 500
+FIRST     ?= 0
+PROCESSES ?= $(shell nproc 2>/dev/null || echo 2)
+
+simulate: $(VENV)/.dev ## Whole clusters on a virtual clock under drawn faults (SEEDS=5000 FIRST=0 PROCESSES=2)
+	$(BIN)/python tests/simulation sweep --seeds $(SEEDS) --first $(FIRST) --processes $(PROCESSES)
+
+simulate-plants: $(VENV)/.dev ## Look for the seeds that find planted bugs; the tests replay them
+	$(BIN)/python tests/simulation plants --processes $(PROCESSES)
+
+mutate: $(VENV)/.dev ## Plant one-line bugs by chance, and list what neither tests nor simulation notice
+	$(BIN)/python tests/simulation mutate --processes $(PROCESSES) $(ARGS)
+
 bench: $(VENV)/.dev ## Measure on this machine and print the figures
 	@model=$$($(BIN)/kvferry model fetch smollm2) && \
 		KVFERRY_TEST_MODEL="$$model" $(BIN)/python -m bench $(ARGS)
+
+chaos: $(VENV)/.dev ## Kill, freeze and restart parts of a real stack under load for MINUTES=10, and judge every token
+	@model=$$($(BIN)/kvferry model fetch smollm2) && \
+		KVFERRY_TEST_MODEL="$$model" $(BIN)/python -m bench chaos --minutes $(MINUTES) $(ARGS)
+
+fuzz: $(VENV)/.dev ## 100,000 random and mutated bodies, messages and frames (ARGS="--plane http --batch 7" repeats one)
+	@PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
 
 compose-up: ## The stack in containers, built if need be (ARGS="--scale prefill=2 --scale decode=3")
 	docker compose up --build --detach --wait $(ARGS)

@@ -1,4 +1,5 @@
-"""Build hook: a wheel carries the native engine, compiled here for every instruction set of this kind of machine.
+"""Build hook: a wheel carries each service's scaling.yaml inside its package, and the native engine, compiled here
+for every instruction set of this kind of machine.
 
 Without a compiler the wheel is a pure one: the workers then build the library at first use where they run, or fall
 back to torch. An editable install builds nothing here; the first worker does.
@@ -17,6 +18,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 NATIVE = Path("shared/kvferry/engine/native")
 INSIDE_WHEEL = "kvferry/engine/native/lib"
+SCALED = ("gateway", "prefill", "decode")
 
 
 class NativeBuildHook(BuildHookInterface[Any]):
@@ -25,6 +27,9 @@ class NativeBuildHook(BuildHookInterface[Any]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if self.target_name != "wheel" or version == "editable":
             return
+        for role in SCALED:
+            source = Path(self.root) / "services" / role / "scaling.yaml"
+            build_data["force_include"][str(source)] = f"kvferry_{role}/scaling.yaml"
         build = _load(Path(self.root) / NATIVE / "build.py")
         libraries = build.build_for_wheel(Path(self.root) / "build" / "native", self.app.display_warning)
         if not libraries:

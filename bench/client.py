@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+import socket
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kvferry.runtime import blocking_clock
+from kvferry_local.bench.sse import body_pieces, data_events, read_head
 
 MAX_LINE_BYTES: Final = 1 << 22
 JSON_TYPE: Final = "content-type: application/json"
@@ -18,6 +21,14 @@ class RequestError(Exception):
     """The server answered with an error, or ended the stream with one."""
 
 
+class Refused(RequestError):
+    """The server answered with a status other than 200: the stream never began."""
+
+    def __init__(self, status: int, body: str) -> None:
+        super().__init__(f"HTTP {status} {body}")
+        self.status = status
+
+
 @dataclass(slots=True)
 class Stream:
     """What came back. Times are seconds of one monotonic clock."""
@@ -25,9 +36,18 @@ class Stream:
     sent: float
     arrivals: list[float] = field(default_factory=list)  # of each event with text
     text: str = ""
+    token_ids: list[int] = field(default_factory=list)  # where the request asked for them
     finish_reason: str | None = None
     usage: dict[str, Any] | None = None
     ended: float = 0.0
+    connection: asyncio.StreamWriter | None = None
+
+    def reset(self) -> None:
+        """End the connection as a client that crashed does: by a TCP reset, not by an orderly end."""
+        if self.connection is not None:
+            sock: socket.socket = self.connection.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.transport.abort()
 
     def gaps(self, start: float, end: float) -> list[tuple[float, float]]:
         """(arrival, seconds since the arrival before) of events with both ends inside [start, end]."""
@@ -46,8 +66,8 @@ async def request_bytes(host: str, port: int, path: str, timeout: float = 10.0) 
         reader, writer = await asyncio.open_connection(host, port, limit=MAX_LINE_BYTES)
         try:
             writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n".encode())
-            status, headers = await _head(reader)
-            body = b"".join([piece async for piece in _body(reader, headers)])
+            status, headers = await read_head(reader)
+            body = b"".join([piece async for piece in body_pieces(reader, headers)])
         finally:
             writer.close()
     if status != 200:
@@ -79,14 +99,15 @@ async def stream(
     reader, writer = await asyncio.open_connection(host, port, limit=MAX_LINE_BYTES)
     result = into if into is not None else Stream(0.0)
     result.sent = blocking_clock()
+    result.connection = writer
     try:
         writer.write(head.encode() + document)
-        status, headers = await _head(reader)
+        status, headers = await read_head(reader)
         if status != 200:
-            refusal = b"".join([piece async for piece in _body(reader, headers)])
-            raise RequestError(f"HTTP {status} {refusal[:300].decode(errors='replace')}")
+            refusal = b"".join([piece async for piece in body_pieces(reader, headers)])
+            raise Refused(status, refusal[:300].decode(errors="replace"))
         done = False
-        async for moment, event in _events(reader, headers):
+        async for moment, event in data_events(reader, headers):
             if event == b"[DONE]":
                 done = True
             else:
@@ -104,43 +125,10 @@ def _take(result: Stream, moment: float, event: dict[str, Any], on_token: Callab
         raise RequestError(str(error))
     result.usage = event.get("usage") or result.usage
     for choice in event.get("choices") or []:
+        result.token_ids += choice.get("token_ids") or []
         if text := choice.get("text") or (choice.get("delta") or {}).get("content"):
             result.arrivals.append(moment)
             result.text += text
             if on_token is not None:
                 on_token()
         result.finish_reason = choice.get("finish_reason") or result.finish_reason
-
-
-async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
-    lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-    headers = {}
-    for line in lines[1:]:
-        name, _, value = line.partition(":")
-        headers[name.strip().lower()] = value.strip().lower()
-    return int(lines[0].split(" ", 2)[1]), headers
-
-
-async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> AsyncIterator[bytes]:
-    """The body as it arrives: chunked, by length, or up to the end of the connection."""
-    if "chunked" in headers.get("transfer-encoding", ""):
-        # readuntil, for a connection that breaks between two chunks is no end of the body
-        while size := int((await reader.readuntil(b"\n")).split(b";")[0], 16):
-            yield (await reader.readexactly(size + 2))[:-2]
-        await reader.readuntil(b"\n")
-    elif "content-length" in headers:
-        yield await reader.readexactly(int(headers["content-length"]))
-    else:
-        while piece := await reader.read(1 << 16):
-            yield piece
-
-
-async def _events(reader: asyncio.StreamReader, headers: dict[str, str]) -> AsyncIterator[tuple[float, bytes]]:
-    """(arrival, payload) of each `data:` line; comments and empty lines are skipped."""
-    rest = b""
-    async for piece in _body(reader, headers):
-        moment = blocking_clock()
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield moment, line[5:].strip()

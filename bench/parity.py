@@ -49,6 +49,14 @@ SETTINGS: Final = {
     "debug_digests": "true",
     "num_blocks": str(NUM_BLOCKS),
 }
+# A grammar that no answer reaches the end of.
+ENDLESS: Final = {
+    "type": "array", "minItems": 1000,
+    "items": {
+        "type": "object", "properties": {"name": {"type": "string"}, "on": {"type": "boolean"}},
+        "required": ["name", "on"], "additionalProperties": False,
+    },
+}  # fmt: skip
 DIGESTS_TIMEOUT_S: Final = 10.0
 DIGESTS_POLL_S: Final = 0.2
 KILL_POLL_S: Final = 0.02
@@ -130,7 +138,8 @@ async def _numerics(stack: Stack) -> str | None:
 
 
 def storm(prompts: Prompts, count: int) -> list[Case]:
-    """Short prompts with long answers: each is admitted with a few blocks, and together they outgrow the pool."""
+    """Short prompts with long answers: each is admitted with a few blocks, and together they outgrow the pool. Every
+    fourth one follows a grammar, whose state must come through preemptions and kills."""
     cases = []
     for index in range(count):
         body: dict[str, Any] = {
@@ -141,6 +150,8 @@ def storm(prompts: Prompts, count: int) -> list[Case]:
         }
         if index % 2:
             body |= {"temperature": 0.8, "top_k": 40, "seed": index}
+        if index % 4 == 1:
+            body["structured_outputs"] = {"json": ENDLESS}
         cases.append(Case(f"storm-{index}", body))
     return cases
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,7 +22,7 @@ from bench.placement_policies import MODEL, POLICIES, Choice, Policy
 from bench.placement_workers import Costs, Job, PrefillWorker
 from bench.traces import BLOCK_SIZE, TraceRequest
 from kvferry.bus.liveness import BEAT_INTERVAL
-from kvferry.wire.messages import Role, WorkerAddress, WorkerRecord
+from kvferry.wire.messages import Role, WorkerAddress, WorkerRecord, WorkerState
 from kvferry_gateway.prediction import LAST_PIECE_TOKENS, Snapshot
 from kvferry_gateway.targets import Targets
 
@@ -66,9 +67,11 @@ class Cluster:
         self._rates = rates
         costs = Costs(rates, self._noise, self._schedule, self._first_token, self._ended)
         self._costs = costs
-        self._prefills = {i: PrefillWorker(i, costs, self._hand_over) for i in range(1, num_prefill + 1)}
-        first = num_prefill + 1
-        self._decodes = {i: DecodeWorker(i, costs) for i in range(first, first + num_decode)}
+        self._prefills: dict[int, PrefillWorker] = {}
+        self._decodes: dict[int, DecodeWorker] = {}
+        self._draining: set[int] = set()
+        self._accepted: Counter[int] = Counter()  # requests that a worker still has something to do with
+        self._num_workers = 0  # ever
         # Events reach all gateways alike, so one index serves them; what each has placed is its own.
         shared = Snapshot.empty(targets)
         self._index = shared.index
@@ -77,15 +80,24 @@ class Cluster:
             own = Snapshot.empty(targets)
             snapshot = Snapshot(own.roster, shared.index, own.links, own.ttft_error, own.itl_error, targets)
             self._gateways.append(_Gateway(snapshot, POLICIES[policy]()))
-        self._place_of: dict[int, Choice] = {}  # by id of the job
+        self._place_of: dict[int, Choice] = {}  # by id of the job, until its end
         self._outstanding = 0
         self._done: list[Job] = []
         self._num_local = 0
-        for role, workers in (("prefill", self._prefills), ("decode", self._decodes)):
-            for incarnation in workers:
-                self._introduce(role, incarnation)  # type: ignore[arg-type]
+        for _ in range(num_prefill):
+            self._introduce("prefill")
+        for _ in range(num_decode):
+            self._introduce("decode")
 
-    def _introduce(self, role: Role, incarnation: int) -> None:
+    def _introduce(self, role: Role) -> Any:
+        """A new worker, known to all gateways."""
+        self._num_workers += 1
+        incarnation = self._num_workers
+        worker: PrefillWorker | DecodeWorker
+        if role == "prefill":
+            worker = self._prefills[incarnation] = PrefillWorker(incarnation, self._costs, self._hand_over)
+        else:
+            worker = self._decodes[incarnation] = DecodeWorker(incarnation, self._costs)
         record = WorkerRecord(
             role=role, name=f"{role}{incarnation}", incarnation=incarnation, pid=1, subject="", model=MODEL,
             transport="tcp", address=WorkerAddress(incarnation, ()), kv_format_id="kv", numerics_id="n",
@@ -95,6 +107,7 @@ class Cluster:
         slot = self._index.attach(incarnation, record.name, record.num_blocks)
         for gateway in self._gateways:
             gateway.snapshot.roster.add(record, slot)
+        return worker
 
     def run(self, requests: list[TraceRequest]) -> Outcome:
         workers: list[Any] = [*self._prefills.values(), *self._decodes.values()]
@@ -121,8 +134,9 @@ class Cluster:
 
     def _beating(self, worker: Any) -> Callable[[float], None]:
         def beat(now: float) -> None:
-            self._beat(worker, now)
-            self._schedule(now + BEAT_INTERVAL, beat)
+            if worker.incarnation in self._prefills or worker.incarnation in self._decodes:
+                self._beat(worker, now)
+                self._schedule(now + BEAT_INTERVAL, beat)
 
         return beat
 
@@ -130,8 +144,9 @@ class Cluster:
         load = worker.load(now)
         for events in worker.cache.log.batches():
             self._index.apply(events)
+        state: WorkerState = "draining" if worker.incarnation in self._draining else "ready"
         for gateway in self._gateways:
-            gateway.snapshot.roster.observe(worker.incarnation, load, "ready", now)
+            gateway.snapshot.roster.observe(worker.incarnation, load, state, now)
 
     def _arriving(self, request: TraceRequest) -> Callable[[float], None]:
         return lambda now: self._arrive(request, now)
@@ -143,6 +158,8 @@ class Cluster:
         job = Job(request, number, forecast_ttft_s=choice.ttft_s, forecast_itl_s=choice.itl_s)
         roster = gateway.snapshot.roster
         blocks = -(-(request.prompt_tokens + request.output_tokens) // BLOCK_SIZE)
+        self._place_of[id(job)] = choice
+        self._accepted[choice.decode] += 1
         if choice.prefill is None:
             self._num_local += 1
             roster.placed(choice.decode, now, choice.prefill_tokens, blocks)
@@ -150,7 +167,7 @@ class Cluster:
             return
         roster.placed(choice.decode, now, 0, blocks)
         roster.placed(choice.prefill, now, choice.prefill_tokens, blocks)
-        self._place_of[id(job)] = choice
+        self._accepted[choice.prefill] += 1
         self._prefills[choice.prefill].add(job, now)
 
     def _first_token(self, job: Job, now: float) -> None:
@@ -161,10 +178,10 @@ class Cluster:
             self._ended(job, now)
 
     def _hand_over(self, prefill: PrefillWorker, job: Job, now: float) -> None:
-        choice = self._place_of.pop(id(job))
         if job.request.output_tokens == 1:
+            self._finished_with(prefill.incarnation, now)
             return
-        decode = self._decodes[choice.decode]
+        decode = self._decodes[self._place_of[id(job)].decode]
         rates = self._rates
         request = job.request
         missing = request.prompt_tokens - min(decode.cache.depth(request.keys) * BLOCK_SIZE, request.prompt_tokens - 1)
@@ -174,14 +191,24 @@ class Cluster:
         computing = rates.prefill_s(request.prompt_tokens - job.cached_tokens, job.cached_tokens)
         links = self._gateways[job.gateway].snapshot.links
         links.observe(prefill.incarnation, decode.incarnation, missing * rates.kv_token_bytes, whole)
-        self._schedule(now + max(last, whole - computing), lambda at: decode.join(job, at))
+
+        def arrived(at: float) -> None:
+            self._finished_with(prefill.incarnation, at)
+            decode.join(job, at)
+
+        self._schedule(now + max(last, whole - computing), arrived)
 
     def _ended(self, job: Job, now: float) -> None:
         job.ended_at = now
         self._outstanding -= 1
         self._done.append(job)
+        self._finished_with(self._place_of.pop(id(job)).decode, now)
         if job.forecast_itl_s and job.mean_itl_s:
             self._gateways[job.gateway].snapshot.itl_error.observe(job.forecast_itl_s, job.mean_itl_s)
+
+    def _finished_with(self, incarnation: int, now: float) -> None:
+        """One request less that the worker has to do with."""
+        self._accepted[incarnation] -= 1
 
     # -- figures ---------------------------------------------------------------------------------------------
 

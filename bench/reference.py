@@ -12,6 +12,7 @@ from bench.tap import Heard
 from kvferry.engine.reference import ReferencePass
 from kvferry.engine.settings import EngineSettings
 from kvferry.engine.torch_runner import TorchRunner
+from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.kv.digest import slot_digests
 from kvferry.schedule.step import SequenceStep, StepPlan
 from kvferry.wire.frame import Piece
@@ -25,10 +26,15 @@ def largest_gap(model_dir: Path, max_model_len: int, texts: Sequence[Heard]) -> 
     """Logit. Every text must be accepted for this to be at most ε."""
     runner = _runner(model_dir, max_model_len)
     try:
-        reference = ReferencePass(runner)
-        return max(
-            reference.check(text.prompt, text.generated, text.sampling, text.choice).largest_gap for text in texts
-        )
+        reference = ReferencePass(runner, runner.eos_token_ids)
+        compiler = GrammarCompiler(model_dir / "tokenizer.json", runner.vocab_size, runner.eos_token_ids)
+
+        def gap(text: Heard) -> float:
+            grammar = text.sampling.grammar
+            mask = None if grammar is None else compiler.follow(grammar, np.empty(0, np.uint32))
+            return reference.check(text.prompt, text.generated, text.sampling, text.choice, mask).largest_gap
+
+        return max(gap(text) for text in texts)
     finally:
         runner.close()
 

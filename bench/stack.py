@@ -6,7 +6,6 @@ import asyncio
 import os
 import shlex
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -42,12 +42,20 @@ class StackError(Exception):
 class Stack:
     """A stack that is ready."""
 
-    port: int
     pid: int  # of `kvferry up`
     run_file: RunFile
     log: Path
     ready_s: float  # from the start of the process to its word that all is ready
     ready_at: float  # Unix seconds of that word
+
+    @property
+    def ports(self) -> list[int]:
+        """Of the gateways."""
+        return [port for url in self.run_file.gateways if (port := urlsplit(url).port) is not None]
+
+    @property
+    def port(self) -> int:
+        return self.ports[0]
 
     async def complete(self, body: Mapping[str, Any], *, request_id: str = "", into: Stream | None = None) -> Stream:
         """Stream one completion; the model's name is filled in."""
@@ -111,10 +119,9 @@ async def running(
     """
     with tempfile.TemporaryDirectory(prefix="kvferry-bench-") as folder:
         run_file, log = Path(folder) / "run.json", Path(folder) / "up.log"
-        port = free_port()
         arguments = [
             *("--model", str(options.model_dir), "--served-model-name", MODEL_NAME),
-            *("--port", str(port), "--run-file", str(run_file), *flags),
+            *("--port", "0", "--run-file", str(run_file), *flags),
         ]
         if through_make:
             program = ["make", "--no-print-directory", "-C", str(ROOT), "run", f"ARGS={shlex.join(arguments)}"]
@@ -135,15 +142,9 @@ async def running(
         try:
             await _wait_ready(process, log)
             ready_s = blocking_clock() - began
-            yield Stack(port, process.pid, RunFile.read(run_file, "run_file"), log, ready_s, wall_clock())
+            yield Stack(process.pid, RunFile.read(run_file, "run_file"), log, ready_s, wall_clock())
         finally:
             await _stop(process)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 def _says_ready(log: Path) -> bool:

@@ -41,6 +41,8 @@ class Attempt:
     """One placement. Times are of `blocking_clock`."""
 
     number: int
+    ticket: bytes
+    gateway: str  # bus subject of the one that placed it
     stream_id: int
     held: list[int]  # generated tokens that the gateway had when it placed
     workers: dict[str, int] = field(default_factory=dict)  # role -> incarnation
@@ -134,7 +136,9 @@ class Tap:
         )
         attempt = heard.attempts.get(work.attempt)
         if attempt is None:
-            attempt = Attempt(work.attempt, work.stream_id, unpack_tokens(work.generated).tolist())
+            attempt = Attempt(
+                work.attempt, work.ticket, work.gateway, work.stream_id, unpack_tokens(work.generated).tolist()
+            )
             heard.attempts[work.attempt] = attempt
             self._streams[work.stream_id] = attempt
             self._tickets[work.key] = attempt

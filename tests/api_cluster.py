@@ -37,6 +37,7 @@ class ApiCluster(Cluster):
         self.bus_of_gateway = self.bus("gateway-0", "gateway")
         await self.bus_of_gateway.start()
         model = write_model(folder / "memory", max_context=1024)
+        self.tokenizer_path = model.tokenizer_path
         self.api = await Gateway.start(
             GatewaySettings(**made), self.runtime, self.bus_of_gateway, model, pid=7, created=1
         )
@@ -117,8 +118,15 @@ def joined(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     choices: dict[int, dict[str, Any]] = {}
     for event in events:
         for part in event["choices"]:
-            choice = choices.setdefault(part["index"], {"text": "", "logprobs": {}, "token_ids": [], "reason": None})
+            choice = choices.setdefault(
+                part["index"], {"text": "", "calls": [], "logprobs": {}, "token_ids": [], "reason": None}
+            )
             choice["text"] += part["delta"].get("content", "") if "delta" in part else part["text"]
+            for call in part.get("delta", {}).get("tool_calls", ()):
+                if "id" in call:
+                    choice["calls"].append(dict(call["function"]))
+                else:
+                    choice["calls"][call["index"]]["arguments"] += call["function"]["arguments"]
             choice["token_ids"] += part.get("token_ids") or []
             choice["reason"] = part["finish_reason"] or choice["reason"]
             for key, column in (part["logprobs"] or {}).items():

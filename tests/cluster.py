@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from virtual_loop import VirtualLoop
@@ -18,6 +19,7 @@ from kvferry.bus.base import BusMessage, BusSettings
 from kvferry.bus.memory import MemoryBroker, MemoryBus
 from kvferry.engine.memory import MemoryRunner, MemorySettings, continuation
 from kvferry.errors import BusUnavailable
+from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.lane import InlineLane, Lane
 from kvferry.runtime import SeededRuntime, TaskSet, now
 from kvferry.schedule.step import StepResult
@@ -90,6 +92,7 @@ class Cluster:
     runtime: SimulationRuntime = field(default_factory=lambda: SimulationRuntime(1))
     workers: list[Worker[Any]] = field(default_factory=list)
     gateways: list[ScriptedGateway] = field(default_factory=list)
+    tokenizer_path: Path | None = None  # with it, workers follow grammars
 
     def __post_init__(self) -> None:
         self.broker = MemoryBroker(self.runtime)
@@ -160,7 +163,13 @@ class Cluster:
             incarnation=incarnation,
             model_name="memory",
             pid=len(self.workers) + 1,
+            grammars=self._grammars(model),
         )
+
+    def _grammars(self, model: MemorySettings) -> GrammarCompiler | None:
+        if self.tokenizer_path is None:
+            return None
+        return GrammarCompiler(self.tokenizer_path, model.vocab_size, model.eos_token_ids)
 
     async def _start(self, worker: Worker[Any]) -> None:
         await worker.transport.start(worker.attach)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Final
 
+from api_reference import api_tables
 from prometheus_client.metrics import MetricWrapperBase
 
 from kvferry.config import Settings, env_name, flag_name, is_secret, shown_default
@@ -20,6 +21,7 @@ from kvferry_prefill.settings import PrefillSettings
 ROOT = Path(__file__).parents[1]
 DOCUMENTS: Final = (
     ROOT / "README.md",
+    ROOT / "docs" / "api.md",
     ROOT / "docs" / "architecture.md",
     ROOT / "docs" / "configuration.md",
     ROOT / "docs" / "protocol.md",
@@ -72,6 +74,14 @@ CONSTANTS: Final = (
     ("kvferry.wire.messages", "MAX_LOGPROBS", "best tokens told beside a drawn one"),
     ("kvferry.wire.messages", "MAX_LOGIT_BIAS", "entries of `logit_bias`"),
     ("kvferry.wire.messages", "MAX_TOKEN_LIST", "stop tokens, or banned ones, of a request"),
+    ("kvferry.wire.messages", "MAX_GRAMMAR_CHARS", "characters of a grammar's source"),
+    ("kvferry.grammar.compiler", "MAX_PATTERN_CHARS", "characters of a regular expression in one"),
+    ("kvferry.grammar.compiler", "MAX_LARK_CHARS", "characters of a context-free grammar"),
+    ("kvferry.grammar.compiler", "MAX_COMPILED", "compiled grammars that a process keeps"),
+    ("kvferry_gateway.structured", "MAX_CHOICE_TEXTS", "texts of `choice`"),
+    ("kvferry_gateway.tools", "MAX_TOOLS", "tools of a request, calls of a message"),
+    ("kvferry_gateway.tools", "MAX_SCHEMA_DEPTH", "levels of a tool's schema"),
+    ("kvferry_gateway.responses.items", "MAX_ITEMS", "items of a response's input"),
     ("kvferry_gateway.openai", "MAX_CHOICES", "choices of a request: prompts times `n`"),
     ("kvferry.text.stop", "MAX_STOP_STRINGS", "stop strings of a request"),
     ("kvferry.text.stop", "MAX_STOP_CHARS", "characters of a stop string"),
@@ -127,6 +137,7 @@ def tables() -> dict[str, str]:
         "decode": settings_table(DecodeSettings),
         "limits": limits_table(),
         "metrics": metrics_table(),
+        **api_tables(),
     }
 
 

@@ -52,21 +52,27 @@ CLUSTER = "test"
 MODEL = "tiny"
 EOS = 0
 PATIENCE_S = 60.0
+TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}assistant:"
 
 M = TypeVar("M")
 Row = tuple[int, int, int]  # stream_id, index, token
 
 
-def write_model(path: Path, *, max_context: int = 256, chat: bool = True) -> ModelDir:
-    """A model directory without weights. Token 0 is EOS, token 1 + b is byte b."""
+def write_model(
+    path: Path, *, max_context: int = 256, chat: bool = True, template: str = TEMPLATE, special: Sequence[str] = ()
+) -> ModelDir:
+    """A model directory without weights. Token 0 is EOS, token 1 + b is byte b; `special` tokens follow."""
     vocab = {"<|end|>": EOS, **{char: 1 + byte for byte, char in enumerate(byte_level_alphabet())}}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|end|>"])
-    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}assistant:"
+    tokenizer.add_special_tokens(["<|end|>", *special])
     files: dict[str, Any] = {
-        "config": {"vocab_size": len(vocab), "max_position_embeddings": max_context, "eos_token_id": EOS},
+        "config": {
+            "vocab_size": len(vocab) + len(special),
+            "max_position_embeddings": max_context,
+            "eos_token_id": EOS,
+        },
         "tokenizer_config": {"chat_template": template} if chat else {},
     }
     path.mkdir(exist_ok=True)
@@ -96,7 +102,7 @@ class ScriptedWorker:
             "role": role, "name": name, "incarnation": incarnation, "pid": 1, "subject": self.subject,
             "model": MODEL, "transport": "memory", "address": WorkerAddress(incarnation, (f"memory:{name}",)),
             "kv_format_id": "format", "numerics_id": "numerics", "max_model_len": 256, "block_size": 16,
-            "num_blocks": 64, "kv_token_bytes": 64,
+            "num_blocks": 64, "kv_token_bytes": 64, "grammars": True,
         }  # fmt: skip
         self.record = WorkerRecord(**(fields | record))
         self.state: WorkerState = "ready"
@@ -306,7 +312,7 @@ class Cluster:
         await bus.start()
         incarnation = 1000 + len(self.workers)
         worker = ScriptedWorker(bus, role, name, incarnation, **record)
-        worker.load = Load(free_blocks=64, num_running=running)
+        worker.load = Load(free_blocks=worker.record.num_blocks, num_running=running)
         if script is not None:
             worker.accepted = script(worker)
         self.workers[f"{name}/{incarnation}"] = worker

@@ -36,6 +36,7 @@ EXIT_FAILED: Final = 1
 EXIT_SETTING: Final = 2
 EXIT_INTERRUPTED: Final = 130  # as a shell reports SIGINT
 
+R = TypeVar("R")
 S = TypeVar("S", bound=ServiceSettings)
 
 
@@ -72,14 +73,14 @@ def settings_from(cls: type[S], config_file: Path | None, flags: Mapping[str, An
     return load_settings(cls, config_file=config_file, environ=os.environ, flags=given, run_file=run_file)
 
 
-def run(main: Awaitable[None]) -> None:
+def run(main: Awaitable[R]) -> R:
     """Run to the end on uvloop."""
 
-    async def body() -> None:
-        await main
+    async def body() -> R:
+        return await main
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(body())
+        return runner.run(body())
 
 
 @contextlib.contextmanager

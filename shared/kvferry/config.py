@@ -1,12 +1,13 @@
-"""Settings: one frozen object per service, filled from four layers.
+"""Settings: one frozen object per service, filled from layers.
 
-    defaults  <  run file  <  YAML file  <  environment (KVFERRY_<FIELD>)  <  flags (--field)
+    defaults  <  scaling.yaml  <  run file  <  YAML file  <  environment (KVFERRY_<FIELD>)  <  flags (--field)
 
 A field is written once, in its settings class: its description is the flag's `--help` text and its row in
 the README's table, its type and bounds are what every layer is checked against. A wrong value raises
 `SettingError` with the setting's name as the user wrote it: flag, variable or YAML key.
 
-Secrets (`SecretStr`) have no flag, because a command line is visible to every user of the machine.
+Secrets (`SecretStr`) have no flag, because a command line is visible to every user of the machine. KVFERRY_<FIELD>_FILE
+names a file that holds one, as containers mount them.
 """
 
 from __future__ import annotations
@@ -18,22 +19,28 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 import click
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from kvferry.errors import SettingError
 from kvferry.runfile import RunFile
+from kvferry.scaling import SERVICES, scaling_path
+from kvferry.yaml_file import read_mapping
 
 ENV_PREFIX: Final = "KVFERRY_"
+FILE_SUFFIX: Final = "_FILE"
 DATA_KEY_BYTES: Final = 32
-MAX_CONFIG_BYTES: Final = 1 << 20
+MAX_SECRET_CHARS: Final = 4096
 JOIN_FLAG: Final = "--join"
+# What tells one process from another has no place in a file that all replicas share.
+NOT_OF_SCALE: Final = frozenset({"name", "cluster", "run_file", "scaling_file"})
 
 SubjectName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Port = Annotated[int, Field(ge=0, le=65535)]
 LogFormat = Literal["auto", "console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+
+Layer = tuple[Mapping[str, object], Callable[[str], str]]  # values, and how the user wrote a field's name
 
 S = TypeVar("S", bound="Settings")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -45,6 +52,11 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
     role: ClassVar[str]
 
+    @classmethod
+    def scaling_layer(cls, path: Path | None) -> Layer:
+        """What `scaling.yaml` says: `path` if one was named. Raises `SettingError`."""
+        return {}, str
+
 
 class ServiceSettings(Settings):
     """What every service needs. Services subclass it and set `role`."""
@@ -53,7 +65,9 @@ class ServiceSettings(Settings):
 
     cluster: SubjectName = Field("dev", description="Cluster that this process belongs to: 1 to 64 of A-Z a-z 0-9 _ -.")
     name: SubjectName = Field("", description="Name of this process in subjects and logs; its role unless given.")
-    nats_url: str = Field("nats://127.0.0.1:4222", description="NATS server of the control plane.")
+    nats_url: str = Field(
+        "nats://127.0.0.1:4222", description="NATS server of the control plane; of a cluster several, with commas."
+    )
     nats_user: str = Field("", description="NATS user.")
     nats_password: SecretStr = Field(SecretStr(""), description="NATS password.")
     nats_token: SecretStr = Field(SecretStr(""), description="NATS token, instead of user and password.")
@@ -62,9 +76,17 @@ class ServiceSettings(Settings):
         SecretStr(""), description="The cluster's data-plane key: 64 hexadecimal digits, the same on all workers."
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
-    advertise_host: str = Field("127.0.0.1", description="Address that others are told to connect to.")
+    advertise_host: str = Field(
+        "127.0.0.1",
+        description="Address that others are told to connect to; auto: the one from which NATS is reached.",
+    )
     log_level: LogLevel = Field("info", description="Least severe log lines to write.")
     log_format: LogFormat = Field("auto", description="Log lines: console on a terminal, else JSON.")
+    scaling_file: Path | None = Field(
+        None,
+        description="This service's scaling.yaml, or a folder with gateway.yaml, prefill.yaml and decode.yaml; the one "
+        "that came with the service unless given.",
+    )
     run_file: Path | None = Field(
         None,
         description="Join the stack that wrote this run file; without a value, the one of `kvferry up`.",
@@ -77,6 +99,18 @@ class ServiceSettings(Settings):
         if isinstance(values, dict) and not values.get("name"):
             return {**values, "name": cls.role}
         return values
+
+    @classmethod
+    def scaling_layer(cls, path: Path | None) -> Layer:
+        scaling = SERVICES.get(cls.role)
+        if scaling is None:
+            return {}, str
+        file = scaling_path(scaling.role, path)
+        settings = scaling.read(path).settings
+        for field in settings:
+            if field not in cls.model_fields or field in NOT_OF_SCALE or is_secret(cls.model_fields[field]):
+                raise SettingError(f"settings.{field} in {file}", f"is no setting of the {cls.role} that belongs here")
+        return settings, lambda field: f"settings.{field} in {file}"
 
     @property
     def data_key_bytes(self) -> bytes:
@@ -114,18 +148,21 @@ def load_settings(
     run_file: RunFile | None = None,
 ) -> S:
     """Merge the layers, validate, freeze. `flags` holds only what was given. Raises `SettingError`."""
-    layers: list[tuple[Mapping[str, object], Callable[[str], str]]] = [
+    layers: list[Layer] = [
         (_from_run_file(cls, run_file), lambda field: f"run file's {field}"),
         (_from_yaml(cls, config_file), lambda field: f"{field} in {config_file}"),
         (
             {field: environ[env_name(field)] for field in cls.model_fields if env_name(field) in environ},
             env_name,
         ),
+        (_from_secret_files(cls, environ), lambda field: env_name(field) + FILE_SUFFIX),
         (
             {field: value for field, value in flags.items() if value is not None},
             lambda field: flag_name(cls, field),
         ),
     ]
+    scaling_file = next((layer["scaling_file"] for layer, _ in reversed(layers) if layer.get("scaling_file")), None)
+    layers.insert(0, cls.scaling_layer(Path(str(scaling_file)) if scaling_file else None))
     values: dict[str, object] = {}
     written: dict[str, str] = {}  # field -> its name as the user wrote it
     for layer, spell in layers:
@@ -148,25 +185,32 @@ def _from_run_file(cls: type[Settings], run_file: RunFile | None) -> dict[str, o
     }
 
 
+def _from_secret_files(cls: type[Settings], environ: Mapping[str, str]) -> dict[str, object]:
+    """Secrets: the first lines of the files that the environment names. No error quotes one."""
+    secrets: dict[str, object] = {}
+    for field, spec in cls.model_fields.items():
+        name = env_name(field) + FILE_SUFFIX
+        if not is_secret(spec) or not environ.get(name):
+            continue
+        if environ.get(env_name(field)):
+            raise SettingError(name, f"is set beside {env_name(field)}; give one of them")
+        try:
+            with open(environ[name], encoding="utf-8") as file:
+                text = file.read(MAX_SECRET_CHARS + 1)
+        except OSError as error:
+            raise SettingError(name, f"{environ[name]}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise SettingError(name, f"{environ[name]} is not UTF-8") from None
+        if len(text) > MAX_SECRET_CHARS:
+            raise SettingError(name, f"{environ[name]} is longer than {MAX_SECRET_CHARS} characters")
+        secrets[field] = text.partition("\n")[0].rstrip("\r")
+    return secrets
+
+
 def _from_yaml(cls: type[Settings], path: Path | None) -> dict[str, object]:
     if path is None:
         return {}
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)
-        if len(text) > MAX_CONFIG_BYTES:
-            raise SettingError("--config", f"{path} is larger than {MAX_CONFIG_BYTES} bytes")
-        document = yaml.safe_load(text)
-    except OSError as error:
-        raise SettingError("--config", f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise SettingError("--config", f"{path} is not YAML{where}") from None
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise SettingError("--config", f"{path} must be a mapping of settings")
+    document = read_mapping(path, "--config")
     for key in document:
         if key not in cls.model_fields:
             raise SettingError(f"{key} in {path}", f"unknown setting of the {cls.role}")

@@ -37,6 +37,10 @@ class Runtime(ABC):
     def lane(self, name: str, nice: int = 0) -> Lane:
         """A new lane. Its thread gives way to others of the process by `nice`, as a Unix process would."""
 
+    @abstractmethod
+    def wall_clock(self) -> float:
+        """Unix seconds: the `created` field of API objects, the arrival order of requests, nothing else."""
+
     def random_u64(self) -> int:
         return int.from_bytes(self.random_bytes(8), "little")
 
@@ -56,6 +60,9 @@ class SystemRuntime(Runtime):
     def lane(self, name: str, nice: int = 0) -> Lane:
         return ThreadLane(name, nice)
 
+    def wall_clock(self) -> float:
+        return wall_clock()
+
 
 class SeededRuntime(Runtime):
     """Deterministic: draws from one seed, runs lanes on the event loop. For simulation and tests."""
@@ -72,6 +79,9 @@ class SeededRuntime(Runtime):
     def lane(self, name: str, nice: int = 0) -> Lane:
         return InlineLane()
 
+    def wall_clock(self) -> float:
+        return now()
+
 
 def now() -> float:
     """The running loop's clock, seconds."""
@@ -84,7 +94,7 @@ def blocking_clock() -> float:
 
 
 def wall_clock() -> float:
-    """Unix seconds: the `created` field of API objects, the arrival order of requests, nothing else."""
+    """Unix seconds, for what has no `Runtime`: the date in chat templates."""
     return time.time()
 
 

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 from checkpoints import SHAPES, build
+from masks import FixedMask, mask_of
 from runners import NATIVE, runner_of
 
 from kvferry.engine.memory import MemoryRunner, MemorySettings
@@ -123,6 +124,30 @@ def test_every_runner_honours_biases_and_bans(runner: ModelRunner) -> None:
         draw = Draw.of(sampling, 0, 0, PROMPT, len(PROMPT))
         token = runner.execute(StepPlan((SequenceStep(0, PROMPT, 0, blocks, draw),))).tokens[0]
         assert token == plain if wanted is None else (token == other if wanted else token != plain)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_every_runner_draws_through_the_mask_of_a_grammar(runner: ModelRunner, sampling: Sampling) -> None:
+    rng = np.random.default_rng(2)
+    for index in range(6):
+        allowed = np.zeros(runner.vocab_size, np.bool_)
+        allowed[rng.choice(runner.vocab_size, 5, replace=False)] = True
+        draw = Draw(sampling, 0, index, PROMPT, 70, logit_bias=((3, 5.0),), mask=mask_of(allowed))
+        token = prefill(runner, table(1, 2, 3, 4, 5), PROMPT, 40, draw)
+        assert token is not None
+        assert allowed[token]
+
+
+def test_what_is_drawn_by_a_grammar_that_failed_is_no_token_and_others_keep_theirs(runner: ModelRunner) -> None:
+    failed = FixedMask(np.ones(-(-runner.vocab_size // 32), np.uint32), fault="it failed")
+    steps = (
+        SequenceStep(0, PROMPT, 0, table(1, 2, 3, 4, 5), Draw(GREEDY, 0, 0, num_logprobs=1)),
+        SequenceStep(1, PROMPT, 0, table(6, 7, 8, 9, 10), Draw(GREEDY, 0, 0, num_logprobs=1, mask=failed)),
+    )
+    result = runner.execute(StepPlan(steps))
+    alone = prefill(runner, table(11, 12, 13, 14, 15), PROMPT, 100, Draw(GREEDY, 0, 0))
+    assert result.tokens == (alone, None)
+    assert (result.logprobs_of(0) is not None, result.logprobs_of(1)) == (True, None)
 
 
 def test_log_probabilities_come_back_where_they_were_asked_for(runner: ModelRunner) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 from urllib.parse import urlsplit
 
+from bench.books import Books, Row, violations
 from bench.client import RequestError, request_json
 from stack import Stack
 
@@ -15,27 +15,6 @@ from kvferry.runtime import blocking_clock
 HOST = "127.0.0.1"
 POLL_S = 0.02
 HTTP_TIMEOUT_S = 10.0
-
-Books = dict[str, Any]  # a document of /debug/blocks
-Row = dict[str, Any]  # of /v1/cluster
-
-
-def violations(books: Books) -> list[str]:
-    """In words, what a worker at rest should not have."""
-    counts, slots = books["counts"], books["slots"]
-    found = [
-        *(
-            f"{count} blocks are {state}"
-            for state, count in counts.items()
-            if count and state not in ("free", "cached")
-        ),
-        *(f"{count} slots are {state}" for state, count in slots.items() if count and state != "free"),
-        *(f"attempt {row['attempt']} holds {row['num_blocks']} blocks" for row in books["holdings"]),
-    ]
-    if (idle := counts["free"] + counts["cached"]) != books["num_blocks"]:
-        found.append(f"{idle} of {books['num_blocks']} blocks are free or cached")
-    found += [f"{books[kind]} {kind} are left" for kind in ("sequences", "streams") if books[kind]]
-    return found
 
 
 async def cluster(stack: Stack) -> list[Row]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 from openai import BadRequestError, OpenAI
+from pydantic import BaseModel, ConfigDict, Field
 from stack import Stack
 
 PROMPT = "A list of the rivers of Europe, with the countries that each of them flows through, begins as follows. " * 2
@@ -79,8 +82,73 @@ def test_biases_bans_and_stops(stack: Stack, client: OpenAI) -> None:
     assert refused.value.param == "bad_words"
 
 
+class Reading(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    river: Literal["Rhine", "Danube", "Volga"]
+    countries: Annotated[list[Literal["Germany", "Austria", "Russia"]], Field(min_length=1, max_length=3)]
+    km: Annotated[int, Field(ge=0, le=9999)]
+
+
+def test_structured_output_by_openais_own_parser_and_by_vllms_fields(client: OpenAI) -> None:
+    asked = {"model": "smollm2", "max_tokens": 300, "temperature": 1.5, "seed": 1}
+    messages: Any = [{"role": "user", "content": PROMPT}]
+    parsed = client.chat.completions.parse(messages=messages, response_format=Reading, **asked)
+    choice = parsed.choices[0]
+    assert choice.finish_reason == "stop"
+    assert isinstance(choice.message.parsed, Reading)
+    schema = {"type": "json_schema", "json_schema": {"name": "reading", "schema": Reading.model_json_schema()}}
+    chunks = ask(client, **asked, response_format=schema, stream=True)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert Reading.model_validate_json(text)
+    outputs = {"structured_outputs": {"regex": "(yes|no), because [a-z ]{5,20}\\."}}
+    answer = complete(client, max_tokens=60, temperature=1.5, n=3, extra_body=outputs)
+    assert all(re.fullmatch("(yes|no), because [a-z ]{5,20}\\.", choice.text) for choice in answer.choices)
+    with pytest.raises(BadRequestError) as refused:
+        complete(client, extra_body={"structured_outputs": {"regex": "("}})
+    assert refused.value.param == "structured_outputs.regex"
+
+
 def test_the_fingerprint_names_the_numerics_of_the_decode_worker(stack: Stack, client: OpenAI) -> None:
     worker = stack.worker("decode-0")
     assert worker is not None
     assert ask(client).system_fingerprint == worker["numerics_id"]
     assert {chunk.system_fingerprint for chunk in ask(client, stream=True)} == {worker["numerics_id"]}
+
+
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "set_light",
+        "description": "Switches the light.",
+        "parameters": {
+            "type": "object",
+            "properties": {"on": {"type": "boolean"}, "room": {"enum": ["kitchen", "hall"]}},
+            "required": ["on", "room"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "set_light"}}])
+def test_a_demanded_tool_call_validates_streamed_and_not(client: OpenAI, choice: Any) -> None:
+    asked = {"tools": [TOOL], "tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 64}
+    whole = ask(client, **asked).choices[0]
+    (call,) = whole.message.tool_calls
+    arguments = json.loads(call.function.arguments)
+    assert (call.function.name, set(arguments)) == ("set_light", {"on", "room"})
+    assert isinstance(arguments["on"], bool)
+    assert arguments["room"] in ("kitchen", "hall")
+    assert whole.finish_reason == "tool_calls"
+    deltas = [d for c in ask(client, stream=True, **asked) for ch in c.choices for d in ch.delta.tool_calls or []]
+    assert deltas[0].function.name == "set_light"
+    assert "".join(delta.function.arguments for delta in deltas) == call.function.arguments
+
+
+def test_a_response_says_what_a_chat_says(client: OpenAI) -> None:
+    said = ask(client).choices[0].message.content
+    asked: dict[str, Any] = {"model": "smollm2", "input": PROMPT, "max_output_tokens": 12, "temperature": 0}
+    assert client.responses.create(**asked).output_text == said
+    with client.responses.stream(**asked) as stream:
+        shown = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+    assert shown == said

@@ -127,7 +127,7 @@ REFUSED: dict[str, tuple[str, Any, int, str | None]] = {
     "a stop string of a megabyte": (CHAT, chat(stop="x" * (1 << 20)), 400, "stop"),
     "an empty stop string": (CHAT, chat(stop=[""]), 400, "stop[0]"),
     "an unknown field": (CHAT, chat(temprature=1), 400, "temprature"),
-    "a field that is not built": (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools"),
+    "a field that is not built": (CHAT, chat(functions=[{"name": "f"}]), 400, "functions"),
     "an unknown model": (CHAT, chat(model="gpt-17"), 404, "model"),
     "an unknown path": ("/v1/chat/completion", chat(), 404, None),
     "a body over the limit": (CHAT, b" " * (MAX_BODY_BYTES + 1), 413, None),

@@ -12,7 +12,8 @@ import pytest
 from stack import kvferry
 
 COMMANDS = [
-    [], ["up"], ["gateway"], ["prefill"], ["decode"], ["chat"], ["status"], ["drain"],
+    [], ["up"], ["gateway"], ["prefill"], ["decode"], ["chat"], ["status"], ["drain"], ["scale"],
+    ["autoscale"], ["bench"], ["doctor"],
     ["model"], ["model", "fetch"], ["model", "import"], ["model", "list"],
 ]  # fmt: skip
 

@@ -6,7 +6,7 @@ about tokens and not about text; the client's text must be exactly theirs, and t
 An engine may be ten times as fast as the one that these tests were first run with, and the machine busy with other
 things. So a blow that must fall in mid-stream is repeated if the stream was over before it fell (`TRIES`), streams
 that are cut off have far more tokens to give than anybody waits for, and a bound is one on what the stack itself does
-(`contention.py`).
+(`bench/contention.py`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from typing import Any
 
 import pytest
 from bench.client import RequestError, Stream, stream
+from bench.contention import Contention
 from bench.prompts import Prompts
 from bench.tap import Attempt, Heard, bus_of
 from books import HOST, Books, Row, books_of, cluster, port_of, seconds_until_clean, violations, whole
-from contention import Contention
 from stack import Stack
 from tokenizers import Tokenizer
 from watch import Watch

@@ -87,13 +87,12 @@ class ComposeStack:
     def __init__(self) -> None:
         self.project = f"kvferry-test-{os.urandom(4).hex()}"
         self.port = free_port()
-        self._environ = {
-            **os.environ, "KVFERRY_PORT": str(self.port), "KVFERRY_TAG": "test", "COMPOSE_PROFILES": "",
-        }  # fmt: skip
+        self.environ = {"KVFERRY_PORT": str(self.port), "KVFERRY_TAG": "test", "COMPOSE_PROFILES": ""}
+        self.environ["COMPOSE_PROJECT_NAME"] = self.project
 
     def compose(self, *arguments: str, timeout: float = COMMAND_TIMEOUT_S) -> str:
-        command = ("compose", "--project-name", self.project, "--ansi", "never", *arguments)
-        return docker(*command, timeout=timeout, env=self._environ)
+        command = ("compose", "--ansi", "never", *arguments)
+        return docker(*command, timeout=timeout, env={**os.environ, **self.environ})
 
     def build(self) -> None:
         self.compose("build", timeout=BUILD_TIMEOUT_S)

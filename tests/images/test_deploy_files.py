@@ -13,6 +13,9 @@ import pytest
 import yaml
 from compose_stack import ROOT
 
+from kvferry.config import env_name
+from kvferry.scaling import SERVICES, Role, scaling_path
+
 ROLES = ("prefill", "decode")
 DEPLOY = ROOT / "deploy"
 REQUIREMENTS = DEPLOY / "images" / "requirements.py"
@@ -32,6 +35,26 @@ def test_an_image_installs_what_the_extras_require_and_leaves_out_what_it_is_tol
     whole = [*project["dependencies"], *extras["worker"], *extras["ucx"]]
     assert set(whole) - set(printed) == {requirement for requirement in whole if requirement.startswith("torch")}
     assert set(printed) < set(whole)
+
+
+IMPORT_WITHOUT = """
+import importlib, sys
+for name in sys.argv[2].split(","):
+    sys.modules[name] = None  # importing it fails
+importlib.import_module(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("module", ["kvferry_gateway.__main__", "kvferry_local.up", "kvferry_local.doctor.service"])
+def test_the_gateways_image_has_all_that_its_programs_import(module: str) -> None:
+    """It lacks what only the worker's extra requires."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {extra: {re.split(r"[^A-Za-z0-9_-]", line)[0] for line in lines} for extra, lines in extras.items()}
+    lacking = names["worker"] - names["gateway"] - names["local"]
+    assert "torch" in lacking
+    command = [sys.executable, "-c", IMPORT_WITHOUT, module, ",".join(sorted(lacking))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_extra_that_does_not_exist_stops_the_build() -> None:
@@ -54,6 +77,28 @@ def test_prometheus_scrapes_every_service_that_has_metrics_on_the_port_of_its_im
             (exposed,) = re.findall(r"^EXPOSE (\d+)", (ROOT / dockerfile).read_text(), re.MULTILINE)
             served[name] = int(exposed)
     assert scraped == served
+
+
+@pytest.mark.parametrize("role", ["gateway", *ROLES])
+def test_compose_starts_each_service_as_its_scaling_file_says(role: Role) -> None:
+    document = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    service, scaling = document["services"][role], SERVICES[role].read()
+    deploy = with_defaults(service["deploy"])
+    assert int(deploy.get("replicas", 1)) == scaling.replicas
+    assert int(deploy["resources"]["limits"]["cpus"]) == scaling.resources.cpus
+    assert deploy["resources"]["limits"]["memory"] == scaling.resources.memory.lower().removesuffix("i")
+    assert float(service["stop_grace_period"].removesuffix("s")) > scaling.settings["drain_grace"]
+    (config,) = service["configs"]
+    assert ROOT / document["configs"][config["source"]]["file"] == scaling_path(role)
+    assert service["environment"]["KVFERRY_SCALING_FILE"] == config["target"]
+    # What the file says is not said a second time: a variable would win over it.
+    given = {name for name, value in service["environment"].items() if value is not None}
+    assert given.isdisjoint(env_name(setting) for setting in scaling.settings)
+
+
+def with_defaults(document: Any) -> Any:
+    """`document` with every variable at its default."""
+    return yaml.safe_load(re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", yaml.safe_dump(document)))
 
 
 def expressions() -> list[str]:

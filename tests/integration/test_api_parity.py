@@ -24,6 +24,24 @@ PROMPT = "A prompt that is longer than some blocks of the cache are, so that the
 MAX_TOKENS = 24
 Row = dict[str, Any]
 
+SCHEMA = {
+    "name": "reading",
+    "strict": True,
+    "schema": {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}, "level": {"enum": ["low", "high"]}},
+        "required": ["ok", "level"],
+        "additionalProperties": False,
+    },
+}
+
+LEVEL = {"type": "object", "properties": {"level": {"enum": ["low", "high"]}}, "required": ["level"]}
+TOOLS = [
+    {"type": "function", "function": {"name": "set", "parameters": {**LEVEL, "additionalProperties": False}}},
+    {"type": "function", "function": {"name": "stop"}},
+]
+NAMED = {"type": "function", "function": {"name": "set"}}
+
 # One field at least in each row; together they are all fields that change what is generated or told.
 BOTH: dict[str, Row] = {
     "greedy": {},
@@ -47,6 +65,23 @@ BOTH: dict[str, Row] = {
     "truncate_prompt_tokens": {"truncate_prompt_tokens": 20},
     "return_token_ids": {"return_token_ids": True},
     "n": {"n": 3, "temperature": 1.0, "seed": 11},
+    "response_format": {"response_format": {"type": "json_object"}, "temperature": 1.0, "seed": 4},
+    "response_format with a schema": {"response_format": {"type": "json_schema", "json_schema": SCHEMA}},
+    "structured_outputs": {"structured_outputs": {"regex": "(ab|cd?){4,9}!"}, "temperature": 1.0, "seed": 12},
+    "structured_outputs of n choices": {
+        "structured_outputs": {"choice": ["left", "right", "straight on"]},
+        "n": 3,
+        "temperature": 1.0,
+        "seed": 13,
+    },
+    "structured_outputs and all that bans and biases": {
+        "structured_outputs": {"grammar": 'root ::= ("x" [a-e]+ ";")+'},
+        "min_tokens": 12,
+        "bad_words": ["a"],
+        "logit_bias": {"100": 5},
+        "ignore_eos": True,
+        "presence_penalty": 1.0,
+    },
     "max_tokens": {"max_tokens": 1},
 }
 ROWS: dict[str, tuple[str, Row]] = {
@@ -63,10 +98,19 @@ ROWS: dict[str, tuple[str, Row]] = {
     "chat add_generation_prompt": (CHAT, {"add_generation_prompt": False}),
     "chat continue_final_message": (CHAT, {"add_generation_prompt": False, "continue_final_message": True}),
     "chat chat_template_kwargs": (CHAT, {"chat_template_kwargs": {"enable_thinking": False}}),
+    "chat tools": (CHAT, {"tools": TOOLS}),
+    "chat tool_choice": (CHAT, {"tools": TOOLS, "tool_choice": "required", "temperature": 1.0, "seed": 14}),
+    "chat tool_choice of one tool": (CHAT, {"tools": TOOLS, "tool_choice": NAMED, "n": 2, "seed": 15}),
+    "chat parallel_tool_calls": (
+        CHAT, {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 96},
+    ),
     "text logprobs": (TEXT, {"logprobs": 4}),
     "text logprobs and token ids": (TEXT, {"logprobs": 0, "return_token_ids": True}),
     "text echo": (TEXT, {"echo": True}),
     "text best_of": (TEXT, {"best_of": 1}),
+    "chat top_logprobs and response_format": (
+        CHAT, {"logprobs": True, "top_logprobs": 2, "response_format": {"type": "json_object"}},
+    ),
     "text prompt batch": (TEXT, {"prompt": [PROMPT, PROMPT + "b", "c"], "n": 2, "temperature": 1.0, "seed": 2}),
     "text prompt ids": (TEXT, {"prompt": [5, 6, 7] * 15}),
 }  # fmt: skip
@@ -111,7 +155,7 @@ def answers(*, disaggregated: bool) -> dict[tuple[str, bool], Any]:
 def texts(answer: Any) -> dict[int, str]:
     if isinstance(answer, list):
         return {index: choice["text"] for index, choice in joined(answer).items()}
-    return {c["index"]: c["message"]["content"] if "message" in c else c["text"] for c in answer["choices"]}
+    return {c["index"]: (c["message"]["content"] or "") if "message" in c else c["text"] for c in answer["choices"]}
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -136,6 +180,7 @@ def test_a_stream_adds_up_to_the_whole_answer(name: str) -> None:
         assert part["token_ids"] == (choice.get("token_ids") or [])
         told = {key: column or [] for key, column in (choice["logprobs"] or {}).items()}
         assert part["logprobs"] == told
+        assert part["calls"] == [call["function"] for call in choice.get("message", {}).get("tool_calls", [])]
     usage = events[-1]["usage"]
     for count in ("prompt_tokens", "completion_tokens", "total_tokens"):
         assert usage[count] == whole["usage"][count]
@@ -153,7 +198,9 @@ def test_a_row_shows_its_feature(name: str) -> None:
 
 
 RESUMED = ["chat top_logprobs", "text logprobs and token ids", "chat presence_penalty", "text min_tokens",
-           "text logit_bias", "chat temperature", "chat n", "text skip_special_tokens"]  # fmt: skip
+           "text logit_bias", "chat temperature", "chat n", "text skip_special_tokens",
+           "chat response_format with a schema", "text structured_outputs",
+           "text structured_outputs and all that bans and biases", "chat tool_choice"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RESUMED)

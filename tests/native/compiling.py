@@ -73,10 +73,15 @@ class Compiled:
         return self._linked((), flags, sources, own or {}, compiler)
 
     def library(
-        self, flags: Sequence[str], sources: Iterable[Path] = LIBRARY, *, own: Mapping[str, Sequence[str]] | None = None
+        self,
+        flags: Sequence[str],
+        sources: Iterable[Path] = LIBRARY,
+        *,
+        own: Mapping[str, Sequence[str]] | None = None,
+        compiler: str = "",
     ) -> Path:
         """A shared library, as `compile_library` makes it."""
-        return self._linked(("-shared",), flags, sources, own or {}, "")
+        return self._linked(("-shared",), flags, sources, own or {}, compiler)
 
     def product(self, isa: str) -> Path:
         """The library as it is shipped. The best one's objects serve other tests, too; the others are the cache's."""

@@ -1,4 +1,4 @@
-// What the C++ tests of the linear layers share: checks that no build flag removes, seeded values, a problem's operands.
+// What the C++ tests of the linear layers share: checks that no build flag removes, seeded values, operands.
 #pragma once
 
 #include <cstdio>

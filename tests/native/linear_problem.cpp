@@ -13,7 +13,8 @@ Problem::Problem(Shape wanted, int row_count, uint64_t seed) : shape(wanted), ro
   const bf16 nan{0x7fc0};
   x.assign(static_cast<size_t>(rows) * ldx, nan);
   for (int row = 0; row < rows; ++row) {
-    for (int i = 0; i < padded; ++i) x[static_cast<size_t>(row) * ldx + i] = to_bf16(i < shape.k ? random.normal() : 0.0f);
+    bf16* values = x.data() + static_cast<size_t>(row) * ldx;
+    for (int i = 0; i < padded; ++i) values[i] = to_bf16(i < shape.k ? random.normal() : 0.0f);
   }
   residual = random.normals(static_cast<size_t>(rows) * ldy);
   packed = make_linear(arena, shape.n, shape.k, shape.kind, gated, shape.biased);

@@ -51,7 +51,8 @@ class Reference {
     return x;
   }
 
-  // Rounded sum of a row of x and row n of the matrix, each addition of the fp32 chain off by at most 2^-23 of the sizes.
+  // Rounded sum of a row of x and row n of the matrix, each addition of the fp32 chain off by at most 2^-23 of the
+  // sizes.
   Bounded sum(const std::vector<double>& x, int n) const {
     double value = p_.shape.biased ? to_float(p_.bias[n]) : 0, size = std::fabs(value);
     for (int i = 0; i < p_.shape.k; ++i) {

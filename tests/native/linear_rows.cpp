@@ -38,7 +38,8 @@ void check_rows(const Shape& shape, int most, uint64_t seed) {
   Problem::Bytes alone = problem.start();
   for (int row = 0; row < most; ++row) problem.run(one, row, 1, alone);
   // Every row is used: rows that are all alike would hide a mistake.
-  CHECK(most == 1 || std::memcmp(alone.data(), alone.data() + row_bytes(problem), row_bytes(problem)) != 0, "rows alike");
+  const size_t row = row_bytes(problem);
+  CHECK(most == 1 || std::memcmp(alone.data(), alone.data() + row, row) != 0, "rows alike");
   for (int rows = 1; rows <= most; rows += rows < 70 || most - rows < 3 ? 1 : 41) {
     Problem::Bytes y = problem.start();
     Threads& pool = *pools[rows % 4];
@@ -75,7 +76,8 @@ void overrun() {
   Threads one(1);
   const Problem problem({2 * kPanelColumns, 64, WeightKind::Bf16, Epilogue::Store, false}, 3, 1);
   std::vector<bf16> y(static_cast<size_t>(problem.rows) * problem.columns() - 1);
-  linear(problem.packed, problem.x.data(), problem.ldx, problem.rows, y.data(), problem.columns(), Epilogue::Store, one, 0);
+  linear(problem.packed, problem.x.data(), problem.ldx, problem.rows, y.data(), problem.columns(), Epilogue::Store,
+         one, 0);
 }
 
 void test_rows() {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "exp2.h"
 #include "isa.h"
 #include "linear_check.h"
 
@@ -12,7 +13,7 @@ constexpr int W = Isa::kLanes;
 
 void bf16_is_rounded_to_nearest_even() {
   Random random(1);
-  for (int i = 0; i < (small ? 20000 : 400000); ++i) {
+  for (int i = 0; i < (small ? 20000 : 100000); ++i) {
     float in[W], back[W];
     bf16 out[W];
     for (float& value : in) {
@@ -25,9 +26,11 @@ void bf16_is_rounded_to_nearest_even() {
     for (int lane = 0; lane < W; ++lane) {
       const bf16 want = to_bf16(in[lane]);
       if (std::isnan(in[lane])) {
-        CHECK(std::isnan(to_float(out[lane])) && std::isnan(back[lane]) && std::isnan(to_float(want)), "a NaN was lost");
+        CHECK(std::isnan(to_float(out[lane])) && std::isnan(back[lane]) && std::isnan(to_float(want)),
+              "a NaN was lost");
       } else {
-        CHECK(out[lane].bits == want.bits && back[lane] == to_float(want), "%a became %a", in[lane], to_float(out[lane]));
+        CHECK(out[lane].bits == want.bits && back[lane] == to_float(want), "%a became %a", in[lane],
+              to_float(out[lane]));
       }
     }
   }
@@ -111,7 +114,7 @@ void dots_are_right() {
 
 void exponentials_are_near() {
   double worst = 0;
-  for (float x = -87.0f; x < 88.0f; x += small ? 0.0371f : 0.000371f) {
+  for (float x = -87.0f; x < 88.0f; x += small ? 0.0371f : 0.00171f) {
     float out[W];
     Isa::store(out, exp(Isa::set1(x)));
     worst = std::max(worst, std::fabs(out[W - 1] / std::exp(double{x}) - 1));
@@ -126,6 +129,24 @@ void exponentials_are_near() {
   CHECK(out[0] > 1e38f && std::isfinite(out[0]), "finite far above");
 }
 
+void powers_of_two_are_near() {
+  double worst = 0;
+  float out[W];
+  for (float x = -126.0f; x <= 1.0f; x += small ? 0.0371f : 0.00171f) {
+    Isa::store(out, exp2(Isa::set1(x)));
+    worst = std::max(worst, std::fabs(out[W - 1] / std::exp2(double{x}) - 1));
+  }
+  CHECK(worst < 3e-7, "relative error %g", worst);
+  for (int x = -126; x <= 1; ++x) {
+    Isa::store(out, exp2(Isa::set1(static_cast<float>(x))));
+    CHECK(out[0] == std::ldexp(1.0f, x), "2^%d is %g", x, static_cast<double>(out[0]));
+  }
+  for (float x : {-126.5f, -1e30f}) {
+    Isa::store(out, exp2(Isa::set1(x)));
+    CHECK(out[0] == std::ldexp(1.0f, -126), "neither 0 nor subnormal far below");
+  }
+}
+
 }  // namespace
 
 void test_vectors() {
@@ -134,6 +155,7 @@ void test_vectors() {
   sums_go_by_halves();
   dots_are_right();
   exponentials_are_near();
+  powers_of_two_are_near();
 }
 
 }  // namespace linear_test

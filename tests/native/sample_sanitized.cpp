@@ -43,7 +43,7 @@ bool run(int32_t vocab_size, bool overrun) {
     const int num_draws = below(5) + 1;
     std::vector<float> logits;
     std::vector<kvf_draw> draws(static_cast<size_t>(num_draws));
-    std::vector<std::vector<uint32_t>> histories(draws.size()), bans(draws.size());
+    std::vector<std::vector<uint32_t>> histories(draws.size()), bans(draws.size()), masks(draws.size());
     std::vector<std::vector<kvf_bias>> biases(draws.size());
     std::vector<std::unique_ptr<kvf_logprobs>> logprobs(draws.size());
     for (size_t i = 0; i < draws.size(); ++i) {
@@ -71,6 +71,13 @@ bool run(int32_t vocab_size, bool overrun) {
         draw.num_banned = static_cast<int32_t>(bans[i].size());
         draw.biases = biases[i].data();
         draw.num_biases = static_cast<int32_t>(biases[i].size());
+        if (below(3) == 0) {
+            masks[i].resize(static_cast<size_t>((vocab_size + 31) / 32));
+            for (uint32_t &word : masks[i]) word = below(2) ? engine() : below(2) ? 0 : ~0u;
+            const int allowed = below(vocab_size);
+            masks[i][static_cast<size_t>(allowed / 32)] |= 1u << allowed % 32;
+            draw.allowed = masks[i].data();
+        }
         if (below(2)) {
             logprobs[i] = std::make_unique<kvf_logprobs>();
             draw.logprobs = logprobs[i].get();
@@ -82,8 +89,10 @@ bool run(int32_t vocab_size, bool overrun) {
     if (kvf_sample(logits.data(), num_draws, vocab_size, draws.data(), scratch.memory, tokens.data()) != KVF_OK)
         return false;
     if (std::memcmp(before.data(), logits.data(), logits.size() * sizeof(float)) != 0) return false;
-    for (const uint32_t token : tokens)
-        if (token >= static_cast<uint32_t>(vocab_size)) return false;
+    for (size_t i = 0; i < tokens.size(); ++i) {
+        if (tokens[i] >= static_cast<uint32_t>(vocab_size)) return false;
+        if (!masks[i].empty() && (masks[i][tokens[i] / 32] >> tokens[i] % 32 & 1) == 0) return false;
+    }
     return true;
 }
 

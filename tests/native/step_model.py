@@ -297,6 +297,14 @@ class NativeModel:
         self.library.call(function, self.handle, ctypes.byref(piece), *arguments)
 
 
+def placed_words(shape: tuple[int, ...], offset: int) -> tuple[Words, Words]:
+    """(an array that begins `offset` bytes behind a whole cache line, the memory before and behind it too)."""
+    count = int(np.prod(shape))
+    room = np.full(count + 96, 0x5A5A, np.uint16)
+    first = (-room.ctypes.data % 64 + offset) // 2
+    return room[first : first + count].reshape(shape), room
+
+
 def whole_piece(config: Config, start: int, end: int, **ranges: int) -> Piece:
     names = {"layer_start": 0, "layer_end": config.num_layers, "head_start": 0, "head_end": config.num_kv_heads}
     return Piece(token_start=start, token_end=end, **(names | ranges))

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kvferry.h"
+#include "sample.h"
 
 namespace {
 
@@ -149,6 +150,13 @@ void run_model() {
     std::vector<float> logits(static_cast<size_t>(wanted * shape.vocab_size), -1.0f);
     CHECK(kvf_step(model.get(), batch.data(), static_cast<int32_t>(batch.size()), logits.data()) == KVF_OK);
     for (const float value : logits) CHECK(value == value);  // no NaN of the cache came through
+    kvf_draw draw{};
+    draw.temperature = draw.repetition_penalty = 1;
+    draw.top_p = 0.9;
+    const std::vector<kvf_draw> draws(static_cast<size_t>(wanted), draw);
+    std::vector<uint32_t> drawn(draws.size());
+    CHECK(kvf_model_sample(model.get(), logits.data(), wanted, draws.data(), drawn.data()) == KVF_OK);
+    for (const uint32_t token : drawn) CHECK(token < static_cast<uint32_t>(shape.vocab_size));
 
     const Sequence& moved = sequences[static_cast<size_t>(pick(0, kSequences - 1))];
     if (moved.length == 0) continue;

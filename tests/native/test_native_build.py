@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,36 @@ def test_other_flags_or_another_compiler_are_another_build(
     monkeypatch.delenv("CXX")
     made.add(build_cached("portable", cache, sources=sources))
     assert len(made) == 3
+
+
+@pytest.fixture
+def editing(tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Makes a compiler that runs a line of shell on the sources after each file that it compiles."""
+
+    def make(edit: str) -> Path:
+        assert COMPILER is not None
+        program = tmp_path / "editing"
+        program.write_text(f'#!/bin/sh\n{COMPILER.path} "$@" || exit\ncd {sources} && {edit}\n', encoding="utf-8")
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("CXX", str(program))
+        return tmp_path / "cache"
+
+    return make
+
+
+def test_sources_that_change_while_they_are_compiled_are_compiled_again(
+    sources: Path, editing: Callable[[str], Path]
+) -> None:
+    cache = editing("sed -i s/41/9/ value.cpp")
+    assert answer(build_cached("portable", cache, sources=sources)) == 10
+    assert len(list(cache.glob("*.so"))) == 1, "a library lies under the name of sources that it was not made of"
+
+
+def test_sources_that_change_under_every_build_are_no_library(sources: Path, editing: Callable[[str], Path]) -> None:
+    cache = editing("echo '//' >> value.h")
+    with pytest.raises(BuildError, match="changed while it was compiled, 3 times"):
+        build_cached("portable", cache, sources=sources)
+    assert not list(cache.glob("*.so"))
 
 
 def test_processes_that_build_at_once_get_one_library_and_compile_it_once(
@@ -183,3 +214,14 @@ def test_the_wheel_hook_builds_every_instruction_set_of_this_kind_of_machine(tmp
     (sources / "value.cpp").write_text("broken")
     assert build.build_for_wheel(tmp_path / "wheel", warnings.append, sources) == []
     assert len(warnings) == len(built)
+
+
+def test_the_wheel_hook_compiles_nothing_that_an_earlier_layer_has_compiled(
+    tmp_path: Path, sources: Path, counting: Path
+) -> None:
+    first = build.build_for_wheel(tmp_path / "wheel", pytest.fail, sources)
+    for path in first:
+        path.unlink()  # what the wheel took; the build that it is a copy of stays
+    assert build.build_for_wheel(tmp_path / "wheel", pytest.fail, sources) == first
+    assert all(path.exists() for path in first)
+    assert counting.read_text().count("link") == len(first)

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from masks import FixedMask, mask_of
 from native.compiling import COMPILER, HERE, ISAS, SANITIZED, Compiled, engine, run
+from native.step_model import Config, NativeModel, random_weights
 from unit.engine.test_sampler import CHI_SQUARE_DRAWS, chi_square
 
 from kvferry.engine.native import sampler as packing
+from kvferry.engine.native.library import Library
 from kvferry.engine.native.sampler import NativeSampler
 from kvferry.engine.sampler import sample
 from kvferry.schedule.step import MAX_LOGPROBS, Draw
@@ -46,6 +49,15 @@ def rows(draw: st.DrawFn) -> np.ndarray:
 
 
 @st.composite
+def masks(draw: st.DrawFn, vocab: int) -> FixedMask:
+    """Few tokens, about half of them, or all but few."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    allowed = rng.random(vocab) < draw(st.sampled_from([0.02, 0.5, 0.98]))
+    allowed[draw(st.integers(0, vocab - 1))] = True
+    return mask_of(allowed)
+
+
+@st.composite
 def draws(draw: st.DrawFn, vocab: int) -> Draw:
     tokens = st.lists(st.integers(0, vocab - 1), max_size=12)
     history = draw(tokens)
@@ -68,6 +80,7 @@ def draws(draw: st.DrawFn, vocab: int) -> Draw:
         logit_bias=tuple(draw(st.lists(st.tuples(st.integers(0, vocab - 1), st.floats(-100, 100)), max_size=3))),
         banned=tuple(draw(st.lists(st.integers(0, vocab - 1), max_size=3))),
         num_logprobs=draw(st.one_of(st.none(), st.integers(0, min(vocab, MAX_LOGPROBS)))),
+        mask=draw(st.one_of(st.none(), masks(vocab))),
     )
 
 
@@ -114,10 +127,27 @@ def test_a_draw_depends_on_its_own_row_alone(library: ctypes.CDLL) -> None:
         assert (alone.tokens[0], alone.logprobs[0]) == (together.tokens[row], together.logprobs[row])
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_models_threads_share_the_rows_and_change_nothing(compiled: Compiled, threads: int) -> None:
+    config = Config(vocab_size=999)
+    whole = Library(compiled.product(ISAS[0]))
+    logits, wanted = many(999, 13, 2)
+    expected = sample(logits, wanted)
+    with NativeModel(whole, config, random_weights(config, 1), threads=threads, num_blocks=1) as model:
+        sampler = NativeSampler(whole.c, 999, model.handle.value)
+        for count in (13, 1, 0, 3, 13):
+            found = sampler.sample(logits[:count], wanted[:count])
+            assert (found.tokens, found.logprobs) == (expected.tokens[:count], expected.logprobs[:count])
+        broken = [*wanted[:12], dataclasses.replace(wanted[12], num_prompt=301, sampling=Sampling(presence_penalty=1))]
+        with pytest.raises(RuntimeError, match="kvf_sample"):
+            sampler.sample(logits, broken)
+
+
 MUTANTS = {
     "min_p loses its border": ("draw_weights", "weight[lane] >= floor", "weight[lane] > floor"),
     "top_k keeps one more": ("sample", "by_rank(draw.top_k - 1)", "by_rank(draw.top_k)"),
     "top_p keeps one more": ("sample", "static_cast<uint64_t>(wanted) - 1", "static_cast<uint64_t>(wanted)"),
+    "a mask slips by a token": ("penalties", "(token % kWordBits)", "((token + 1) % kWordBits)"),
     "ties go to the higher id": ("descent", "tokens[place]", "tokens[candidates.count - 1 - place]"),
 }
 
@@ -136,7 +166,8 @@ def test_a_planted_fault_of_one_line_shows_in_the_comparison(compiled: Compiled,
     for seed in range(400):
         logits = rng.integers(-1, 1, (3, 3 + seed % 3)).astype(np.float32)  # two values: ties at every border
         filters = [{"min_p": 1.0}, {"top_k": 2}, {"top_p": 0.5}, {}]
-        wanted = [Draw(Sampling(seed=seed, **filters[seed % len(filters)]), 0, index) for index in range(3)]
+        mask = mask_of(np.arange(logits.shape[1]) != 1) if seed % 5 == 0 else None
+        wanted = [Draw(Sampling(seed=seed, **filters[seed % len(filters)]), 0, index, mask=mask) for index in range(3)]
         native = NativeSampler(library, logits.shape[1]).sample(logits, wanted)
         different += native != sample(logits, wanted)
     assert different
@@ -161,6 +192,7 @@ def test_draws_of_the_native_sampler_follow_the_distribution(library: ctypes.CDL
         {"num_prompt": 2}, {"num_logprobs": MAX_LOGPROBS + 1},
         {"sampling": Sampling(temperature=-1.0)}, {"sampling": Sampling(top_p=0.0)},
         {"sampling": Sampling(min_p=float("nan"))}, {"sampling": Sampling(repetition_penalty=0.0)},
+        {"mask": FixedMask(np.asarray([0, 1 << 18], np.uint32))},
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
@@ -171,6 +203,13 @@ def test_a_field_out_of_bounds_is_an_error_and_no_token(library: ctypes.CDLL, ch
     assert sampler.sample(logits, [draw]).tokens
     with pytest.raises(RuntimeError, match="kvf_sample"):
         sampler.sample(logits, [dataclasses.replace(draw, **change)])
+
+
+def test_a_mask_of_another_size_is_refused(library: ctypes.CDLL) -> None:
+    sampler, logits = NativeSampler(library, 50), np.zeros((1, 50), np.float32)
+    for words in (np.ones(1, np.uint32), np.ones(3, np.uint32), np.ones(2, np.int32)):
+        with pytest.raises(RuntimeError, match="a mask of shape"):
+            sampler.sample(logits, [Draw(Sampling(), 0, 0, mask=FixedMask(words))])  # type: ignore[arg-type]
 
 
 def test_logits_of_another_shape_or_type_or_order_are_refused(library: ctypes.CDLL) -> None:
@@ -213,4 +252,4 @@ def test_random_batches_stay_within_their_buffers(compiled: Compiled, planted: b
 
 
 def test_the_packed_fields_have_the_layout_of_the_header() -> None:
-    assert (packing._DRAW.size, packing._LOGPROBS.itemsize) == (112, 168)  # `static_assert` of sample.cpp
+    assert (packing._DRAW.size, packing._LOGPROBS.itemsize) == (120, 168)  # `static_assert` of sample.cpp

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import resource
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native.compiling import COMPILER, HERE, ISAS, LIBRARY, SANITIZED, Compiled, run
+from native.compiling import COMPILER, HERE, ISAS, LIBRARY, SANITIZED, Compiled, product, run
 from native.step_model import (
     Config,
     NativeModel,
@@ -21,6 +24,7 @@ from native.step_model import (
     Tokens,
     Words,
     piece_shape,
+    placed_words,
     random_weights,
     rope_tables,
     whole_piece,
@@ -320,6 +324,8 @@ def test_shapes_and_loads_that_do_not_fit_are_refused(library: Library) -> None:
     for name, value in (
         ("num_layers", 0), ("head_dim", 7), ("head_dim", 1 << 20), ("block_size", 24), ("num_kv_heads", 2),
         ("threads", 0), ("threads", 1 << 20), ("vocab_size", 1 << 30), ("max_len", 0), ("tied", 2), ("quantization", 9),
+        ("hidden_size", EDGE + 1), ("intermediate_size", EDGE + 1), ("num_heads", EDGE // 16 + 1),
+        ("vocab_size", (1 << 22) + 1),
     ):  # fmt: skip
         assert create(**{name: value}) is None, name
         assert error.value < 0
@@ -360,9 +366,12 @@ def test_pieces_are_what_their_definition_says(library: Library, head_dim: int, 
         layers, heads, (start, end) = ranges(3), ranges(3), ranges(96)
         piece = Piece(*layers, start, end, *heads)
         window = np.s_[slice(*layers), :, start:end, slice(*heads)]
-        found = np.zeros(piece_shape(config, piece), np.uint16)
+        # Frames at whole cache lines are written past the caches where their rows are whole lines, too.
+        found, room = placed_words(piece_shape(config, piece), data.draw(st.sampled_from([0, 2, 32])))
         native.transfer("kvf_gather", piece, table, found)
         assert np.array_equal(found, known[window])
+        found[:] = 0x5A5A
+        assert (room == 0x5A5A).all(), "a gather wrote beside its frame"
         fresh = rng.integers(0, 1 << 16, found.shape, np.uint16)
         native.transfer("kvf_scatter", piece, table, fresh)
         known[window] = fresh
@@ -468,6 +477,58 @@ def test_the_end_of_a_context_of_32k_agrees_with_fp64(best_library: Library, qua
     assert bits(single) == bits(chunk[-1:])
     assert error_share(chunk[-8:], reference) < (0.035 if quantization else 0.02)
     assert workspace < 8 << 20  # rows of a step, not of the context
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize("quantization", [0, 1])
+def test_a_tied_head_is_the_only_copy_of_the_embedding(best_library: Library, quantization: int) -> None:
+    config = Config(num_layers=1, vocab_size=30_000, hidden_size=512, quantization=quantization)
+    weights = random_weights(config, 1)
+    embedding = config.vocab_size * config.hidden_size * (1 if quantization else 2)  # bytes
+    before = resident_bytes()
+    with NativeModel(best_library, config, weights) as native:
+        grown = resident_bytes() - before
+        held = best_library.c.kvf_model_weight_bytes(native.handle)
+    assert embedding <= held < 1.1 * embedding
+    assert grown < 1.5 * embedding
+    untied = {**weights, (Weight.HEAD, 0): weights[Weight.EMBEDDING, 0]}
+    with NativeModel(best_library, replace(config, tied=0), untied) as native:
+        two = best_library.c.kvf_model_weight_bytes(native.handle)
+    assert two == held + config.vocab_size * config.hidden_size * 2  # looked up in bf16
+
+
+EDGE = 1 << 16  # KVF_MAX_WIDTH
+WIDEST = {
+    "hidden": Config(num_layers=1, hidden_size=EDGE, intermediate_size=16, num_heads=1, vocab_size=5, tied=0),
+    "intermediate": Config(num_layers=1, hidden_size=32, intermediate_size=EDGE, vocab_size=5),
+    "heads": Config(num_layers=1, hidden_size=32, num_heads=EDGE // 512, head_dim=512, vocab_size=5),
+}
+
+
+@pytest.mark.parametrize("quantization", [0, 1])
+@pytest.mark.parametrize("name", WIDEST)
+def test_the_widest_layers_agree_with_fp64(best_library: Library, name: str, quantization: int) -> None:
+    config = replace(WIDEST[name], quantization=quantization)
+    weights, tokens = random_weights(config, 1), random_tokens(config, 9)
+    with NativeModel(best_library, config, weights, threads=2, num_blocks=1) as native:
+        (logits,) = native.step(Rows(tokens, 0, np.zeros(1, np.int32)))
+    assert error_share(logits, Reference(config, weights).logits(tokens)) < (0.035 if quantization else 0.02)
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="there is no clang++")
+def test_clang_builds_a_library_of_the_same_bits(best_library: Library, compiled: Compiled) -> None:
+    other = Library(compiled.library(product(ISAS[0]), compiler="clang++"))
+    for name in ("llama", "all biases, 1:1", "8:1, head size 96, odd sizes", "windows", "int8"):
+        config, tokens, table = SHAPES[name], random_tokens(SHAPES[name]), shuffled_table(SHAPES[name])
+        weights, found = random_weights(config, 1), []
+        for library in (best_library, other):
+            with NativeModel(library, config, weights, threads=2) as native:
+                (logits,) = native.step(Rows(tokens, 0, table))
+                found.append((bits(logits), native.frame(table, 0, LENGTH).tobytes()))
+        assert found[0] == found[1], name
 
 
 def test_a_record_of_a_sequence_has_the_size_that_c_gives_it() -> None:

@@ -1,4 +1,4 @@
-"""Processes on one virtual loop: each can be stopped as SIGSTOP stops it, and go on later.
+"""Processes on one virtual loop: each has a clock of its own, can be stopped as SIGSTOP stops it, and go on later.
 
 What belongs to a process is told by a context variable that its tasks, callbacks and timers inherit. While a
 process is frozen its handles are parked: it runs no step, no timer and no handler, and finds itself much later
@@ -12,6 +12,7 @@ import contextvars
 import heapq
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from virtual_loop import VirtualLoop
@@ -48,12 +49,38 @@ def owned(name: str | None, call: Callable[P, T]) -> Callable[P, T]:
     return as_owner
 
 
+@dataclass(frozen=True)
+class MachineClock:
+    """A machine's monotonic clock: where it began, and how fast it goes."""
+
+    offset: float  # seconds
+    rate: float  # of its seconds per true second
+
+    def local(self, true: float) -> float:
+        return self.offset + true * self.rate
+
+    def true(self, local: float) -> float:
+        return (local - self.offset) / self.rate
+
+
 class ProcessLoop(VirtualLoop):
-    """A virtual loop on which processes can be frozen."""
+    """A virtual loop on which processes can be frozen, and see the time on their own machines' clocks."""
 
     def __init__(self, limit: float = float("inf")) -> None:
         super().__init__(limit)
+        self.clocks: dict[str | None, MachineClock] = {}  # by process; true time for all others
         self._parked: dict[str, tuple[list[asyncio.Handle], list[asyncio.TimerHandle]]] = {}
+
+    def time(self) -> float:
+        clock = self.clocks.get(process_name.get()) if self.clocks else None
+        return super().time() if clock is None else clock.local(super().time())
+
+    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> asyncio.TimerHandle:
+        clock = self.clocks.get(process_name.get()) if self.clocks else None
+        return super().call_at(when if clock is None else clock.true(when), callback, *args, context=context)
+
+    def is_frozen(self, name: str) -> bool:
+        return name in self._parked
 
     def freeze(self, name: str) -> None:
         timers = [handle for handle in self._scheduled if _owner(handle) == name]

@@ -6,19 +6,19 @@ import random
 from collections.abc import Sequence
 
 import pytest
+from answers import VOCAB_SIZE
 from cluster import settled
-from gateway_core import GatewayCore
-from workload import VOCAB_SIZE, ClientRequest, requests
-from world import World, check_exact, informed, simulate
+from gateways import SimulatedGateway
+from workload import ClientRequest, requests
+from world import World, check_answered, informed, simulate
 
 from kvferry.kv.events import pack_keys, unpack_keys
 from kvferry.runtime import now
 from kvferry.wire.messages import MAX_CACHE_KEYS, CacheEvents, CacheNews, CacheResync, CacheSnapshot, Sampling
 from kvferry.worker.worker import Worker
 from kvferry_gateway.prefix_index import Heard
-from kvferry_gateway.targets import Targets
 
-ALWAYS_A_PAIR = {"gateway_targets": Targets(prefill_on_decode=False), "gateway_local_prefill_threshold": 0}
+ALWAYS_A_PAIR = {"gateway_local_prefill_threshold": 0}
 
 
 def text(seed: int, count: int) -> tuple[int, ...]:
@@ -36,7 +36,7 @@ def knows(world: World) -> bool:
     return all(informed(core, worker) for core in world.cores for worker in world.workers)
 
 
-def prefills(core: GatewayCore) -> list[str | None]:
+def prefills(core: SimulatedGateway) -> list[str | None]:
     """Who prefilled, the latest first."""
     return [placing["prefill"] for placing in core.fleet.placer.report(now())["latest"]]
 
@@ -52,13 +52,13 @@ def test_requests_with_a_shared_prefix_go_where_it_is_cached() -> None:
         prompts = [families[i % 3] + text(100 + i, 40) for i in range(24)]
         await world.offer(asks(0, prompts, apart=0.6))
         await world.all_over()
-        check_exact(world.calls)
+        check_answered(world.calls)
         home: dict[int, set[str | None]] = {}
         for core in world.cores:
             for placing in core.fleet.placer.report(now())["latest"]:
                 home.setdefault(int(placing["request_id"][1:]) % 3, set()).add(placing["prefill"])
         assert all(len(workers) == 1 for workers in home.values()), home
-        hits = [call.stream.cached_tokens for call in world.calls if call.stream is not None]
+        hits = [call.usage["prompt_tokens_details"]["cached_tokens"] for call in world.calls if call.usage is not None]
         assert all(hit == 320 for hit in hits[3:]), "all but the first of each family"
 
     simulate(1, scenario)
@@ -127,7 +127,7 @@ def test_a_restarted_worker_s_cache_is_forgotten_and_its_new_one_is_learned() ->
         assert index.num_blocks(before.incarnation) == 0
         await world.offer(asks(1, [text(0, 320)], apart=0.1))
         await world.all_over()
-        check_exact(world.calls)
+        check_answered(world.calls)
         await settled(lambda: knows(world), within=1.0)
 
     simulate(1, scenario)
@@ -143,7 +143,7 @@ def test_after_a_bus_outage_in_which_caches_changed_all_gateways_know_them() -> 
         await settled(lambda: all(worker.cache_news.seq > 1 for worker in world.workers), within=2.0)
         world.broker.restart()
         await world.all_over()
-        check_exact(world.calls)
+        check_answered(world.calls)
         await settled(lambda: knows(world), within=3.0)
 
     simulate(3, scenario)

@@ -138,6 +138,31 @@ def test_no_secret_shows_in_text_or_in_errors() -> None:
     assert "hush" not in str(caught.value)
 
 
+def test_a_secret_comes_from_a_file_that_the_environment_names(tmp_path: Path) -> None:
+    file = tmp_path / "data_key"
+    file.write_text(KEY + "\n")
+    assert load(environ={"KVFERRY_DATA_KEY_FILE": str(file)}).data_key_bytes.hex() == KEY
+    assert load(environ={"KVFERRY_DATA_KEY_FILE": "", "KVFERRY_DATA_KEY": KEY}).data_key_bytes.hex() == KEY
+    assert load(
+        environ={"KVFERRY_DATA_KEY_FILE": str(file)}, run_file=a_run_file(data_key=SecretStr("cd" * 32))
+    ) == load(environ={"KVFERRY_DATA_KEY": KEY}, run_file=a_run_file()), "nearer than the run file"
+
+
+def test_a_secret_file_that_cannot_be_used_is_named_and_never_quoted(tmp_path: Path) -> None:
+    long, garbage = tmp_path / "long", tmp_path / "garbage"
+    long.write_text("hush" * 2000)
+    garbage.write_bytes(b"hush\xff")
+    for environ in (
+        {"KVFERRY_NATS_PASSWORD_FILE": str(tmp_path / "none")},
+        {"KVFERRY_NATS_PASSWORD_FILE": str(long)},
+        {"KVFERRY_NATS_PASSWORD_FILE": str(garbage)},
+        {"KVFERRY_NATS_PASSWORD_FILE": str(long), "KVFERRY_NATS_PASSWORD": "hush"},
+    ):
+        with pytest.raises(SettingError, match="KVFERRY_NATS_PASSWORD_FILE") as caught:
+            load(environ=environ)
+        assert "hush" not in str(caught.value)
+
+
 def test_every_setting_has_a_help_text_and_secrets_have_no_flag() -> None:
     async def serve(_: BoatSettings) -> None: ...
 

@@ -129,15 +129,18 @@ class DecodeScheduler:
         self._waiting.admit(now, lambda s: self._admit(s, now, fetch), lambda s: self._reclaim(s, dropped))
         chosen = pick_alone((*ready, *self._computing.values()), self._turn)
         self._turn += 1
-        budget = max(self.chunk.tokens, 1 + len(ready))
+        budget = self.chunk.step(num_decoding=len(ready))
         steps: list[SequenceStep] = []
         for sequence in chosen:
             if sequence.key not in self.sequences:
                 continue  # preempted by an older one after it had grown
-            rows = min(budget, sequence.num_tokens - sequence.num_computed)
+            rows = sequence.num_rows
+            if rows == 0:
+                continue  # its grammar is being compiled
+            if sequence.state != "running":
+                rows = budget.take(sequence.num_computed, rows)
             if rows <= 0:
                 break
-            budget -= rows
             steps.append(sequence.step(rows))
             self._in_step[sequence.sequence_id] = sequence
             self.memory.pin(sequence)
@@ -147,9 +150,9 @@ class DecodeScheduler:
     def finish(self, plan: StepPlan, result: StepResult, now: float) -> list[Emission]:
         """Account for a step: tokens are appended, full blocks become findable, ended sequences freed."""
         emissions: list[Emission] = []
-        num_decoded = sum(1 for step in plan.steps if len(step.tokens) == 1)
-        if num_decoded < len(plan.steps):
-            self.chunk.observe(plan.num_tokens - num_decoded, result.seconds)
+        prefilled = [(step.start, len(step.tokens)) for step in plan.steps if len(step.tokens) > 1]
+        if prefilled:
+            self.chunk.observe(prefilled, result.seconds)
         for place, (step, token) in enumerate(zip(plan.steps, result.tokens, strict=True)):
             sequence = self._in_step.pop(step.sequence_id)
             sequence.num_computed += len(step.tokens)

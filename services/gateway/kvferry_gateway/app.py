@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import re
@@ -14,9 +15,11 @@ from kvferry.log import get_logger
 from kvferry.metrics import Metrics
 from kvferry.runtime import now
 from kvferry.wire.messages import MAX_NAME_CHARS
-from kvferry_gateway.asgi import Caller, Scope, respond
+from kvferry_gateway.asgi import Caller, Exchange, Scope, respond
 from kvferry_gateway.auth import ApiKeys
-from kvferry_gateway.completions import Completions
+from kvferry_gateway.body import parse
+from kvferry_gateway.chat_answer import ChatAnswer
+from kvferry_gateway.completions import Asked, Completions
 from kvferry_gateway.connection import Receive, Send
 from kvferry_gateway.cors import Cors, Header
 from kvferry_gateway.errors import (
@@ -33,6 +36,10 @@ from kvferry_gateway.errors import (
     only_local,
 )
 from kvferry_gateway.fleet import Fleet
+from kvferry_gateway.openai import ChatRequest, CompletionRequest
+from kvferry_gateway.openapi import document
+from kvferry_gateway.responses.route import read_response, renamed_for_responses
+from kvferry_gateway.text_answer import TextAnswer
 from kvferry_gateway.tokenize import TokenService
 
 _REQUEST_ID: Final = re.compile(rb"[!-~]{1,%d}" % MAX_NAME_CHARS)
@@ -50,19 +57,6 @@ MAX_WAITING_SHOWN: Final = 100  # requests without a worker that /v1/cluster nam
 log = get_logger(__name__)
 
 
-@dataclass(slots=True)
-class Exchange:
-    """One request and the means to answer it."""
-
-    scope: Scope
-    receive: Receive
-    send: Send
-    caller: Caller
-
-    async def json(self, value: Any, status: int = 200) -> None:
-        await respond(self.send, status, json.dumps(value, separators=(",", ":")).encode(), self.caller.headers)
-
-
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
@@ -71,6 +65,11 @@ class _Route:
     method: str
     handler: Handler
     access: str  # "open", "key" (when keys are on), "operator" (a key, or this machine)
+
+
+@functools.cache
+def _document() -> bytes:
+    return json.dumps(document(VERSION), separators=(",", ":")).encode()
 
 
 class GatewayApp:
@@ -97,6 +96,7 @@ class GatewayApp:
         self._routes = {
             "/v1/chat/completions": _Route("POST", self._chat, "key"),
             "/v1/completions": _Route("POST", self._text, "key"),
+            "/v1/responses": _Route("POST", self._responses, "key"),
             MODELS: _Route("GET", self._models, "key"),
             "/tokenize": _Route("POST", self._tokenize, "key"),
             "/detokenize": _Route("POST", self._detokenize, "key"),
@@ -106,6 +106,7 @@ class GatewayApp:
             "/version": _Route("GET", self._version, "open"),
             "/load": _Route("GET", self._load, "open"),
             "/ready": _Route("GET", self._ready, "open"),
+            "/openapi.json": _Route("GET", self._openapi, "open"),
             "/metrics": _Route("GET", self._serve_metrics, "open"),
         }
 
@@ -196,11 +197,16 @@ class GatewayApp:
 
     async def _chat(self, exchange: Exchange) -> None:
         body = await self._body(exchange)
-        await self._completions.chat(body, exchange.caller, exchange.scope, exchange.receive, exchange.send)
+        await self._completions.serve("chat", lambda: Asked(parse(ChatRequest, body), ChatAnswer), exchange)
 
     async def _text(self, exchange: Exchange) -> None:
         body = await self._body(exchange)
-        await self._completions.text(body, exchange.caller, exchange.scope, exchange.receive, exchange.send)
+        await self._completions.serve("text", lambda: Asked(parse(CompletionRequest, body), TextAnswer), exchange)
+
+    async def _responses(self, exchange: Exchange) -> None:
+        body = await self._body(exchange)
+        with renamed_for_responses():
+            await self._completions.serve("responses", lambda: read_response(body), exchange)
 
     async def _tokenize(self, exchange: Exchange) -> None:
         body = await self._body(exchange)
@@ -255,6 +261,9 @@ class GatewayApp:
             await exchange.json({"status": "no_worker"}, 503)
         else:
             await exchange.json({"status": "ready"})
+
+    async def _openapi(self, exchange: Exchange) -> None:
+        await respond(exchange.send, 200, _document(), exchange.caller.headers)
 
     async def _serve_metrics(self, exchange: Exchange) -> None:
         await self._metrics.asgi(exchange.scope, exchange.receive, exchange.send)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,6 +19,19 @@ class Caller:
     request_id: str  # a label, at most MAX_NAME_CHARS
     salt: bytes  # root of the prefix cache
     headers: list[Header]  # that every answer gets
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request and the means to answer it."""
+
+    scope: Scope
+    receive: Receive
+    send: Send
+    caller: Caller
+
+    async def json(self, value: Any, status: int = 200) -> None:
+        await respond(self.send, status, json.dumps(value, separators=(",", ":")).encode(), self.caller.headers)
 
 
 def connection_of(scope: Scope, receive: Receive, send: Send) -> ClientConnection:

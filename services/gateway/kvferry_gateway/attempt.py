@@ -36,6 +36,7 @@ class Lost:
 
     reason: LostReason
     crashed: bool = False  # a worker of it ended by itself, as far as its supervisor knows
+    detail: str = ""  # for the client
 
     @property
     def is_failure(self) -> bool:
@@ -89,7 +90,7 @@ class Attempt:
             return False  # once its tokens are here
         from_prefill = self.prefill is not None and incarnation == self.prefill.incarnation
         if not (from_prefill and self.running):
-            self.conclude(Lost(end.reason))
+            self.conclude(Lost(end.reason, detail=end.detail))
         return True
 
     def review(self) -> None:

@@ -6,8 +6,7 @@ which they do nothing (`NEUTRAL`), and unknown ones. The last two are refused by
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -15,7 +14,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from kvferry_gateway.errors import ApiError, bad_request, unsupported
-from kvferry_gateway.openai import ChatRequest, CompletionRequest, RequestModel
+from kvferry_gateway.openai import ChatRequest, CompletionRequest
+from kvferry_gateway.request_model import RequestModel
+from kvferry_gateway.responses.request import ResponsesRequest
 
 R = TypeVar("R", bound=RequestModel)
 
@@ -29,16 +30,12 @@ _COMMON_NEUTRAL: Final[dict[str, Callable[[object], bool]]] = {
     "length_penalty": _is(1),
     "spaces_between_special_tokens": _is(True),
     "use_beam_search": _is(False),
-    "response_format": _is({"type": "text"}),
     "priority": _is(0),
 }
 # Known fields and whether a value of theirs does nothing. `null` always does nothing.
 NEUTRAL: Final[dict[type[RequestModel], dict[str, Callable[[object], bool]]]] = {
     ChatRequest: {
         **_COMMON_NEUTRAL,
-        "tools": _is([]),
-        "tool_choice": _is("none", "auto"),
-        "parallel_tool_calls": _is(True, False),
         "functions": _is([]),
         "function_call": _is("none", "auto"),
         "modalities": _is(["text"]),
@@ -50,8 +47,20 @@ NEUTRAL: Final[dict[type[RequestModel], dict[str, Callable[[object], bool]]]] = 
         **_COMMON_NEUTRAL,
         "suffix": _is(""),
     },
+    ResponsesRequest: {
+        "background": _is(False),
+        "conversation": _is(),
+        "context_management": _is([]),
+        "max_tool_calls": _is(),
+        "moderation": _is(),
+        "prompt": _is(),
+        "prompt_cache_retention": _is("in_memory", "24h"),
+        "reasoning": lambda given: isinstance(given, dict) and not any(given.values()),
+        "service_tier": _is("auto", "default"),
+        "truncation": _is("disabled"),
+    },
 }
-_MESSAGE_NEUTRAL: Final = {"tool_calls": _is([])}
+_MESSAGE_NEUTRAL: Final = {"annotations": _is([]), "function_call": _is(), "refusal": _is(), "audio": _is()}
 
 
 def parse(kind: type[R], body: bytes | bytearray) -> R:
@@ -92,15 +101,7 @@ def _without_neutral(
 
 def _named(error: ValidationError) -> ApiError:
     """The first problem as OpenAI would put it; an alternative of a union is no part of the field's name."""
-    problems = error.errors(include_url=False, include_input=False)
-    first = problems[0]
-    where = tuple(itertools.takewhile(_is_field, first["loc"]))
-    # Where a field takes several forms, the form that got furthest before its first problem is the one that was meant.
-    forms: dict[tuple[str | int, ...], ErrorDetails] = {}
-    for problem in problems:
-        if problem["loc"][: len(where)] == where:
-            forms.setdefault(problem["loc"][: len(where) + 1], problem)
-    first = max(forms.values(), key=lambda p: (len(p["loc"]), [part for part in p["loc"] if isinstance(part, int)]))
+    first = _meant(error.errors(include_url=False, include_input=False))
     param = ""
     for part in first["loc"]:
         if isinstance(part, int):
@@ -115,6 +116,20 @@ def _named(error: ValidationError) -> ApiError:
         case _:
             what = first["msg"][:1].lower() + first["msg"][1:]
             return bad_request(f"Invalid '{param}': {what}.", param, "invalid_value")
+
+
+def _meant(problems: Sequence[ErrorDetails], depth: int = 0) -> ErrorDetails:
+    """The first problem. Where a field takes several forms, that of the form that got furthest before it."""
+    first = problems[0]
+    form = next((at for at, part in enumerate(first["loc"]) if at >= depth and not _is_field(part)), None)
+    if form is None:
+        return first
+    forms: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
+    for problem in problems:
+        if problem["loc"][:form] == first["loc"][:form]:
+            forms.setdefault(problem["loc"][: form + 1], []).append(problem)
+    best = [_meant(problems, form + 1) for problems in forms.values()]
+    return max(best, key=lambda p: (len(p["loc"]), [part for part in p["loc"] if isinstance(part, int)]))
 
 
 def _is_field(part: str | int) -> bool:

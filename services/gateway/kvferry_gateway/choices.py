@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from kvferry_gateway.answers import Answer, FinishReason, Usage, WholeChoice
 from kvferry_gateway.flight import Flight
+from kvferry_gateway.parsing.parts import Content, Part
 from kvferry_gateway.prompt import Prompt
 from kvferry_gateway.streams import TextRules, TokenStream
 from kvferry_gateway.told import ToldStream
@@ -41,12 +42,19 @@ class Choice:
             self.begun.set()
         self.stream.finish()
         self.reason = "stop" if self.stream.stopped else reason
+        if self.reason == "stop" and isinstance(self.stream, ToldStream) and self.stream.num_calls:
+            self.reason = "tool_calls"
 
     def whole(self) -> WholeChoice:
         """As a part of an answer that is not streamed. Takes the text."""
         text: str = json.loads(b'"' + self.stream.take_text() + b'"')
         told = self.stream.told if isinstance(self.stream, ToldStream) else ()
-        return WholeChoice(self.prompt.echo + text, self.reason, told, self.prompt.tokens.tolist())
+        parts: list[Part] = [Content(self.prompt.echo + text)]
+        if (parser := self.prompt.reading.parser()) is not None:
+            parts = [*parser.push(text), *parser.finish()]
+            if parser.num_calls and self.reason == "stop":
+                self.reason = "tool_calls"
+        return WholeChoice(parts, self.reason, told, self.prompt.tokens.tolist())
 
 
 def make_stream(
@@ -59,7 +67,8 @@ def make_stream(
         answer.placed(index, numerics_id)
         return answer.event_frame(index) if streamed else (b"", b"")
 
-    if not answer.details:
+    parser = prompt.reading.parser() if streamed else None
+    if not answer.details and parser is None and not (streamed and answer.told_in_parts):
         return TokenStream(texts, stops, limit, rules, frame)
     return ToldStream(
         texts,
@@ -68,7 +77,8 @@ def make_stream(
         rules,
         frame,
         wants_logprobs=answer.details.logprobs,
-        make_event=(lambda text, told: answer.told_event(index, text, told)) if streamed else None,
+        make_event=(lambda parts, told: answer.told_event(index, parts, told)) if streamed else None,
+        parser=parser,
         num_chars=len(prompt.echo),
     )
 
@@ -78,7 +88,10 @@ def usage_of(choices: Sequence[Choice]) -> Usage:
     leaders = [choice for choice in choices if choice.leader is None]
     num_prompt = sum(len(choice.prompt.tokens) for choice in leaders)
     cached = sum(min(choice.stream.cached_tokens, len(choice.prompt.tokens)) for choice in leaders)
-    return Usage(num_prompt, sum(len(choice.stream.tokens) for choice in choices), cached)
+    thoughts = [choice.prompt.reading.num_thought_tokens(choice.stream.tokens) for choice in choices]
+    known = [count for count in thoughts if count is not None]
+    num_generated = sum(len(choice.stream.tokens) for choice in choices)
+    return Usage(num_prompt, num_generated, cached, sum(known) if known else None)
 
 
 async def together(choices: Sequence[Choice], act: Callable[[Choice], Awaitable[None]]) -> None:

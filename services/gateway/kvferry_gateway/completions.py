@@ -1,35 +1,34 @@
-"""The route behind `/v1/chat/completions` and `/v1/completions`: one request from its body to its last byte."""
+"""What is behind every route that generates: one request from its body to its last byte."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from kvferry.log import get_logger
-from kvferry.runtime import now, wall_clock
+from kvferry.runtime import now
 from kvferry.wire.messages import pack_tokens
-from kvferry_gateway.answers import DONE, Answer, ChatAnswer, Details, TextAnswer, sse
-from kvferry_gateway.asgi import EVENT_STREAM, Caller, Scope, connection_of, respond
-from kvferry_gateway.body import parse
+from kvferry_gateway.admission import Admission
+from kvferry_gateway.answers import Answer, Details
+from kvferry_gateway.asgi import EVENT_STREAM, Caller, Exchange, connection_of, respond
 from kvferry_gateway.choices import Choice, make_stream, together, usage_of
-from kvferry_gateway.connection import ClientConnection, Receive, Send
+from kvferry_gateway.connection import ClientConnection, Send
 from kvferry_gateway.errors import (
     ApiError,
     ClientGone,
     internal_error,
     model_not_found,
-    shutting_down,
-    too_many_requests,
 )
 from kvferry_gateway.fleet import Fleet
 from kvferry_gateway.flight import Flight
 from kvferry_gateway.offer import Unit
 from kvferry_gateway.openai import ChatRequest, CompletionRequest
+from kvferry_gateway.parsing.forms import PLAIN_TEXT
 from kvferry_gateway.prompt import Prompt, Prompter
-from kvferry_gateway.sampling import prompt_field
 from kvferry_gateway.streams import TextRules
 
-RETRY_AFTER_S: Final = 1.0
 # How long a client may take to read the end of an answer that is complete; the second one while shutting down.
 LINGER_S: Final = 30.0
 SHUTDOWN_LINGER_S: Final = 1.0
@@ -37,23 +36,31 @@ SHUTDOWN_LINGER_S: Final = 1.0
 log = get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request that was understood, and what makes its answer, from an id, a model's name and so on (`Answer`)."""
+
+    request: ChatRequest | CompletionRequest
+    form: Callable[..., Answer]
+
+
 class Completions:
     """One gateway's requests under way."""
 
     def __init__(self, fleet: Fleet, prompter: Prompter, model_name: str, max_context: int) -> None:
         """`max_context`: the model's own limit in tokens, for as long as no worker has told its."""
-        self.draining = False
         self._fleet = fleet
         self._prompter = prompter
         self._model_name = model_name
         self._max_context = max_context
         self._metrics = fleet.metrics
-        self._max_requests = fleet.settings.max_requests
+        self._admission = Admission(fleet.metrics, fleet.settings.max_requests)
         self._num_admitted = 0
-        self._live = 0
         self._flights: dict[Flight, ClientConnection] = {}
-        self._idle = asyncio.Event()
-        self._idle.set()
+
+    @property
+    def draining(self) -> bool:
+        return self._admission.draining
 
     @property
     def max_model_len(self) -> int:
@@ -64,21 +71,15 @@ class Completions:
     @property
     def num_live(self) -> int:
         """Choices under way."""
-        return self._live
-
-    async def chat(self, body: bytes, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._serve("chat", ChatRequest, ChatAnswer, body, caller, scope, receive, send)
-
-    async def text(self, body: bytes, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._serve("text", CompletionRequest, TextAnswer, body, caller, scope, receive, send)
+        return self._admission.num_live
 
     async def drain(self, grace: float) -> None:
         """Take no more; give what is under way `grace` seconds, then end it with an error."""
-        self.draining = True
-        idle = asyncio.ensure_future(self._idle.wait())
+        self._admission.draining = True
+        idle = asyncio.ensure_future(self._admission.idle())
         await asyncio.wait((idle,), timeout=grace)
         if not idle.done():
-            log.warning("requests cut off", num_requests=self._live)
+            log.warning("requests cut off", num_requests=self.num_live)
             for flight in list(self._flights):
                 flight.shut_down()
             await asyncio.wait((idle,), timeout=SHUTDOWN_LINGER_S)
@@ -88,38 +89,30 @@ class Completions:
 
     # -- one request -----------------------------------------------------------------------------------------
 
-    async def _serve(
-        self,
-        route: str,
-        kind: type[ChatRequest] | type[CompletionRequest],
-        form: type[Answer],
-        body: bytes,
-        caller: Caller,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-    ) -> None:
-        """Raises `ApiError` for whatever ends the request before its answer has begun."""
+    async def serve(self, route: str, read: Callable[[], Asked], exchange: Exchange) -> None:
+        """`read` makes sense of the body. Raises `ApiError` for whatever ends the request before its answer begins."""
+        caller, send = exchange.caller, exchange.send
         outcome = "error"
         began = now()
         num_choices = 1
-        self._admit(num_choices)
+        self._admission.admit(num_choices)
         try:
-            request = parse(kind, body)
+            asked = read()
+            request = asked.request
             if request.model != self._model_name:
                 raise model_not_found(request.model)
             prompts = await self._prompter.prepare(request, self.max_model_len)
-            self._admit(len(prompts) * request.n - num_choices)
+            self._admission.admit(len(prompts) * request.n - num_choices)
             num_choices = len(prompts) * request.n
-            answer = form(
-                form.id_prefix + self._fleet.runtime.random_bytes(16).hex(),
+            answer = asked.form(
+                self._fleet.runtime.random_bytes(16).hex(),
                 self._model_name,
-                int(wall_clock()),
+                int(self._fleet.runtime.wall_clock()),
                 self._prompter.texts,
                 include_usage=request.include_usage,
                 details=Details(request.num_logprobs is not None, request.return_token_ids),
             )
-            connection = connection_of(scope, receive, send)
+            connection = connection_of(exchange.scope, exchange.receive, send)
             choices = self._choices(request, prompts, answer, caller)
             self._flights |= {choice.flight: connection for choice in choices}
             try:
@@ -146,23 +139,26 @@ class Completions:
             raise
         finally:
             self._metrics.requests.labels(route, outcome).inc()
-            self._release(num_choices)
+            self._admission.release(num_choices)
 
     def _choices(
         self, request: ChatRequest | CompletionRequest, prompts: list[Prompt], answer: Answer, caller: Caller
     ) -> list[Choice]:
         """`n` choices of each prompt, in the answer's order."""
-        silent = set(request.stop_token_ids) | (set() if request.ignore_eos else self._prompter.eos_token_ids)
+        eos_ends = not request.ignore_eos or prompts[0].sampling.grammar is not None
+        silent = set(request.stop_token_ids) | (self._prompter.eos_token_ids if eos_ends else set())
         ends_hidden = not request.include_stop_str_in_output
         # A special token has no text anyhow; only where it would have some need the ends be looked for.
+        shown = frozenset() if prompts[0].reading is PLAIN_TEXT else self._prompter.readings.shown
         needs_look = request.stop_token_ids or not request.skip_special_tokens
         rules = TextRules(
             request.min_tokens,
             frozenset(silent) if ends_hidden and needs_look else frozenset(),
             request.include_stop_str_in_output,
             request.skip_special_tokens,
+            shown,
         )
-        arrival = wall_clock()
+        arrival = self._fleet.runtime.wall_clock()
         choices: list[Choice] = []
         for index in range(len(prompts) * request.n):
             prompt, number = prompts[index // request.n], index % request.n
@@ -175,7 +171,7 @@ class Completions:
                 sampling=prompt.sampling,
                 salt=caller.salt,
                 arrival=arrival,
-                prompt_field=prompt_field(request),
+                prompt_field=request.prompt_field,
                 choice=number,
             )
             stream = make_stream(answer, index, prompt, request.stops, rules, streamed=request.stream)
@@ -215,13 +211,13 @@ class Completions:
             await together(choices, land)
             last = answer.end(usage_of(choices) if include_usage else None)
         except ApiError as error:
-            outcome, last = error.code or str(error.status), sse(error.body) + DONE
+            outcome, last = error.code or str(error.status), answer.failed(error)
         except ClientGone:
             raise
         except Exception:
             # The answer has begun as a 200: only an event can still tell the client.
             log.exception("stream failed", request_id=caller.request_id)
-            outcome, last = "internal_error", sse(internal_error().body) + DONE
+            outcome, last = "internal_error", answer.failed(internal_error())
         for choice in choices[:-1]:
             choice.stream.close(b"", now())
         choices[-1].stream.close(last, now())
@@ -243,24 +239,6 @@ class Completions:
         await connection.close()
         await respond(send, 200, body, caller.headers)
         return "ok"
-
-    # -- accounts --------------------------------------------------------------------------------------------
-
-    def _admit(self, num_choices: int) -> None:
-        """Each choice counts as a request does."""
-        if self.draining:
-            raise shutting_down()
-        if num_choices and self._live + num_choices > self._max_requests:
-            raise too_many_requests("The gateway has as many requests as it takes; try again later.", RETRY_AFTER_S)
-        self._live += num_choices
-        self._metrics.live.set(self._live)
-        self._idle.clear()
-
-    def _release(self, num_choices: int) -> None:
-        self._live -= num_choices
-        self._metrics.live.set(self._live)
-        if self._live == 0:
-            self._idle.set()
 
     def _measure(self, choices: list[Choice], began: float) -> None:
         first = [choice.stream.first_token_at for choice in choices if choice.stream.first_token_at is not None]

@@ -64,6 +64,11 @@ def unsupported(field: str) -> ApiError:
     return ApiError(400, f"'{field}' is not supported with this value.", param=field, code="unsupported_value")
 
 
+def grammar_failed(detail: str) -> ApiError:
+    """A worker could not follow what the gateway could compile: another one could not either."""
+    return ApiError(400, f"The output can't be made to follow its grammar: {detail}", code="grammar_failed")
+
+
 def context_length_exceeded(message: str, param: str) -> ApiError:
     return ApiError(400, message, param=param, code="context_length_exceeded")
 

@@ -26,6 +26,7 @@ from kvferry_gateway.errors import (
     context_length_exceeded,
     deadline_exceeded,
     failures_used_up,
+    grammar_failed,
     numerics_gone,
     shutting_down,
     too_many_requests,
@@ -145,6 +146,8 @@ class Flight:
         self._retire(cancel=True)
         if verdict.reason == "deadline":
             raise deadline_exceeded(self._settings.request_deadline)
+        if verdict.reason == "grammar":
+            raise grammar_failed(verdict.detail)
         if verdict.reason == "prefill_lost" and attempt.prefill is not None:
             # Whether it is gone is known only when a ping goes unanswered; the budget must not be spent till then.
             self._lost_prefills.add(attempt.prefill.incarnation)
@@ -231,6 +234,9 @@ class Flight:
         """Choose workers and give the attempt its numbers."""
         fleet, unit, moment = self._fleet, self.unit, now()
         ticket = fleet.runtime.random_bytes(16)
+        unusable = refusals.unusable | self._lost_prefills
+        if unit.sampling.grammar is not None:
+            unusable |= fleet.registry.without_grammars()
         request = Request(
             unit.model,
             num_tokens=unit.num_prompt + len(self.stream.tokens),
@@ -241,7 +247,7 @@ class Flight:
             deadline_s=self._deadline - moment,
             local_prefill_threshold=fleet.placer.local_prefill_threshold,
             full=refusals.full.keys(),
-            unusable=refusals.unusable | self._lost_prefills,
+            unusable=unusable,
             bound_to=self._bound_to,
             admitted=not first,
         )

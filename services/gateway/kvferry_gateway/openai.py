@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from kvferry.text.stop import MAX_STOP_CHARS, MAX_STOP_STRINGS
 from kvferry.wire.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_REPETITION_PENALTY, MAX_TOKEN_LIST
 from kvferry_gateway.errors import bad_request, unsupported
+from kvferry_gateway.messages import Label, Messages
+from kvferry_gateway.request_model import RequestModel
+from kvferry_gateway.structured import ResponseFormat, StructuredOutputs
+from kvferry_gateway.tools import NamedTool, ToolChoice, Tools
 
-MAX_LABEL_CHARS: Final = 512
 MAX_METADATA: Final = 64  # entries; OpenAI takes 16
 MAX_CHOICES: Final = 128  # of one request, over all its prompts
 MAX_TEMPLATE_KWARGS: Final = 64
 
-Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, le=(1 << 32) - 1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 BadWord = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-
-
-class RequestModel(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class StreamOptions(RequestModel):
@@ -59,6 +57,8 @@ class GenerationRequest(RequestModel):
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None  # -1: to what leaves room for the output
     return_token_ids: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     # Labels. They change nothing and are never logged.
     user: Label | None = None
     safety_identifier: Label | None = None
@@ -86,6 +86,11 @@ class GenerationRequest(RequestModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
+    def prompt_field(self) -> str:
+        """The field that the prompt came from, for errors."""
+        return "prompt"
+
+    @property
     def token_limit(self) -> int | None:
         return self.max_tokens
 
@@ -95,42 +100,56 @@ class GenerationRequest(RequestModel):
         return "max_tokens"
 
 
-class TextPart(RequestModel):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(RequestModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
-    name: Label | None = None
-
-    def for_template(self) -> dict[str, str]:
-        """As chat templates expect it. Text parts are joined by line breaks, as vLLM joins them."""
-        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        message = {"role": self.role, "content": content}
-        return message if self.name is None else {**message, "name": self.name}
-
-
 class ChatRequest(GenerationRequest):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: Annotated[dict[Label, Any], Field(max_length=MAX_TEMPLATE_KWARGS)] | None = None
+    tools: Tools = Field(default_factory=list)
+    tool_choice: ToolChoice | None = None  # None: "auto" where there are tools
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _fields_that_need_others(self) -> ChatRequest:
+        for place, message in enumerate(self.messages):
+            message.check(f"messages[{place}]")
+        self._check_tools()
         if self.top_logprobs and not self.logprobs:
             raise bad_request("'top_logprobs' is only allowed when 'logprobs' is true.", "top_logprobs")
-        _check_conversation_end(self.add_generation_prompt, self.continue_final_message)
+        check_conversation_end(self.add_generation_prompt, self.continue_final_message)
         return self
+
+    def _check_tools(self) -> None:
+        names = {tool.function.name for tool in self.tools}
+        if len(names) < len(self.tools):
+            raise bad_request("Two of the 'tools' have one name.", "tools", "invalid_value")
+        choice = self.tool_choice
+        if choice == "required" and not self.tools:
+            raise bad_request("'tool_choice' is only allowed when 'tools' are specified.", "tool_choice")
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            raise bad_request(f"'tool_choice': no tool has the name '{choice.function.name}'.", "tool_choice")
+        if self.demands_a_call and (self.response_format or self.structured_outputs):
+            raise bad_request("'tool_choice' demands a call, which has its own form.", "response_format")
+
+    @property
+    def demands_a_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def usable_tools(self) -> Tools:
+        """Those that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools
 
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def prompt_field(self) -> str:
+        return "messages"
 
     @property
     def token_limit(self) -> int | None:
@@ -177,33 +196,8 @@ class CompletionRequest(GenerationRequest):
         return tuple(part for part in self.prompt if not isinstance(part, int))
 
 
-def _check_conversation_end(add_generation_prompt: bool, continue_final_message: bool) -> None:
+def check_conversation_end(add_generation_prompt: bool, continue_final_message: bool) -> None:
     if continue_final_message and add_generation_prompt:
         raise bad_request(
             "'continue_final_message' needs 'add_generation_prompt' to be false.", "continue_final_message"
         )
-
-
-class TokenizeRequest(RequestModel):
-    """A text or a conversation, as vLLM's `/tokenize` takes them."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    chat_template_kwargs: Annotated[dict[Label, Any], Field(max_length=MAX_TEMPLATE_KWARGS)] | None = None
-    return_token_strs: bool = False
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> TokenizeRequest:
-        if (self.prompt is None) == (self.messages is None):
-            raise bad_request("Exactly one of 'prompt' and 'messages' is needed.", "prompt")
-        _check_conversation_end(self.add_generation_prompt, self.continue_final_message)
-        return self
-
-
-class DetokenizeRequest(RequestModel):
-    model: str | None = None
-    tokens: list[TokenId]

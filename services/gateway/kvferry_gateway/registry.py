@@ -79,6 +79,10 @@ class Registry:
         records = [worker.record for worker in self._workers.values()]
         return max((capacity_of(w) for w in records if w.role == "decode" and w.model == model), default=None)
 
+    def without_grammars(self) -> set[int]:
+        """Incarnations that would pass over a request's grammar: workers of an older version."""
+        return {incarnation for incarnation, worker in self._workers.items() if not worker.record.grammars}
+
     def has_pair(self, model: str) -> bool:
         """Whether a request could be served: a ready decode worker can also prefill."""
         return any(

@@ -11,7 +11,7 @@ from kvferry.runtime import Runtime
 from kvferry.text.errors import InvalidTextError
 from kvferry.text.model_dir import ModelDir
 from kvferry.text.tokenizer import Tokenizer
-from kvferry.wire.messages import MAX_TOKEN_LIST, Sampling
+from kvferry.wire.messages import MAX_TOKEN_LIST, Grammar, Sampling
 from kvferry_gateway.errors import bad_request, context_length_exceeded
 from kvferry_gateway.openai import ChatRequest, GenerationRequest
 
@@ -29,7 +29,13 @@ class SamplingRules:
         self._tokenizer = tokenizer
         self._runtime = runtime
 
-    def of(self, request: GenerationRequest, num_prompts: Sequence[int], max_model_len: int) -> list[Sampling]:
+    def of(
+        self,
+        request: GenerationRequest,
+        num_prompts: Sequence[int],
+        max_model_len: int,
+        grammar: Grammar | None = None,
+    ) -> list[Sampling]:
         """For prompts of these lengths; all with one seed. Raises `ApiError` 400."""
         defaults = self._defaults
         seed = self._runtime.random_u64() if request.seed is None else request.seed % (1 << 64)
@@ -51,6 +57,7 @@ class SamplingRules:
             stop_token_ids=self._known(request.stop_token_ids, "stop_token_ids"),
             banned=self._banned(request.bad_words),
             num_logprobs=request.num_logprobs,
+            grammar=grammar,
         )
         return [msgspec.structs.replace(sampling, max_tokens=limit) for limit in limits]
 
@@ -92,7 +99,7 @@ def max_tokens(request: GenerationRequest, num_prompt: int, max_model_len: int) 
     if remaining < 1:
         raise context_length_exceeded(
             f"This model's maximum context length is {max_model_len} tokens; the prompt alone has {num_prompt}.",
-            prompt_field(request),
+            request.prompt_field,
         )
     limit = request.token_limit
     if limit is None:
@@ -104,11 +111,6 @@ def max_tokens(request: GenerationRequest, num_prompt: int, max_model_len: int) 
             request.token_limit_field,
         )
     return limit
-
-
-def prompt_field(request: GenerationRequest) -> str:
-    """The field that the prompt came from, for errors."""
-    return "messages" if isinstance(request, ChatRequest) else "prompt"
 
 
 def _first(*values: float | None) -> float:

@@ -18,7 +18,7 @@ from kvferry.bus.base import Bus, BusSettings, least_payload
 from kvferry.bus.nats import NatsBus
 from kvferry.errors import KvferryError, SettingError
 from kvferry.log import get_logger
-from kvferry.runtime import Runtime, SystemRuntime, stop_signals, wall_clock
+from kvferry.runtime import Runtime, SystemRuntime, stop_signals
 from kvferry.text.model_dir import ModelDir
 from kvferry.wire.subjects import inbox_prefix
 from kvferry_gateway.app import GatewayApp
@@ -69,7 +69,7 @@ class Gateway:
         if unapplied := model.sampling.unapplied:
             log.warning("generation_config.json recommends what is not applied", fields=list(unapplied))
         targets = read_targets(settings.scaling_file)
-        prompter = Prompter(model, runtime)
+        prompter = Prompter(model, runtime, settings.tool_call_parser, settings.reasoning_parser)
         fleet = Fleet(settings, runtime, bus, GatewayMetrics(), pid, targets)
         completions = Completions(fleet, prompter, model_name, model.max_context)
         app = GatewayApp(fleet, completions, TokenService(prompter, model_name), keys, model_name, created)
@@ -180,7 +180,7 @@ async def _serve(
     listener: socket.socket,
     stop: asyncio.Event,
 ) -> None:
-    gateway = await Gateway.start(settings, runtime, bus, model, pid=os.getpid(), created=int(wall_clock()))
+    gateway = await Gateway.start(settings, runtime, bus, model, pid=os.getpid(), created=int(runtime.wall_clock()))
     try:
         http = HttpServer(gateway.app, listener, settings, settings.drain_grace + SHUTDOWN_SLACK_S)
         await http.start()

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from kvferry.config import Port, ServiceSettings
+from kvferry_gateway.parsing.forms import ReasoningParserName, ToolParserName
 
 Positive = Annotated[int, Field(ge=1)]
 Duration = Annotated[float, Field(gt=0, le=24 * 3600)]
@@ -35,10 +36,6 @@ class GatewaySettings(ServiceSettings):
         description="Prompts with fewer tokens are prefilled on the decode worker itself, longer ones where that is "
         "expected to be faster and to hurt no stream; 0: never by choice.",
     )
-    scaling_file: Path | None = Field(
-        None,
-        description="YAML file with placement's targets; `services/gateway/scaling.yaml` of a checkout unless given.",
-    )
     accept_timeout: Duration = Field(0.3, description="Seconds that a worker has to accept a request; asked twice.")
     replace_wait: Duration = Field(60.0, description="Seconds that a stream waits for capacity after losing a worker.")
     failure_budget: Positive = Field(3, description="Failures that end a request.")
@@ -50,4 +47,12 @@ class GatewaySettings(ServiceSettings):
     )
     sse_comment_interval: Duration = Field(15.0, description="Seconds of silence after which an SSE comment is sent.")
     request_deadline: Duration = Field(600.0, description="Seconds that a request may take in all.")
+    tool_call_parser: ToolParserName = Field(
+        "auto",
+        description="Form in which the model writes tool calls, as vLLM names it; auto: what its template shows.",
+    )
+    reasoning_parser: ReasoningParserName = Field(
+        "auto",
+        description="Whether <think>…</think> is told as `reasoning_content`: think, none, or as the template shows.",
+    )
     drain_grace: Duration = Field(20.0, description="Seconds that requests under way have to end after SIGTERM.")

@@ -25,6 +25,7 @@ class TextRules:
     silent: frozenset[int] = frozenset()  # tokens that end the text and are no part of it
     include_stop: bool = False  # a stop string is a part of the text
     skip_special_tokens: bool = True
+    shown: frozenset[int] = frozenset()  # special tokens that have a text even if others are skipped
 
 
 PLAIN: Final = TextRules()
@@ -94,7 +95,7 @@ class TokenStream:
         self._frame = frame
         self._rules = rules
         self._escaped = texts.escaped
-        self._detokenizer = texts.stream(skip_special_tokens=rules.skip_special_tokens)
+        self._detokenizer = texts.stream(skip_special_tokens=rules.skip_special_tokens, shown=rules.shown)
         self._matcher = StopMatcher(stops) if stops else None
         self._plain = self._may_be_plain  # the table of ready texts may be used for the next token
         self._connection: ClientConnection | None = None
@@ -129,7 +130,8 @@ class TokenStream:
 
     @property
     def _may_be_plain(self) -> bool:
-        return self._matcher is None and not self._rules.silent and self._rules.skip_special_tokens
+        rules = self._rules
+        return self._matcher is None and not rules.silent and not rules.shown and rules.skip_special_tokens
 
     def _text_of(self, token: int) -> str:
         return "" if token in self._rules.silent else self._detokenizer.push(token)

@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
 
 from kvferry_gateway.body import parse
-from kvferry_gateway.errors import model_not_found
-from kvferry_gateway.openai import DetokenizeRequest, TokenizeRequest
-from kvferry_gateway.prompt import Conversation, Prompter
+from kvferry_gateway.conversation import Conversation
+from kvferry_gateway.errors import bad_request, model_not_found
+from kvferry_gateway.messages import Label, Messages
+from kvferry_gateway.openai import MAX_TEMPLATE_KWARGS, TokenId, check_conversation_end
+from kvferry_gateway.prompt import Prompter
+from kvferry_gateway.request_model import RequestModel
+from kvferry_gateway.tools import Tools
+
+
+class TokenizeRequest(RequestModel):
+    """A text or a conversation, as vLLM's `/tokenize` takes them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: Annotated[dict[Label, Any], Field(max_length=MAX_TEMPLATE_KWARGS)] | None = None
+    tools: Tools = Field(default_factory=list)
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise bad_request("Exactly one of 'prompt' and 'messages' is needed.", "prompt")
+        for place, message in enumerate(self.messages or ()):
+            message.check(f"messages[{place}]")
+        check_conversation_end(self.add_generation_prompt, self.continue_final_message)
+        return self
+
+
+class DetokenizeRequest(RequestModel):
+    model: str | None = None
+    tokens: list[TokenId]
 
 
 class TokenService:
@@ -28,8 +62,9 @@ class TokenService:
                 request.continue_final_message,
                 request.chat_template_kwargs,
                 bool(request.add_special_tokens),
+                request.tools,
             )
-            tokens = await self._prompter.chat(conversation)
+            tokens = (await self._prompter.chat(conversation)).tokens
         else:
             add = True if request.add_special_tokens is None else request.add_special_tokens
             tokens = await self._prompter.text(request.prompt or "", add)

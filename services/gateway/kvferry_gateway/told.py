@@ -1,4 +1,5 @@
-"""A stream whose events tell more than text: log-probabilities and token ids. Off the token path of plain streams."""
+"""A stream whose events tell more than text: log-probabilities, token ids, thoughts, tool calls. Off the token path of
+plain streams."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from collections.abc import Callable, Sequence
 from kvferry.text.detokenizer import TokenTexts
 from kvferry.wire.logprobs import TokenLogprobs
 from kvferry_gateway.logprobs import ToldToken
+from kvferry_gateway.parsing.parser import OutputParser
+from kvferry_gateway.parsing.parts import Content, Part
 from kvferry_gateway.streams import PLAIN, TextRules, TokenStream
 
 
@@ -17,7 +20,7 @@ class ToldStream(TokenStream):
     `told` keeps all of them for an answer that is not streamed.
     """
 
-    __slots__ = ("_logprobs", "_make_event", "_num_chars", "_waiting", "_wants_logprobs", "told")
+    __slots__ = ("_logprobs", "_make_event", "_num_chars", "_parser", "_waiting", "_wants_logprobs", "told")
 
     def __init__(
         self,
@@ -28,17 +31,25 @@ class ToldStream(TokenStream):
         frame: Callable[[str], tuple[bytes, bytes]] | None = None,
         *,
         wants_logprobs: bool,
-        make_event: Callable[[str, Sequence[ToldToken]], bytes] | None = None,
+        make_event: Callable[[Sequence[Part], Sequence[ToldToken]], bytes] | None = None,
+        parser: OutputParser | None = None,
         num_chars: int = 0,
     ) -> None:
-        """`make_event`: for streams; without it pieces are bare text. `num_chars`: of text before the first token."""
+        """`make_event`: for streams; without it pieces are bare text. `parser`: of the text; None: it is content.
+        `num_chars`: of text before the first token."""
         super().__init__(texts, stops, limit, rules, frame)
         self.told: list[ToldToken] = []
         self._wants_logprobs = wants_logprobs
         self._make_event = make_event
+        self._parser = parser
         self._num_chars = num_chars
         self._waiting: list[ToldToken] = []
         self._logprobs: dict[int, TokenLogprobs] = {}  # by index, of tokens that have not been taken
+
+    @property
+    def num_calls(self) -> int:
+        """Tool calls that have begun."""
+        return 0 if self._parser is None else self._parser.num_calls
 
     def note_logprobs(self, index: int, found: TokenLogprobs) -> None:
         if len(self.tokens) <= index < self.limit:
@@ -62,14 +73,20 @@ class ToldStream(TokenStream):
 
     def finish(self) -> None:
         super().finish()
-        if self._waiting and self._make_event is not None:
-            self._emit("", last=True)
+        if self._make_event is not None:
+            self._tell([] if self._parser is None else self._parser.finish(), last=True)
 
-    def _emit(self, text: str, last: bool = False) -> None:
-        if not text and not last:
+    def _emit(self, text: str) -> None:
+        if not text:
             return
         if self._make_event is None:
             self.pieces.append(json.dumps(text, ensure_ascii=False)[1:-1].encode())
-            return
-        self.pieces.append(self._make_event(text, self._waiting))
-        self._waiting = []
+        else:
+            self._tell([Content(text)] if self._parser is None else self._parser.push(text))
+
+    def _tell(self, parts: Sequence[Part], last: bool = False) -> None:
+        """An event for each part. The tokens go with the first one; without a part they wait, until the last."""
+        if parts or (last and self._waiting):
+            assert self._make_event is not None
+            self.pieces.append(self._make_event(parts, self._waiting))
+            self._waiting = []

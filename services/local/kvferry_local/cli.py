@@ -3,6 +3,9 @@
     kvferry up                          the whole stack on this machine
     kvferry gateway|prefill|decode      one service in the foreground, the same as python -m kvferry_<service>
     kvferry chat|status|drain           talk to a running stack
+    kvferry scale|autoscale             more workers, or fewer
+    kvferry bench                       a load on any OpenAI-compatible endpoint
+    kvferry doctor                      what is wrong on this machine, and what mends it
     kvferry model fetch|import|list     prepare weights
 
 Exit codes and one-line errors: `kvferry.command`. Imports that take time stay inside the commands.
@@ -22,7 +25,8 @@ import click
 from kvferry.command import EXIT_FAILED, EXIT_SETTING, fail, one_line_errors, run
 from kvferry.config import load_settings, settings_options
 from kvferry.log import setup_logging
-from kvferry_local.settings import ClientSettings, UpSettings
+from kvferry.runfile import default_run_file
+from kvferry_local.settings import AutoscaleSettings, BenchSettings, ClientSettings, DoctorSettings, UpSettings
 
 SERVICES: Final = {
     "gateway": "Run one gateway in the foreground: HTTP in, tokens out.",
@@ -142,6 +146,78 @@ def drain_command(config_file: Path | None, worker: str, **flags: Any) -> None:
         assert target.run_file is not None
         run(drain(target.run_file, worker_named(workers_of(target, settings), worker)))
         click.echo(f"{worker} drains")
+
+
+@main.command("scale")
+@settings_options(ClientSettings)
+@click.argument("replicas", nargs=-1, metavar="[ROLE=N]...")
+def scale_command(config_file: Path | None, replicas: tuple[str, ...], **flags: Any) -> None:
+    """Run N workers of a role under `kvferry up`, as in: kvferry scale decode=3
+
+    Workers that are no longer wanted drain before they end. Without ROLE=N, say how many there are.
+    """
+    from kvferry_local.client import client_settings
+    from kvferry_local.control import ask_stack, parse_scale
+
+    with one_line_errors():
+        settings = client_settings(config_file, flags)
+        path = settings.run_file or default_run_file(os.environ, settings.cluster)
+        for role, count in run(ask_stack(path, parse_scale(replicas))).items():
+            click.echo(f"{role}={count}")
+
+
+@main.command("autoscale")
+@settings_options(AutoscaleSettings)
+def autoscale_command(config_file: Path | None, **flags: Any) -> None:
+    """Add and drain workers as the load asks for, prefill and decode apart.
+
+    By what a gateway sees: time busy and queues of prefill, streams and KV blocks of decode. The rules stand in each
+    worker's scaling.yaml.
+    """
+    from kvferry_local.autoscale.service import AutoscaleService, scale_target
+    from kvferry_local.client import find_target
+
+    with one_line_errors():
+        settings = load_settings(AutoscaleSettings, config_file=config_file, environ=os.environ, flags=flags)
+        setup_logging(settings.log_level, settings.log_format, service="autoscale")
+        run(AutoscaleService(settings, find_target(settings), scale_target(settings)).serve())
+
+
+@main.command("bench")
+@settings_options(BenchSettings)
+def bench_command(config_file: Path | None, **flags: Any) -> None:
+    """Put a load on an OpenAI-compatible endpoint, and print what its clients see.
+
+    A pattern or a recorded trace; TTFT, ITL and goodput; --json and --svg write files. Without --url, the stack of this
+    machine. Ends with 1 if no request was answered whole.
+    """
+    from kvferry_local.bench.service import bench
+
+    with one_line_errors():
+        settings = load_settings(BenchSettings, config_file=config_file, environ=os.environ, flags=flags)
+        if not run(bench(settings)):
+            sys.exit(EXIT_FAILED)
+
+
+@main.command("doctor")
+@settings_options(DoctorSettings)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of lines.")
+def doctor_command(config_file: Path | None, as_json: bool, **flags: Any) -> None:
+    """Try each part of a stack on this machine, and say what mends what is wrong.
+
+    Model, engine, UCX and a real transfer, NATS, ports, shared memory, clocks. With a stack of this machine running,
+    its NATS server and its model are looked at. Ends with 1 if something failed.
+    """
+    from kvferry_local.doctor.service import beside, examine, running_stack
+
+    with one_line_errors():
+        settings = load_settings(DoctorSettings, config_file=config_file, environ=os.environ, flags=flags)
+        setup_logging("error", settings.log_format, service="doctor")
+        run_file = running_stack(settings)
+        if run_file is not None:
+            settings = beside(settings, run_file)
+        if not run(examine(settings, run_file, as_json)):
+            sys.exit(EXIT_FAILED)
 
 
 @main.group("model", cls=InOrder)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import httpx
 
@@ -15,6 +15,9 @@ from kvferry.config import load_settings
 from kvferry.errors import KvferryError, SettingError
 from kvferry.runfile import RunFile, default_run_file
 from kvferry_local.settings import ClientSettings
+
+# A proxy from the environment must not see requests to this machine.
+TRUST_ENV: Final = False
 
 
 class RequestFailed(KvferryError):
@@ -30,10 +33,15 @@ class Target:
     model: str  # empty: ask the gateway
 
     def open(self, settings: ClientSettings, timeout: httpx.Timeout) -> httpx.Client:
-        key = settings.api_key.get_secret_value()
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        # trust_env off: a proxy from the environment must not see requests to this machine.
-        return httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
+        return httpx.Client(base_url=self.url, headers=_headers(settings), timeout=timeout, trust_env=TRUST_ENV)
+
+    def open_async(self, settings: ClientSettings, timeout: httpx.Timeout) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.url, headers=_headers(settings), timeout=timeout, trust_env=TRUST_ENV)
+
+
+def _headers(settings: ClientSettings) -> dict[str, str]:
+    key = settings.api_key.get_secret_value()
+    return {"authorization": f"Bearer {key}"} if key else {}
 
 
 def client_settings(config_file: Path | None, flags: Mapping[str, Any]) -> ClientSettings:

@@ -20,6 +20,7 @@ from kvferry_local.client import Target, check, request_errors
 from kvferry_local.settings import ClientSettings
 
 TIMEOUT: Final = httpx.Timeout(5.0)
+MAX_WIDTH: Final = 1000  # characters of a line where nobody watches
 
 Worker = dict[str, Any]
 
@@ -44,6 +45,8 @@ def show_status(target: Target, settings: ClientSettings) -> None:
             *(str(load[key]) for key in ("num_waiting", "num_running", "free_blocks")),
         )
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = MAX_WIDTH  # a program that reads this wants whole names
     console.print(table)
     for worker in workers:
         console.print(Text(f"{worker['name']}: engine {worker['engine']}, {worker['engine_reason']}"), soft_wrap=True)

@@ -15,6 +15,7 @@ from kvferry_local.supervision import Role
 
 # -P keeps the caller's working directory from shadowing modules.
 PYTHON: Final = (sys.executable, "-P", "-m")
+CPUS: Final = Path("/sys/devices/system/cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,33 +30,58 @@ class Place:
     log_format: str  # console or json
 
 
-def programs(settings: UpSettings, place: Place) -> list[Program]:
-    """Gateways, prefill and decode workers, in the order in which they start."""
-    workers = [f"prefill-{i}" for i in range(settings.prefill)] + [f"decode-{i}" for i in range(settings.decode)]
-    threads = settings.threads or max(1, len(place.cores) // len(workers))
-    shared = _flags(
-        join=place.run_file,
-        model=place.model_dir,
-        served_model_name=place.served_model_name,
-        log_level=settings.log_level,
-        log_format=place.log_format,
-    )
-    worker = _flags(
-        dtype=settings.dtype,
-        engine=settings.engine,
-        quantization=settings.quantization,
-        max_model_len=settings.max_model_len,
-        transport=settings.transport,
-        threads=threads,
-    )
-    planned = []
-    for index, name in enumerate(workers):
-        role: Role = "prefill" if name.startswith("prefill") else "decode"
-        own = _flags(name=name, cpus=share_of_cores(place.cores, index, threads) if settings.pin else None)
-        command = (*PYTHON, f"kvferry_{role}", *shared, *own, *worker)
+class Plan:
+    """The programs of one stack: those that it begins with, and workers that are added later."""
+
+    def __init__(self, settings: UpSettings, place: Place) -> None:
+        self._settings = settings
+        self._place = place
+        self._num_first: dict[Role, int] = {"prefill": settings.prefill, "decode": settings.decode}
+        self._num_workers = settings.prefill + settings.decode
+        self._threads = settings.threads or max(1, len(place.cores) // self._num_workers)
+        self._pinned = settings.pin == "auto" and self._num_workers * self._threads <= len(place.cores)
+        self._shared = _flags(
+            join=place.run_file,
+            model=place.model_dir,
+            served_model_name=place.served_model_name,
+            scaling_file=settings.scaling_file,
+            log_level=settings.log_level,
+            log_format=place.log_format,
+        )
+
+    def programs(self) -> list[Program]:
+        """Prefill and decode workers, gateways, in the order in which they start."""
+        workers = [self.worker(role, index) for role, count in self._num_first.items() for index in range(count)]
+        return workers + [self._gateway(index, port) for index, port in enumerate(self._place.ports)]
+
+    def worker(self, role: Role, index: int) -> Program:
+        """The worker `role`-`index`; from the stack's own number on it is one that was added."""
+        settings, threads = self._settings, self._threads
+        name = worker_name(role, index)
+        cpus = own_cores(self._place.cores, self._seat(role, index), threads) if self._pinned else None
+        flags = _flags(
+            name=name,
+            cpus=cpus,
+            dtype=settings.dtype,
+            engine=settings.engine,
+            quantization=settings.quantization,
+            max_model_len=settings.max_model_len,
+            transport=settings.transport,
+            threads=threads,
+        )
         # libgomp reads it when torch is imported, long before the worker could set it.
-        planned.append(Program(name, role, command, {"OMP_NUM_THREADS": str(threads)}))
-    for index, port in enumerate(place.ports):
+        environ = {"OMP_NUM_THREADS": str(threads)}
+        return Program(name, role, (*PYTHON, f"kvferry_{role}", *self._shared, *flags), environ)
+
+    def _seat(self, role: Role, index: int) -> int:
+        """A worker's place among all: those of the start in their order, then prefill and decode in turn."""
+        first = self._num_first[role]
+        if index < first:
+            return index if role == "prefill" else self._num_first["prefill"] + index
+        return self._num_workers + 2 * (index - first) + (role == "decode")
+
+    def _gateway(self, index: int, port: int) -> Program:
+        settings = self._settings
         own = _flags(
             name=f"gateway-{index}",
             host=settings.host,
@@ -63,21 +89,33 @@ def programs(settings: UpSettings, place: Place) -> list[Program]:
             api_key_file=settings.api_key_file,
             cors_origins=",".join(settings.cors_origins) or None,
         )
-        planned.append(Program(f"gateway-{index}", "gateway", (*PYTHON, "kvferry_gateway", *shared, *own)))
-    return planned
+        return Program(f"gateway-{index}", "gateway", (*PYTHON, "kvferry_gateway", *self._shared, *own))
 
 
-def usable_cores() -> tuple[int, ...]:
-    """The cores that this process may run on."""
+def worker_name(role: Role, index: int) -> str:
+    return f"{role}-{index}"
+
+
+def usable_cores(cpus: Path = CPUS) -> tuple[int, ...]:
+    """The cores that this process may run on; those of one physical core beside each other, then those of a socket."""
     if sys.platform == "linux":
-        return tuple(sorted(os.sched_getaffinity(0)))
+        return tuple(sorted(os.sched_getaffinity(0), key=lambda core: (*_place_of(core, cpus), core)))
     return tuple(range(os.cpu_count() or 1))
 
 
-def share_of_cores(cores: Sequence[int], index: int, threads: int) -> str:
-    """`threads` cores for worker `index`, as `--cpus` takes them; workers share cores only where there are too few."""
-    count = min(threads, len(cores))
-    return ",".join(str(core) for core in sorted(cores[(index * count + i) % len(cores)] for i in range(count)))
+def _place_of(core: int, cpus: Path) -> tuple[int, int]:
+    """(socket, physical core) of a logical one; its own number where the system does not tell."""
+    topology = cpus / f"cpu{core}" / "topology"
+    try:
+        return int((topology / "physical_package_id").read_text()), int((topology / "core_id").read_text())
+    except (OSError, ValueError):
+        return 0, core
+
+
+def own_cores(cores: Sequence[int], seat: int, threads: int) -> str | None:
+    """`threads` cores that no other seat has, as `--cpus` takes them; None where they have run out."""
+    own = cores[seat * threads : (seat + 1) * threads]
+    return ",".join(map(str, sorted(own))) if len(own) == threads else None
 
 
 def _flags(**values: object) -> tuple[str, ...]:

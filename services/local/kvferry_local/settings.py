@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Final, Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 
-from kvferry.config import LogFormat, LogLevel, Port, Settings, SubjectName
+from kvferry.config import Layer, LogFormat, LogLevel, Port, Settings, SubjectName
+from kvferry.errors import SettingError
+from kvferry.scaling import SERVICES, Role, scaling_path
 
-MAX_PROCESSES = 64
+MAX_PROCESSES: Final = 64
+REPLICAS_OF: Final[Mapping[str, Role]] = {"prefill": "prefill", "decode": "decode", "gateways": "gateway"}
 
 Count = Annotated[int, Field(ge=1, le=MAX_PROCESSES)]
 
@@ -41,12 +45,19 @@ class UpSettings(Settings):
     transport: Literal["auto", "ucx", "tcp"] = Field(
         "auto", description="Data plane between the workers; auto is UCX where it is installed, else TCP."
     )
+    scaling_file: Path | None = Field(
+        None,
+        description="Folder with gateway.yaml, prefill.yaml and decode.yaml: how many of each, and how much each takes "
+        "on; the files that came with the services unless given.",
+    )
     host: str = Field("127.0.0.1", description="Address that the gateways listen on.")
     port: Port = Field(8000, description="Port of the first gateway; 0 takes free ones.")
     threads: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Compute threads per worker; the cores shared out over the workers unless given."
     )
-    pin: bool = Field(False, description="Keep each worker on its own cores.")
+    pin: Literal["auto", "off"] = Field(
+        "off", description="auto: each worker on cores of its own, where there are as many as all of them have threads."
+    )
     api_key_file: Path | None = Field(None, description="Bearer keys that the gateways accept, one a line.")
     cors_origins: tuple[str, ...] = Field((), description="Origins whose pages may call the gateways; * is any.")
     cluster: SubjectName = Field("dev", description="Name of the cluster.")
@@ -67,6 +78,14 @@ class UpSettings(Settings):
     log_level: LogLevel = Field("info", description="Least severe log lines to write.")
     log_format: LogFormat = Field("auto", description="Log lines: console on a terminal, else JSON.")
 
+    @classmethod
+    def scaling_layer(cls, path: Path | None) -> Layer:
+        """As many processes as each service's `scaling.yaml` says."""
+        if path is not None and not path.is_dir():
+            raise SettingError("--scaling-file", f"{path} is no folder; the services of one stack have a file each")
+        counts = {field: SERVICES[role].read(path).replicas for field, role in REPLICAS_OF.items()}
+        return counts, lambda field: f"replicas in {scaling_path(REPLICAS_OF[field], path)}"
+
     @model_validator(mode="after")
     def _ports_fit(self) -> Self:
         if self.port + self.gateways - 1 > 65535:
@@ -75,7 +94,7 @@ class UpSettings(Settings):
 
 
 class ClientSettings(Settings):
-    """A client of a running stack: `chat`, `status`, `drain`."""
+    """A client of a running stack: `chat`, `status`, `drain`, `scale`."""
 
     role: ClassVar[str] = "client"
 
@@ -83,3 +102,79 @@ class ClientSettings(Settings):
     api_key: SecretStr = Field(SecretStr(""), description="Bearer key of the gateway.")
     cluster: SubjectName = Field("dev", description="Cluster whose run file is read.")
     run_file: Path | None = Field(None, description="Run file of the stack to talk to.")
+
+
+class AutoscaleSettings(ClientSettings):
+    """`kvferry autoscale`. Bounds and rules stand in the workers' `scaling.yaml`."""
+
+    role: ClassVar[str] = "autoscale"
+
+    target: Literal["local", "compose", "command"] = Field(
+        "local", description="Who starts and drains workers: `kvferry up` here, docker compose here, or --command."
+    )
+    command: str = Field(
+        "",
+        description="Command with {role} and {replicas} in it, run without a shell, as "
+        "'kubectl scale statefulset/kvferry-{role} --replicas={replicas}'. It must let workers drain.",
+    )
+    interval: Annotated[float, Field(ge=0.25, le=60)] = Field(1.0, description="Seconds between two looks.")
+    dry_run: bool = Field(False, description="Only say what would be done.")
+    scaling_file: Path | None = Field(
+        None,
+        description="Folder with prefill.yaml and decode.yaml; the files that came with the services unless given.",
+    )
+    log_level: LogLevel = Field("info", description="Least severe log lines to write.")
+    log_format: LogFormat = Field("auto", description="Log lines: console on a terminal, else JSON.")
+
+
+class DoctorSettings(UpSettings):
+    """`kvferry doctor`: what `kvferry up` would be started with, and where a stack may run already."""
+
+    role: ClassVar[str] = "doctor"
+
+    device: str = Field("cpu", description="Where the model runs: cpu, or a torch device as cuda or cuda:1.")
+    ucx_net_devices: str = Field("lo", description="UCX_NET_DEVICES of the data plane.")
+    run_file: Path | None = Field(None, description="Run file of a stack to look at; the one that `kvferry up` writes.")
+    peers: tuple[str, ...] = Field(
+        (), description="Base URLs of gateways whose clocks, and whose workers' clocks, are compared with this one."
+    )
+
+
+class BenchSettings(ClientSettings):
+    """`kvferry bench`. Seconds, tokens."""
+
+    role: ClassVar[str] = "bench"
+
+    # Not `model`: KVFERRY_MODEL is the directory that services load.
+    served_model_name: str = Field(
+        "",
+        description="Name of the model in requests; the first that the server lists unless given.",
+        json_schema_extra={"flag": "--model"},
+    )
+    endpoint: Literal["chat", "completions"] = Field("completions", description="Route that requests go to.")
+    trace: Path | None = Field(None, description="Recorded load: Azure's .csv or Mooncake's .jsonl.")
+    speed: Annotated[float, Field(gt=0, le=1e6)] = Field(1.0, description="How many times as fast the trace is played.")
+    length_scale: Annotated[float, Field(gt=0, le=1e3)] = Field(1.0, description="Factor of the trace's lengths.")
+    requests: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
+        None, description="How many; 100, or all of a trace, unless given."
+    )
+    rate: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        None, description="Requests a second on average; 1, or a trace's own, unless given."
+    )
+    pattern: Literal["poisson", "constant", "bursts", "ramp"] = Field(
+        "poisson", description="How requests without a trace arrive."
+    )
+    concurrency: Annotated[int, Field(ge=0, le=100_000)] = Field(
+        0, description="So many clients that ask again once they are answered, instead of a rate; 0: by rate."
+    )
+    prompt_tokens: Annotated[int, Field(ge=1, le=10_000_000)] = Field(512, description="Median prompt, about.")
+    output_tokens: Annotated[int, Field(ge=1, le=10_000_000)] = Field(64, description="Median output, at most.")
+    ignore_eos: bool = Field(False, description="Ask for outputs of full length, as kvferry and vLLM allow.")
+    ttft_target: Annotated[float, Field(gt=0)] = Field(1.0, description="TTFT that goodput counts.")
+    tpot_target: Annotated[float, Field(gt=0)] = Field(0.05, description="Time per output token that goodput counts.")
+    timeout: Annotated[float, Field(gt=0, le=86_400)] = Field(600.0, description="Seconds that a request may take.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="The same seed draws the same load.")
+    json_file: Path | None = Field(
+        None, description="Write everything that was measured there.", json_schema_extra={"flag": "--json"}
+    )
+    svg: Path | None = Field(None, description="Write a picture there.")

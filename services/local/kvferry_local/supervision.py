@@ -2,11 +2,14 @@
 
 Exited before it was ever ready, while the stack starts  ->  Failed, everything is killed
 Exited later, unasked                                    ->  Announce, then Start after a backoff
+Added   ->  Start; such a child may fail as often as it likes without ending the stack
+Retire  ->  SIGTERM, which a worker answers by draining; never SIGKILL; when it is gone, Gone
 StopAsked   ->  SIGTERM to the gateways, when they are gone to decode, then to prefill; then Finished
 StopAsked again, or a stage over its grace time          ->  SIGKILL
 
     starting ──ready──> ready ──exited──> backoff ──due──> starting
-        └───────────────┴──stop asked──> stopping ──exited──> stopped
+        ├───────────────┴──stop asked──> stopping ──exited──> stopped
+        └──retire──> retiring ──exited──> (forgotten)
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 Cause = Literal["crashed", "killed", "stopped"]
-Phase = Literal["starting", "ready", "backoff", "stopping", "stopped"]
+Phase = Literal["starting", "ready", "backoff", "retiring", "stopping", "stopped"]
 Role = Literal["gateway", "prefill", "decode"]
 
 # Gateways drain first, because their streams need the workers.
@@ -54,6 +57,21 @@ class Exited:
 
 
 @dataclass(frozen=True, slots=True)
+class Added:
+    """One more child than the stack began with."""
+
+    name: str
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class Retire:
+    """One child is no longer wanted: it drains and ends."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class StopAsked:
     """Ctrl-C or SIGTERM; the second one kills."""
 
@@ -63,7 +81,7 @@ class Tick:
     """`Supervision.deadline` has come."""
 
 
-Event: TypeAlias = Identified | Ready | Exited | StopAsked | Tick
+Event: TypeAlias = Identified | Ready | Exited | Added | Retire | StopAsked | Tick
 
 
 # Actions
@@ -106,6 +124,13 @@ class AllReady:
 
 
 @dataclass(frozen=True, slots=True)
+class Gone:
+    """A child that was retired has ended, or one that was added comes too late: its name is free."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The stack cannot start because of this child."""
 
@@ -118,7 +143,7 @@ class Finished:
     """No child is left."""
 
 
-Action: TypeAlias = Start | Send | Announce | Restarting | AllReady | Failed | Finished
+Action: TypeAlias = Start | Send | Announce | Restarting | AllReady | Gone | Failed | Finished
 
 
 @dataclass(slots=True)
@@ -131,6 +156,7 @@ class _Child:
     due: float | None = None  # end of the backoff
     num_quick_deaths: int = 0  # in a row
     was_ready: bool = False
+    essential: bool = True  # one that cannot start ends the stack
 
 
 def cause_of(returncode: int, asked: bool) -> Cause:
@@ -174,6 +200,10 @@ class Supervision:
                 return self._ready(self._children[name], now)
             case Exited(name, returncode):
                 return list(self._exited(self._children[name], returncode, now))
+            case Added(name, role):
+                return self._add(name, role)
+            case Retire(name):
+                return list(self._retire(name))
             case StopAsked():
                 return list(self._stop(now))
             case Tick():
@@ -183,20 +213,48 @@ class Supervision:
         if child.phase != "starting":
             return []
         child.phase, child.ready_since, child.was_ready = "ready", now, True
-        if self._all_ready or not all(other.was_ready for other in self._children.values()):
-            return []
-        self._all_ready = True
-        return [AllReady()]
+        return list(self._completed())
+
+    def _completed(self) -> Iterator[Action]:
+        """After a child has become ready, or is no longer waited for."""
+        if not self._all_ready and all(child.was_ready for child in self._children.values() if child.essential):
+            self._all_ready = True
+            yield AllReady()
+
+    def _add(self, name: str, role: Role) -> list[Action]:
+        assert name not in self._children, "the name of a child that was not Gone was given again"
+        if self._num_stops:
+            return [Gone(name)]
+        self._children[name] = _Child(name, role, essential=False)
+        return [Start(name)]
+
+    def _retire(self, name: str) -> Iterator[Action]:
+        child = self._children.get(name)
+        if child is None or self._num_stops or child.phase == "retiring":
+            return
+        if child.phase == "backoff":  # nothing runs
+            yield from self._forget(child)
+        else:
+            child.phase = "retiring"
+            yield Send(name, signal.SIGTERM)
+
+    def _forget(self, child: _Child) -> Iterator[Action]:
+        del self._children[child.name]
+        yield Gone(child.name)
+        yield from self._completed()
 
     def _exited(self, child: _Child, returncode: int, now: float) -> Iterator[Action]:
-        cause = cause_of(returncode, asked=child.phase == "stopping")
+        cause = cause_of(returncode, asked=child.phase in ("stopping", "retiring"))
         if child.incarnation is not None:
             yield Announce(child.name, child.role, child.incarnation, cause)
         if self._num_stops:
             child.phase = "stopped"
             yield from self._next_stage(now)
             return
-        if not child.was_ready and cause != "killed":
+        if child.phase == "retiring":
+            yield from self._forget(child)
+            return
+        if child.essential and not child.was_ready and cause != "killed":
             child.phase = "stopped"
             yield Failed(child.name, returncode)
             yield from self._abandon(now)

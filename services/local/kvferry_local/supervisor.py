@@ -15,15 +15,18 @@ from kvferry.runtime import TaskSet, now
 from kvferry_local.process import Process, Program, Report
 from kvferry_local.supervision import (
     Action,
+    Added,
     AllReady,
     Announce,
     Event,
     Exited,
     Failed,
     Finished,
+    Gone,
     Identified,
     Ready,
     Restarting,
+    Retire,
     Send,
     Start,
     StopAsked,
@@ -93,6 +96,21 @@ class Supervisor:
         log.info("stopping: gateways drain, then the workers; ask again to kill")
         self._events.put_nowait(StopAsked())
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Of all children, those that are still on their way out among them."""
+        return frozenset(self._programs)
+
+    def add(self, program: Program) -> None:
+        """Run one more, under a name that no child has."""
+        assert program.name not in self._programs
+        self._programs[program.name] = program
+        self._events.put_nowait(Added(program.name, program.role))
+
+    def retire(self, name: str) -> None:
+        """Let it drain and end; it is not started again."""
+        self._events.put_nowait(Retire(name))
+
     def pids(self) -> dict[str, int]:
         """Of the processes that run."""
         return {name: process.pid for name, process in self._processes.items()}
@@ -135,6 +153,8 @@ class Supervisor:
                     self._audience.restarting(action)
                 case AllReady():
                     self._tasks.spawn(self._audience.all_ready(), "all ready")
+                case Gone(name):
+                    del self._programs[name]
                 case Failed(name, returncode):
                     self._failure = StackFailed(name, returncode, self._last_lines.get(name, ()))
                 case Finished():

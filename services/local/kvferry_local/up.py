@@ -4,7 +4,8 @@
 2. Find the model, fetching it if it is a known name (`weights.py`).
 3. Start the embedded NATS server, unless a server is named; connect to it.
 4. Write the run file.
-5. Supervise workers and gateways; when all are ready and the first gateway sees them all, say so.
+5. Supervise workers and gateways; when all are ready and the first gateway sees them all, say so. Add and drain
+   workers when that is asked for (`control.py`).
 6. On Ctrl-C drain in order, remove the run file, stop NATS.
 """
 
@@ -31,8 +32,9 @@ from kvferry.runfile import RunFile, default_run_file
 from kvferry.runtime import Runtime, SystemRuntime, now
 from kvferry.text.model_dir import ModelDir
 from kvferry_local.cluster import bus_settings
+from kvferry_local.control import Crew, control_socket
 from kvferry_local.keeper import keep_running, sole_owner
-from kvferry_local.plan import Place, programs, usable_cores
+from kvferry_local.plan import Place, Plan, usable_cores
 from kvferry_local.ports import base_url, claim
 from kvferry_local.settings import UpSettings
 from kvferry_local.stage import Stage
@@ -119,7 +121,7 @@ async def supervise(
 ) -> None:
     """Steps 5 and 6."""
     interactive = settings.log_format == "console" or (settings.log_format == "auto" and Terminal.attached())
-    planned = programs(
+    plan = Plan(
         settings,
         Place(
             run_file=run_file,
@@ -130,6 +132,7 @@ async def supervise(
             log_format="console" if interactive else "json",
         ),
     )
+    planned = plan.programs()
     terminal = Terminal([program.name for program in planned])
     stage = Stage(settings, facts.served_model_name, facts.gateways[0], terminal, bus, began)
     supervisor = Supervisor(planned, settings.drain_grace, stage)
@@ -137,8 +140,10 @@ async def supervise(
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, supervisor.ask_stop)
     terminal.begin()
+    crew = Crew(plan, supervisor, settings.prefill, settings.decode)
     try:
-        await supervisor.run()
+        async with control_socket(run_file, crew):
+            await supervisor.run()
     finally:
         terminal.end()
         for number in STOP_SIGNALS:

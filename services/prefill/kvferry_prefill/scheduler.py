@@ -101,13 +101,14 @@ class PrefillScheduler:
         assert not self._in_step, "a step is under way"
         dropped = self._drop_late(now)
         self._waiting.admit(now, lambda s: self._admit(s, now), lambda s: self._reclaim(s, dropped))
-        budget = self.chunk.tokens
+        budget = self.chunk.step()
         steps: list[SequenceStep] = []
         for sequence in pick_alone(self._computing.values(), self._turn):
-            rows = min(budget, sequence.num_context - sequence.num_computed)
+            if sequence.num_rows == 0:
+                continue  # its grammar is being compiled
+            rows = budget.take(sequence.num_computed, sequence.num_rows)
             if rows <= 0:
                 break
-            budget -= rows
             steps.append(sequence.step(rows))
             self._in_step[sequence.sequence_id] = sequence
             self.memory.pin(sequence)
@@ -118,7 +119,7 @@ class PrefillScheduler:
     def finish(self, plan: StepPlan, result: StepResult, now: float) -> list[Emission]:
         """Account for a step. Full blocks become findable; a finished prompt is held for its pull."""
         emissions: list[Emission] = []
-        self.chunk.observe(plan.num_tokens, result.seconds)
+        self.chunk.observe(((step.start, len(step.tokens)) for step in plan.steps), result.seconds)
         for place, (step, token) in enumerate(zip(plan.steps, result.tokens, strict=True)):
             sequence = self._in_step.pop(step.sequence_id)
             sequence.num_computed += len(step.tokens)

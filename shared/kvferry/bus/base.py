@@ -113,7 +113,7 @@ class Bus(ABC):
 class BusSettings:
     """How to reach NATS. `name` shows in the server's connection list."""
 
-    url: str
+    url: str  # of one server, or of several of one cluster with commas between
     name: str
     inbox_prefix: str
     user: str = ""

@@ -74,7 +74,7 @@ class _Link:
         self._connecting = True
         self._disposed = asyncio.Event()
 
-    async def connect(self, settings: BusSettings) -> None:
+    async def connect(self, settings: BusSettings, url: str) -> None:
         """Raises `BusUnavailable` or `SettingError`."""
         try:
             tls = ssl.create_default_context(cafile=settings.tls_ca) if settings.tls_ca else None
@@ -82,7 +82,7 @@ class _Link:
             raise SettingError("nats_tls_ca", f"{settings.tls_ca}: {error}") from None
         try:
             await self.client.connect(
-                servers=[settings.url],
+                servers=[url],
                 name=settings.name,
                 user=settings.user or None,
                 password=settings.password or None,
@@ -96,7 +96,7 @@ class _Link:
             )
         except (_ConnectFailed, NatsError, OSError, TimeoutError) as error:
             raise BusUnavailable(
-                f"no NATS server at {_redacted(settings.url)} ({_reason(error)}): check KVFERRY_NATS_URL"
+                f"no NATS server at {_redacted(url)} ({_reason(error)}): check KVFERRY_NATS_URL"
             ) from None
         self._connecting = False
 
@@ -159,6 +159,8 @@ class NatsBus(BusClient):
     def __init__(self, settings: BusSettings, runtime: Runtime, *, max_pending: int = MAX_PENDING_MESSAGES) -> None:
         super().__init__(settings, runtime, max_pending=max_pending)
         self._link: _Link | None = None
+        self._urls = [url for part in settings.url.split(",") if (url := part.strip())]
+        self._next_url = 0  # the servers of a cluster take turns: the one that was lost comes last
         self._max_payload = 0
         self._started = False
         self._tasks = TaskSet(self._task_failed)
@@ -190,16 +192,28 @@ class NatsBus(BusClient):
         self._answers.fail_all("the bus is closed")
 
     async def _open(self) -> _Link:
+        """A connection to the first server that has one for us. Raises `BusUnavailable` or `SettingError`."""
+        failed = BusUnavailable("no NATS server is named: set KVFERRY_NATS_URL")
+        for _ in self._urls:
+            url = self._urls[self._next_url]
+            self._next_url = (self._next_url + 1) % len(self._urls)
+            try:
+                return await self._open_at(url)
+            except BusUnavailable as error:
+                failed = error
+        raise failed
+
+    async def _open_at(self, url: str) -> _Link:
         """A connection with all subscriptions in place. Raises `BusUnavailable` or `SettingError`."""
         link = _Link(self._lost, self._report)
         try:
-            await link.connect(self._settings)
+            await link.connect(self._settings, url)
             self._check_server(link.client.max_payload)
             await link.subscribe(self._answers.pattern, self._answer_arrived)
             for subscription in list(self._subscriptions.values()):
                 await self._attach_to(link, subscription)
             if not await self._echo(link):
-                raise BusUnavailable(f"NATS at {_redacted(self._settings.url)} does not return our messages")
+                raise BusUnavailable(f"NATS at {_redacted(url)} does not return our messages")
             for subscription_id in [held for held in link.subscriptions if held not in self._subscriptions]:
                 await link.unsubscribe(subscription_id)  # closed by its owner while we connected
         except BaseException:

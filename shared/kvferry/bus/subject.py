@@ -31,6 +31,10 @@ def check_pattern(pattern: str) -> None:
 
 
 def matches(pattern: str, subject: str) -> bool:
+    if "*" not in pattern:
+        if pattern[-1] != ">":
+            return pattern == subject
+        return subject.startswith(pattern[:-1]) and len(subject) >= len(pattern)
     wanted = pattern.split(".")
     given = subject.split(".")
     if wanted[-1] == ">":

@@ -14,11 +14,12 @@ def draws_of(plan: StepPlan) -> dict[int, Draw]:
 
 
 def result_of(plan: StepPlan, draws: Mapping[int, Draw], drawn: Drawn, seconds: float) -> StepResult:
-    """`drawn` holds one result for each of `draws`."""
+    """`drawn` holds one result for each of `draws`. What was drawn by a grammar that failed is left out."""
     tokens: list[int | None] = [None] * len(plan.steps)
     logprobs: list[Logprobs | None] = [None] * len(plan.steps)
-    for index, token, row in zip(draws, drawn.tokens, drawn.logprobs, strict=True):
-        tokens[index], logprobs[index] = token, row
+    for (index, draw), token, row in zip(draws.items(), drawn.tokens, drawn.logprobs, strict=True):
+        if draw.mask is None or draw.mask.fault is None:
+            tokens[index], logprobs[index] = token, row
     if all(row is None for row in logprobs):
         logprobs.clear()
     return StepResult(tuple(tokens), seconds, tuple(logprobs))

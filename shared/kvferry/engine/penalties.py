@@ -1,4 +1,4 @@
-"""What changes a row's logits before the draw: banned tokens, biases and penalties, in vLLM's order.
+"""What changes a row's logits before the draw: tokens that may not be drawn, biases and penalties, in vLLM's order.
 
 Penalties, with c the number of times that a token was generated so far:
 
@@ -16,17 +16,25 @@ from kvferry.schedule.step import Draw
 
 
 def adjusts(draw: Draw) -> bool:
-    return bool(draw.banned or draw.logit_bias or draw.sampling.penalised)
+    return bool(draw.mask is not None or draw.banned or draw.logit_bias or draw.sampling.penalised)
 
 
 def adjust(logits: npt.NDArray[np.float32], draw: Draw) -> npt.NDArray[np.float32]:
     """A changed copy of a row's logits [vocab]."""
     logits = logits.copy()
-    logits[list(draw.banned)] = -np.inf
+    words = draw.allowed()
+    if words is None:
+        logits[list(draw.banned)] = -np.inf
+    else:
+        allowed = np.unpackbits(words.view(np.uint8), count=len(logits), bitorder="little").view(np.bool_)
+        logits[~allowed] = -np.inf  # bans are among them
     for token, bias in draw.logit_bias:  # one after the other: a token may stand twice
         logits[token] += np.float32(bias)
     if draw.sampling.penalised:
         _penalise(logits, draw)
+    # A broken row in which nothing is left must not give a token that may not be drawn.
+    if words is not None and not (logits > -np.inf).any():
+        logits[allowed] = 0
     return logits
 
 

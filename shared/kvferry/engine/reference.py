@@ -18,7 +18,7 @@ moves. Let l be logits and T the temperature.
 - The mass before t is smallest when only the sure ones stand before it, shrunk, and everything else that may
   be kept grows; the mass up to t is largest the other way round. Accepted if u lies between those two.
 
-Bans, biases and penalties come first, and what is said above holds for the logits that they leave. A repetition
+Masks, bans, biases and penalties come first, and what is said above holds for the logits that they leave. A repetition
 penalty r stretches differences by at most s = max(r, 1 / r), so a move of ε becomes one of at most s x ε.
 
 The bounds may be wider than what one single move reaches, never narrower: a right worker is never accused.
@@ -39,7 +39,7 @@ import numpy.typing as npt
 from kvferry.engine.penalties import adjust, adjusts
 from kvferry.engine.philox import uniform
 from kvferry.engine.sampler import Logits, is_greedy
-from kvferry.schedule.step import Draw, KVFormat, SequenceStep, StepPlan
+from kvferry.schedule.step import Draw, KVFormat, SequenceStep, StepPlan, TokenMask
 from kvferry.wire.messages import Sampling
 
 EPSILON: Final = 0.5  # logit
@@ -79,8 +79,15 @@ class ReferencePass:
         self._runner = runner
         self._eos_token_ids = eos_token_ids
 
-    def check(self, prompt: Sequence[int], generated: Sequence[int], sampling: Sampling, choice: int) -> Verdict:
-        """`generated` is the whole text of the choice, from generated index 0.
+    def check(
+        self,
+        prompt: Sequence[int],
+        generated: Sequence[int],
+        sampling: Sampling,
+        choice: int,
+        mask: TokenMask | None = None,
+    ) -> Verdict:
+        """`generated` is the whole text of the choice, from generated index 0; `mask` a fresh one of its grammar.
 
         Raises RuntimeError if the text does not fit the runner's cache.
         """
@@ -94,13 +101,17 @@ class ReferencePass:
             plan = StepPlan((SequenceStep(0, chunk, start, table),))
             for row, logits in enumerate(self._runner.logits(plan)[0][max(first - start, 0) :]):
                 index = max(start, first) + row - first
-                draw = Draw.of(sampling, choice, index, tokens[: len(prompt) + index], len(prompt), self._eos_token_ids)
+                draw = Draw.of(
+                    sampling, choice, index, tokens[: len(prompt) + index], len(prompt), self._eos_token_ids, mask
+                )
+                if mask is not None:
+                    mask.advance(draw.tokens[draw.num_prompt :])
                 gaps.append(penalised_gap(logits, generated[index], draw))
         return Verdict(tuple(gaps))
 
 
 def penalised_gap(logits: Logits, token: int, draw: Draw) -> float:
-    """`gap` of the raw logits, by a draw's penalties too."""
+    """`gap` of the raw logits, by a draw's mask and penalties too: infinite for a token that may not be drawn."""
     if not adjusts(draw):
         return gap(logits, token, draw.sampling, draw.choice, draw.index)
     stretch = max(draw.sampling.repetition_penalty, 1 / draw.sampling.repetition_penalty)

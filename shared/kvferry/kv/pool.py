@@ -181,15 +181,15 @@ class BlockPool:
         assert not free & cached, f"free and cached: {sorted(free & cached)}"
         unheld = set(np.flatnonzero(self._ref_counts == 0).tolist())
         assert free | cached == unheld, f"neither held nor free, or both: {sorted((free | cached) ^ unheld)}"
-        for block, (block_hash, tokens) in enumerate(zip(self._hashes, self._tokens, strict=True)):
-            assert (block_hash is None) == (tokens is None), f"block {block}: hash without tokens"
-            if block_hash is None:
-                assert block not in cached, f"block {block}: cached but not findable"
-            else:
-                assert block not in free, f"block {block}: free but findable"
-                assert self._findable.get(block_hash) == block, f"block {block}: not found under its hash"
-        named = sum(block_hash is not None for block_hash in self._hashes)
-        assert named == len(self._findable), "a hash finds a block that does not have it"
+        named = {block for block, block_hash in enumerate(self._hashes) if block_hash is not None}
+        with_tokens = {block for block, tokens in enumerate(self._tokens) if tokens is not None}
+        assert named == with_tokens, f"hash without tokens, or tokens without: {sorted(named ^ with_tokens)}"
+        assert cached <= named, f"cached but not findable: {sorted(cached - named)}"
+        assert not free & named, f"free but findable: {sorted(free & named)}"
+        for block_hash, block in self._findable.items():
+            assert self._hashes[block] == block_hash, f"block {block}: found under a hash that it does not have"
+        lost = named - set(self._findable.values())
+        assert not lost, f"not found under their hashes: {sorted(lost)}"
 
     def _evict(self, block: int) -> None:
         del self._cached[block]

@@ -137,5 +137,4 @@ class KVMemory:
             sequence.num_blocks = 0
 
     def check_integrity(self) -> None:
-        self.pool.check_integrity()
         self.ledger.check_integrity()

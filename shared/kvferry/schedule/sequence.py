@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.kv.hashing import block_hashes, chain_hash, root_hash
-from kvferry.schedule.step import BlockTable, Draw, SequenceStep
+from kvferry.schedule.step import BlockTable, Draw, SequenceStep, TokenMask
 from kvferry.wire.logprobs import TokenLogprobs
 from kvferry.wire.messages import EndReason, SequenceState, Work, unpack_tokens
 
@@ -42,6 +42,7 @@ class Sequence:
         "doomed",
         "eos_token_ids",
         "hashes",
+        "mask",
         "num_blocks",
         "num_computed",
         "num_context",
@@ -83,6 +84,7 @@ class Sequence:
         self.cached_tokens = 0
         self.root = root_hash(kv_format_id, "", work.salt)
         self.hashes: list[bytes] = block_hashes(self.root, self.context, block_size)
+        self.mask: TokenMask | None = None  # of the request's grammar, once that is compiled
         self.state: SequenceState = "waiting"
         self.blocked_since: float | None = None
         self.deadline = None if work.deadline is None else now + work.deadline
@@ -128,6 +130,15 @@ class Sequence:
         """Tokens whose KV the sequence holds at most: all of its longest run but the last, which ends it."""
         return self.num_context + max(0, self.work.sampling.max_tokens - len(self.work.generated) // 4 - 1)
 
+    @property
+    def may_draw(self) -> bool:
+        return self.mask is not None or self.work.sampling.grammar is None
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens that may be rows of a step now; the last one draws, and waits for the grammar."""
+        return self.num_tokens - self.num_computed - (0 if self.may_draw else 1)
+
     def append_blocks(self, blocks: list[int]) -> None:
         self._table[self.num_blocks : self.num_blocks + len(blocks)] = blocks
         self.num_blocks += len(blocks)
@@ -153,8 +164,9 @@ class Sequence:
         draw = None
         if end == self.num_tokens:
             draw = Draw.of(
-                self.work.sampling, self.work.choice, self.next_index, self.tokens, self.num_prompt, self.eos_token_ids
-            )
+                self.work.sampling, self.work.choice, self.next_index, self.tokens, self.num_prompt,
+                self.eos_token_ids, self.mask,
+            )  # fmt: skip
         rows = self._tokens[self.num_computed : end]
         return SequenceStep(self.sequence_id, rows, self.num_computed, self.block_table, draw)
 

@@ -20,6 +20,8 @@ from kvferry.wire.messages import MAX_LOGPROBS as MAX_LOGPROBS
 from kvferry.wire.messages import Sampling, TokenArray
 
 BlockTable: TypeAlias = npt.NDArray[np.int32]  # [num_blocks of the sequence]: block ids, by position
+# [ceil(vocab / 32)]: bit t % 32 of word t // 32 says whether token t may be drawn; at least one may.
+MaskWords: TypeAlias = npt.NDArray[np.uint32]
 NO_TOKENS: Final[TokenArray] = np.empty(0, np.uint32)
 
 
@@ -40,6 +42,24 @@ class KVFormat:
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
 
 
+class TokenMask(Protocol):
+    """What a grammar lets a sequence draw next. It may still be in the making, on another thread, while the step's
+    forward pass runs. `kvferry.grammar.mask` implements it."""
+
+    def begin(self) -> None:
+        """`advance` will be called, by another thread; until it has ended `words` waits."""
+
+    def advance(self, generated: TokenArray) -> None:
+        """Make the mask of the draw behind the generated tokens [num_generated]. Never raises."""
+
+    def words(self) -> MaskWords | None:
+        """None: any token may be drawn. Never raises."""
+
+    @property
+    def fault(self) -> str | None:
+        """Why the grammar can't be followed, once `words` has returned: then what was drawn is worth nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Draw:
     """Sample one token after the last row of a sequence's chunk.
@@ -56,6 +76,7 @@ class Draw:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
     banned: tuple[int, ...] = ()  # tokens that must not be drawn
     num_logprobs: int | None = None  # None: no log-probability wanted; n: the drawn token's, and the n best tokens'
+    mask: TokenMask | None = field(default=None, compare=False)  # None: no grammar
 
     @classmethod
     def of(
@@ -66,12 +87,23 @@ class Draw:
         tokens: TokenArray,
         num_prompt: int,
         eos_token_ids: frozenset[int] = frozenset(),
+        mask: TokenMask | None = None,
     ) -> Draw:
         """The draw that a request's sampling asks for at a generated index. `tokens`: prompt and text before it."""
         return cls(
             sampling, choice, index, tokens, num_prompt, sampling.logit_bias,
-            sampling.banned_at(index, eos_token_ids), sampling.num_logprobs,
+            sampling.banned_at(index, eos_token_ids), sampling.num_logprobs, mask,
         )  # fmt: skip
+
+    def allowed(self) -> MaskWords | None:
+        """What `mask` allows without the banned tokens, unless they are all that it allows: the grammar comes first."""
+        words = None if self.mask is None else self.mask.words()
+        if words is None or not self.banned:
+            return words
+        banned = np.asarray(self.banned, np.uint32)
+        kept = words.copy()
+        np.bitwise_and.at(kept, banned >> 5, ~(np.uint32(1) << (banned & 31)))
+        return kept if kept.any() else words
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,11 +71,15 @@ class TokenTexts:
                 continue  # part of a character
         self.escaped: Final[Callable[[int], bytes | None]] = escaped.get
 
-    def stream(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """A detokeniser for one new stream. `skip_special_tokens`: they have no text."""
+    def stream(self, *, skip_special_tokens: bool = True, shown: frozenset[int] = frozenset()) -> Detokenizer:
+        """A detokeniser for one new stream. `skip_special_tokens`: they have no text, but for those in `shown`."""
         if self.byte_level:
-            return ByteDetokenizer(self._bytes, {} if skip_special_tokens else self._special_bytes)
-        return WindowDetokenizer(self._tokenizer, self._byte_tokens, skip_special_tokens)
+            special_bytes = self._special_bytes
+            if skip_special_tokens:
+                special_bytes = {token: special_bytes[token] for token in shown if token in special_bytes}
+            return ByteDetokenizer(self._bytes, special_bytes)
+        hidden = self._tokenizer.special_token_ids - shown if skip_special_tokens else frozenset()
+        return WindowDetokenizer(self._tokenizer, self._byte_tokens, hidden)
 
     def bytes_of(self, token_id: int) -> bytes:
         """What a token stands for by itself, special tokens as they are spelled; b"" for ids without a token."""
@@ -115,12 +119,10 @@ class WindowDetokenizer(Detokenizer):
     the start of a text differently (drops its first space) treats both windows alike.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, byte_tokens: frozenset[int] | None, skip_special_tokens: bool = True
-    ) -> None:
-        """`byte_tokens`: ids of <0x00> to <0xFF>; None if the decoder has no byte fallback."""
+    def __init__(self, tokenizer: Tokenizer, byte_tokens: frozenset[int] | None, hidden: frozenset[int]) -> None:
+        """`byte_tokens`: ids of <0x00> to <0xFF>; None without byte fallback. `hidden`: ids that have no text."""
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+        self._hidden = hidden
         self._byte_tokens = byte_tokens
         self._context: list[int] = []
         self._context_text = ""
@@ -131,9 +133,7 @@ class WindowDetokenizer(Detokenizer):
         return bool(self._held)
 
     def push(self, token_id: int) -> str:
-        if self._skip and token_id in self._tokenizer.special_token_ids:
-            return ""
-        if self._tokenizer.backend.id_to_token(token_id) is None:
+        if token_id in self._hidden or self._tokenizer.backend.id_to_token(token_id) is None:
             return ""
         self._held.append(token_id)
         in_run = self._byte_tokens is not None and token_id in self._byte_tokens
@@ -153,7 +153,7 @@ class WindowDetokenizer(Detokenizer):
         return text
 
     def _new_text(self) -> str:
-        return self._tokenizer.decode(self._context + self._held, self._skip)[len(self._context_text) :]
+        return self._tokenizer.decode(self._context + self._held, skip_special_tokens=False)[len(self._context_text) :]
 
     def _settle(self, in_run: bool) -> None:
         """All is shown. In a run of byte tokens the context is its last character, not a part of it."""
@@ -162,7 +162,7 @@ class WindowDetokenizer(Detokenizer):
         longest = _MAX_CHARACTER_BYTES if in_run else len(shown)
         for length in range(1, min(longest, len(shown)) + 1):
             self._context = shown[-length:]
-            self._context_text = self._tokenizer.decode(self._context, self._skip)
+            self._context_text = self._tokenizer.decode(self._context, skip_special_tokens=False)
             if self._context_text and not (in_run and "\ufffd" in self._context_text):
                 return
 

@@ -147,6 +147,7 @@ _FUNCTIONS: Final[dict[str, tuple[Any, list[Any], bool]]] = {
     "ucp_config_release": (None, [c_void_p], False),
     "ucp_init_version": (c_int, [c_uint, c_uint, POINTER(Params), c_void_p, POINTER(c_void_p)], True),
     "ucp_cleanup": (None, [c_void_p], True),
+    "ucp_context_print_info": (None, [c_void_p, c_void_p], True),
     "ucp_worker_create": (c_int, [c_void_p, POINTER(WorkerParams), POINTER(c_void_p)], True),
     "ucp_worker_destroy": (None, [c_void_p], True),
     "ucp_worker_progress": (c_uint, [c_void_p], True),

@@ -27,6 +27,7 @@ MAX_REPETITION_PENALTY: Final = 100
 MAX_LOGPROBS: Final = 20  # best tokens told beside a drawn one
 MAX_LOGIT_BIAS: Final = 1024  # entries of one request
 MAX_TOKEN_LIST: Final = 1024  # stop tokens, or banned tokens, of one request
+MAX_GRAMMAR_CHARS: Final = 1 << 17  # of a grammar's source
 NUM_PRIORITY_CLASSES: Final = 3
 MAX_RECENT_PULLS: Final = 32  # in one heartbeat
 
@@ -60,6 +61,23 @@ def unpack_tokens(column: bytes) -> TokenArray:
     return np.frombuffer(column, dtype="<u4")
 
 
+GrammarKind = Literal["json", "regex", "choice", "grammar"]
+
+
+class Grammar(Message, frozen=True):
+    """What the text of a choice must be. Each worker follows it from the source and the generated tokens alone.
+
+    json     a JSON Schema
+    regex    a regular expression (Rust's syntax) that the whole text matches
+    choice   a JSON list of the texts that may be
+    grammar  context-free: Lark as llguidance has it, or GBNF
+    """
+
+    kind: GrammarKind
+    source: Annotated[str, Meta(max_length=MAX_GRAMMAR_CHARS)]
+    after: U32 | None = None  # the grammar begins behind the first of this token in the generated text
+
+
 class Sampling(Message, frozen=True):
     """How the tokens of one sequence are drawn and when they end."""
 
@@ -81,6 +99,7 @@ class Sampling(Message, frozen=True):
     stop_token_ids: Annotated[tuple[U32, ...], Meta(max_length=MAX_TOKEN_LIST)] = ()  # end it, beside EOS
     banned: Annotated[tuple[U32, ...], Meta(max_length=MAX_TOKEN_LIST)] = ()  # never drawn
     num_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None  # None: no log-probability wanted
+    grammar: Grammar | None = None  # None: any text
 
     @property
     def penalised(self) -> bool:
@@ -88,15 +107,18 @@ class Sampling(Message, frozen=True):
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
     def is_end(self, token: int, eos_token_ids: frozenset[int]) -> bool:
-        """Whether a drawn token is the last one by what it is."""
-        return (not self.ignore_eos and token in eos_token_ids) or token in self.stop_token_ids
+        """Whether a drawn token is the last one by what it is. A grammar lets EOS be drawn only where it may end."""
+        ends = not self.ignore_eos or self.grammar is not None
+        return (ends and token in eos_token_ids) or token in self.stop_token_ids
 
     def banned_at(self, index: int, eos_token_ids: frozenset[int]) -> tuple[int, ...]:
         """What must not be drawn at a generated index, ends of the choice among it before `min_tokens`."""
-        if index >= self.min_tokens:
+        early = index < self.min_tokens
+        # With a grammar EOS is only kept away while that has anything else: see `Draw.allowed`.
+        no_eos = (early and not self.ignore_eos) if self.grammar is None else (early or self.ignore_eos)
+        if not early and not no_eos:
             return self.banned
-        eos = () if self.ignore_eos else sorted(eos_token_ids)
-        return (*self.banned, *eos, *self.stop_token_ids)
+        return (*self.banned, *(sorted(eos_token_ids) if no_eos else ()), *(self.stop_token_ids if early else ()))
 
 
 class Work(Message, frozen=True):
@@ -223,6 +245,7 @@ EndReason = Literal[
     "prefill_lost",  # the data-plane peer is gone: a failure
     "deadline",  # the request's own deadline passed in a queue
     "error",  # the engine failed on it: a failure
+    "grammar",  # its grammar can't be followed, on no worker: the request ends
 ]
 
 
@@ -289,6 +312,7 @@ class WorkerRecord(Message, frozen=True):
     exact: bool = False  # it runs `exact`: its units stay on its numerics_id
     engine: Name = ""  # what runs the model
     engine_reason: Text = ""  # why that one
+    grammars: bool = False  # it follows grammars
 
 
 WorkerState = Literal["loading", "ready", "draining", "wedged"]

@@ -12,6 +12,7 @@ from kvferry.engine.config import ModelConfig
 from kvferry.engine.native.library import Library, LibraryUnavailable, open_library
 from kvferry.engine.settings import EngineSettings
 from kvferry.errors import SettingError
+from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.log import get_logger
 from kvferry.schedule.step import ModelRunner
 from kvferry.worker.settings import WorkerSettings
@@ -25,6 +26,7 @@ _FLAGS: Final = {"kv_cache_bytes": "--kv-memory-mb"}
 class Loaded:
     runner: ModelRunner
     choice: Choice
+    grammars: GrammarCompiler
 
 
 def load_engine(settings: WorkerSettings) -> Loaded:
@@ -78,11 +80,16 @@ def _load(settings: WorkerSettings, engine: EngineSettings) -> Loaded:
         from kvferry.engine.native.runner import NativeRunner
 
         ready.report("load")
-        return Loaded(NativeRunner(engine, _progress, library), choice)
+        return _loaded(NativeRunner(engine, _progress, library), choice, engine.model_dir)
     from kvferry.engine.torch_runner import TorchRunner
 
     ready.report("load")
-    return Loaded(TorchRunner(engine, _progress), choice)
+    return _loaded(TorchRunner(engine, _progress), choice, engine.model_dir)
+
+
+def _loaded(runner: ModelRunner, choice: Choice, model_dir: Path) -> Loaded:
+    compiler = GrammarCompiler(model_dir / "tokenizer.json", runner.vocab_size, runner.eos_token_ids)
+    return Loaded(runner, choice, compiler)
 
 
 def _progress(share: float) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
+from kvferry.bus.liveness import BEAT_INTERVAL, STALL
 from kvferry.lane import Lane
 from kvferry.log import get_logger
 from kvferry.runtime import now
@@ -32,6 +33,8 @@ class EngineLoop:
         self._lane: Lane = worker.runtime.lane("engine")
         self._work = asyncio.Event()
         self._step_began: float | None = None
+        self._looked_at = 0.0  # at the step under way
+        self._stuck_s = 0.0
 
     def wake(self) -> None:
         """Something changed that may give the engine work."""
@@ -55,12 +58,22 @@ class EngineLoop:
         self._lane.close()
 
     def stuck_s(self, moment: float) -> float:
-        """Seconds since the step that runs began; 0 without one."""
-        return 0.0 if self._step_began is None else moment - self._step_began
+        """Seconds that the step under way has taken; 0 without one. To be asked at every heartbeat.
+
+        Of a time in which this loop itself stood still (SIGSTOP, a suspended machine) only as much counts as passes
+        between two heartbeats: the engine stood still with it.
+        """
+        if self._step_began is None:
+            return 0.0
+        self._stuck_s += min(moment - self._looked_at, BEAT_INTERVAL + STALL)
+        self._looked_at = moment
+        return self._stuck_s
 
     async def _step(self, plan: StepPlan) -> None:
         worker = self._worker
-        began = self._step_began = now()
+        began = self._step_began = self._looked_at = now()
+        self._stuck_s = 0.0
+        worker.grammars.begin(plan)
         try:
             result = await self._lane.run(worker.runner.execute, plan)
         except Exception as error:
@@ -72,6 +85,7 @@ class EngineLoop:
             self._step_began = None
         self._account(plan, result, now() - began)
         emissions = worker.scheduler.finish(plan, result, now())
+        worker.grammars.ended(plan)
         for emission in emissions:
             worker.emit(emission)
         worker.stepped(emissions)

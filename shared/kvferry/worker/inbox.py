@@ -111,7 +111,8 @@ class Inbox:
         if reason is None:
             self._gateways.seen(work.gateway_incarnation, now())  # its silence will free what is kept for it
             worker.outbox.open(work)
-            reason = worker.accept(request, self._sequence(work))
+            sequence = self._sequence(work)
+            reason = worker.accept(request, sequence)
             if reason is not None:
                 worker.outbox.close(work)
         if reason is not None:
@@ -119,6 +120,7 @@ class Inbox:
         older = worker.fences.accept(work)
         if older is not None:
             worker.cancel(older)
+        worker.grammars.accepted(sequence)
         worker.wake()
         return Accepted(work.ticket, work.attempt)
 

@@ -14,6 +14,9 @@ class WorkerMetrics(Metrics):
         self.tokens = self.counter("kvferry_token", "Tokens by kind: prefill rows, drawn tokens", ("kind",))
         self.batch = self.gauge("kvferry_batch_size", "Sequences in the last engine step")
         self.queue = self.gauge("kvferry_queue_depth", "Requests that wait")
+        self.queued_prefill = self.gauge(
+            "kvferry_queued_prefill_seconds", "Until the prompts that wait or are under way are computed, as expected"
+        )
         self.running = self.gauge("kvferry_running_sequences", "Sequences that decode")
         self.blocks = self.gauge("kvferry_kv_blocks", "KV blocks by state", ("state",))
         self.slots = self.gauge("kvferry_staging_slots", "Staging slots by state", ("state",))

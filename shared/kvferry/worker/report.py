@@ -35,6 +35,7 @@ def record(worker: Worker[Any]) -> WorkerRecord:
         exact=worker.runner.exact and worker.settings.exactness != "fast",
         engine=worker.engine,
         engine_reason=worker.engine_reason,
+        grammars=worker.grammars.followed,
     )
 
 
@@ -85,6 +86,8 @@ def refresh_metrics(worker: Worker[Any]) -> None:
     memory, metrics = worker.scheduler.memory, worker.metrics
     metrics.queue.set(worker.scheduler.num_waiting)
     metrics.running.set(worker.scheduler.num_running)
+    rate = worker.scheduler.chunk.tokens_per_s
+    metrics.queued_prefill.set(sum(worker.scheduler.queued_tokens) / rate if rate else 0.0)
     for state, count in memory.ledger.counts().items():
         metrics.blocks.labels(state.value).set(count)
     slots = _slot_counts(worker.slots)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvferry import ready
+from kvferry.advertise import advertised_host
 from kvferry.bus.base import BusSettings, least_payload
 from kvferry.bus.nats import NatsBus
 from kvferry.errors import SettingError
@@ -70,7 +71,7 @@ async def _parts(settings: WorkerSettings, runtime: Runtime, incarnation: int, l
             incarnation=incarnation,
             data_key=settings.data_key_bytes,
             host=settings.host,
-            advertise_host=settings.advertise_host,
+            advertise_host=advertised_host(settings.advertise_host, settings.nats_url),
             port=settings.data_port,
             net_devices=settings.ucx_net_devices,
         ),
@@ -101,6 +102,7 @@ async def _parts(settings: WorkerSettings, runtime: Runtime, incarnation: int, l
         pid=os.getpid(),
         engine=loaded.choice.engine,
         engine_reason=loaded.choice.why,
+        grammars=loaded.grammars,
     )
 
 

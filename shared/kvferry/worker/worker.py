@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Final, Generic, TypeVar
 from kvferry.bus.base import Bus
 from kvferry.bus.liveness import BEAT_INTERVAL
 from kvferry.errors import BusError
+from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.lane import Lane
 from kvferry.log import get_logger
 from kvferry.runtime import Runtime, TaskSet, now
@@ -45,6 +46,7 @@ from kvferry.worker.cache_news import CacheNews
 from kvferry.worker.digests import Digests
 from kvferry.worker.engine_loop import EngineLoop
 from kvferry.worker.fences import Fences
+from kvferry.worker.grammars import Grammars
 from kvferry.worker.inbox import Inbox
 from kvferry.worker.metrics import WorkerMetrics
 from kvferry.worker.outbox import Outbox
@@ -71,6 +73,7 @@ class Parts:
     pid: int
     engine: str = ""
     engine_reason: str = ""
+    grammars: GrammarCompiler | None = None  # None: requests with a grammar end in an error
 
 
 class Worker(ABC, Generic[S]):
@@ -105,6 +108,7 @@ class Worker(ABC, Generic[S]):
         self.engine = parts.engine
         self.engine_reason = parts.engine_reason
         self.fences = Fences()
+        self.grammars = Grammars(self, parts.grammars)
         self.engine_loop = EngineLoop(self)
         self._inbox = Inbox(self)
         self._codecs = Codecs()
@@ -153,6 +157,7 @@ class Worker(ABC, Generic[S]):
         await asyncio.gather(*self._loops, return_exceptions=True)
         await self._inbox.close()
         self.engine_loop.close()
+        self.grammars.close()
         self.scheduler.abandon_step("stopped")  # whose result nobody takes any more
         await self.disconnect()
         await self.transport.close()
@@ -227,7 +232,7 @@ class Worker(ABC, Generic[S]):
                 request_id=item.sequence.work.request_id,
                 attempt=item.sequence.work.attempt,
                 reason=item.reason,
-                detail=item.detail,
+                detail="" if item.reason == "grammar" else item.detail,  # quotes the request
             )
             self._end(item.sequence, item.reason, item.detail)
             self.released(item.sequence, item.reason)

@@ -204,6 +204,27 @@ async def test_an_address_that_is_none_is_a_clear_error() -> None:
             await NatsBus(BusSettings(url, "a", "inbox"), SystemRuntime()).start()
 
 
+async def test_of_several_servers_the_next_one_is_taken_when_one_is_down_or_goes(server: NatsServer) -> None:
+    async with running_nats() as other:
+        nobody = "nats://127.0.0.1:1"
+        account = f"{server.embedded.user}:{server.embedded.password}"
+        mine = server.embedded.url.replace("//", f"//{account}@")
+        theirs = other.embedded.url.replace("//", f"//{other.embedded.user}:{other.embedded.password}@")
+        settings = server.settings("several", url=f"{nobody}, {mine},{theirs}", user="", password="")
+        bus = NatsBus(settings, SystemRuntime())
+        changes = Changes(bus)
+        await bus.start()
+        await server.kill()
+        await changes.until(False)
+        await changes.until(True)
+        assert bus.counters.reconnects == 1
+        await bus.close()
+    bus = NatsBus(server.settings("none", url=f"{nobody},{nobody}"), SystemRuntime())
+    with pytest.raises(BusUnavailable, match=r"127\.0\.0\.1:1"):
+        await bus.start()
+    await bus.close()
+
+
 async def test_an_idle_connection_costs_next_to_nothing(server: NatsServer) -> None:
     bus = NatsBus(server.settings("a"), SystemRuntime())
     await bus.start()

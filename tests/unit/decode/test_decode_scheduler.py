@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from masks import mask_of
 from sequences import BLOCK, assert_all_free, result_of, sequence_of
 
 from kvferry.schedule.memory import KVMemory
 from kvferry.schedule.sequence import Emission, ModelLimits, Sequence
+from kvferry.wire.messages import Grammar, Sampling
 from kvferry_decode.scheduler import DecodeDecision, DecodePolicy, DecodeScheduler
 
 
@@ -72,6 +75,21 @@ def test_a_local_prefill_runs_in_chunks_beside_the_batch() -> None:
         assert decision.plan is not None
         rows.append([len(s.tokens) for s in decision.plan.steps])
     assert rows == [[1, 7], [1, 5]]
+
+
+def test_a_fetched_sequence_waits_for_its_grammar_beside_a_running_batch() -> None:
+    scheduler = scheduler_of()
+    sampling = Sampling(temperature=0.0, max_tokens=8, grammar=Grammar("regex", "a"))
+    waiting, running = sequence_of(4, sampling=sampling), sequence_of(4)
+    pulled(scheduler, waiting)
+    assert step(scheduler)[0].plan is None
+    pulled(scheduler, running)
+    for _ in range(2):
+        _, emissions = step(scheduler)
+        assert [emission.sequence for emission in emissions] == [running]
+    waiting.mask = mask_of(np.ones(32, np.bool_))
+    _, emissions = step(scheduler)
+    assert {emission.sequence for emission in emissions} == {running, waiting}
 
 
 def test_the_end_frees_and_publishes() -> None:

@@ -11,6 +11,7 @@ import pytest
 from checkpoints import SHAPES, VOCAB_SIZE, build
 from hypothesis import given
 from hypothesis import strategies as st
+from masks import mask_of
 
 from kvferry.engine.philox import uniform
 from kvferry.engine.reference import EPSILON, ReferencePass, gap, penalised_gap
@@ -123,6 +124,17 @@ def test_a_penalised_draw_from_logits_moved_by_less_than_epsilon_is_never_accuse
     for index in range(4):
         wanted = Draw(sampling, 0, index, history, 20)
         assert penalised_gap(logits, draw(moved, wanted), wanted) <= epsilon * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_token_beside_the_mask_is_refused_and_one_within_it_judged_among_its_like(temperature: float) -> None:
+    logits = np.asarray([9.0, 1.0, 1.1, -3.0], np.float32)
+    mask = mask_of(np.asarray([False, True, True, False]))
+    for index in range(20):
+        wanted = Draw(Sampling(temperature=temperature, seed=3), 0, index, mask=mask)
+        assert penalised_gap(logits, draw(logits, wanted), wanted) == 0
+        assert penalised_gap(logits, 0, wanted) == penalised_gap(logits, 3, wanted) == math.inf
+    assert penalised_gap(logits, 1, Draw(Sampling(temperature=0), 0, 0, mask=mask)) == pytest.approx(0.1)
 
 
 def test_the_greedy_gap_is_the_distance_to_the_best() -> None:

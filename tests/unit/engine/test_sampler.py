@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from masks import mask_of
 
 from kvferry.engine.philox import uniform24
 from kvferry.engine.sampler import WEIGHT_ONE, draw, find_logprobs, kept, sample, weigh
@@ -196,6 +197,34 @@ def test_a_ban_beats_a_bias_and_a_bias_moves_the_best() -> None:
     assert draw(logits, Draw(greedy, 0, 0, logit_bias=((0, 2.5),))) == 0
     assert draw(logits, Draw(greedy, 0, 0, logit_bias=((2, 100.0),), banned=(2,))) == 1
     assert draw(logits, Draw(greedy, 0, 0, logit_bias=((0, 1.0), (0, 1.5)))) == 0, "a bias given twice adds up"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "logits",
+    [[5, 1, 2, 3], [math.inf, 1, 2, 3], [5, -math.inf, math.nan, -math.inf], [math.nan] * 4, [math.inf] * 4],
+    ids=["whole", "a best outside", "broken where it counts", "nan", "inf"],
+)
+def test_nothing_is_drawn_beside_the_mask_whatever_the_logits(logits: list[float], temperature: float) -> None:
+    mask = mask_of(np.asarray([False, True, True, False]))
+    for index in range(30):
+        wanted = Draw(Sampling(temperature=temperature), 0, index, logit_bias=((0, 100.0),), mask=mask)
+        assert draw(logits_of(*logits), wanted) in (1, 2)
+
+
+def test_a_ban_holds_within_the_mask_unless_it_bans_all_that_the_grammar_allows() -> None:
+    logits, greedy = logits_of(1, 2, 3, 4), Sampling(temperature=0)
+    mask = mask_of(np.asarray([False, True, True, False]))
+    assert draw(logits, Draw(greedy, 0, 0, mask=mask)) == 2
+    assert draw(logits, Draw(greedy, 0, 0, banned=(2, 3), mask=mask)) == 1
+    assert draw(logits, Draw(greedy, 0, 0, banned=(1, 2), mask=mask)) == 2, "the grammar comes first"
+
+
+def test_logprobs_are_not_masked() -> None:
+    logits = logits_of(1, 2, 3, 4)
+    wanted = Draw(Sampling(temperature=0), 0, 0, num_logprobs=2, mask=mask_of(np.asarray([False, True, True, False])))
+    result = sample(logits[None], [wanted])
+    assert (result.tokens, result.logprobs) == ([2], [find_logprobs(logits, 2, 2)])
 
 
 def test_logprobs_are_of_the_raw_logits_with_vllms_rank_and_ties_by_id() -> None:

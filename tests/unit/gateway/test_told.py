@@ -15,6 +15,7 @@ from kvferry.wire.logprobs import TokenLogprobs, pack_logprobs
 from kvferry.wire.messages import LogprobColumns, TokenBatch, pack_tokens
 from kvferry_gateway.attempt import Lost
 from kvferry_gateway.logprobs import LOWEST, ToldToken, chat_logprobs, text_logprobs
+from kvferry_gateway.parsing.parts import Content, Part
 from kvferry_gateway.streams import TextRules, TokenStream
 from kvferry_gateway.told import ToldStream
 
@@ -41,7 +42,8 @@ class ToldDesk(Desk):
         self.stream: ToldStream = ToldStream(texts, stops, 1000, wants_logprobs=True, make_event=self._event)
         self.begin()
 
-    def _event(self, text: str, told: Sequence[ToldToken]) -> bytes:
+    def _event(self, parts: Sequence[Part], told: Sequence[ToldToken]) -> bytes:
+        text = "".join(part.text for part in parts if isinstance(part, Content))
         self.events.append((text, tuple(item.token for item in told)))
         return b"x"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import socket
@@ -12,7 +13,7 @@ import pytest
 
 from kvferry.config import load_settings
 from kvferry.errors import SettingError
-from kvferry_local.plan import Place, programs, ready_message, share_of_cores
+from kvferry_local.plan import Place, Plan, own_cores, ready_message, usable_cores
 from kvferry_local.ports import base_url, claim
 from kvferry_local.process import Program
 from kvferry_local.settings import UpSettings
@@ -24,7 +25,7 @@ def settings(**flags: object) -> UpSettings:
 
 def planned(cores: tuple[int, ...] = (0, 1), ports: tuple[int, ...] = (8000,), **flags: object) -> dict[str, Program]:
     place = Place(Path("/run/dev.json"), Path("/models/m"), "m", ports, cores, "json")
-    return {program.name: program for program in programs(settings(**flags), place)}
+    return {program.name: program for program in Plan(settings(**flags), place).programs()}
 
 
 def flag(program: Program, name: str) -> str | None:
@@ -62,11 +63,49 @@ def test_cores_are_shared_out_over_the_workers_and_every_worker_gets_one() -> No
 
 
 def test_pinned_workers_do_not_overlap_while_there_are_enough_cores() -> None:
-    plan = planned(cores=(2, 3, 6, 7), pin=True)
+    plan = planned(cores=(2, 3, 6, 7), pin="auto")
     assert flag(plan["prefill-0"], "--cpus") == "2,3"
     assert flag(plan["decode-0"], "--cpus") == "6,7"
-    assert flag(planned()["decode-0"], "--cpus") is None
-    assert share_of_cores((5,), 3, 2) == "5"
+    assert flag(planned(pin="off")["decode-0"], "--cpus") is None
+
+
+def test_nobody_is_pinned_where_the_cores_do_not_suffice_for_all() -> None:
+    plan = planned(cores=(2, 3, 6), threads=2, pin="auto")
+    assert [flag(plan[name], "--cpus") for name in ("prefill-0", "decode-0")] == [None, None]
+    assert own_cores((0, 1, 2), 1, 2) is None  # one that was added later, say
+
+
+def test_threads_of_one_physical_core_go_to_one_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two sockets of two cores, each of two threads, numbered as Linux does it: all first threads come first.
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)))
+    for cpu in range(8):
+        topology = tmp_path / f"cpu{cpu}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "physical_package_id").write_text(f"{cpu % 2}\n")
+        (topology / "core_id").write_text(f"{cpu % 4 // 2}\n")
+    cores = usable_cores(tmp_path)
+    assert cores == (0, 4, 2, 6, 1, 5, 3, 7)
+    assert own_cores(cores, 0, 2) == "0,4"
+    assert own_cores(cores, 1, 4) == "1,3,5,7"
+    assert usable_cores(tmp_path / "nothing") == tuple(range(8))
+
+
+def test_a_worker_that_is_added_is_like_the_others_and_has_cores_of_its_own() -> None:
+    place = Place(Path("/run/dev.json"), Path("/models/m"), "m", (8000,), tuple(range(6)), "json")
+    plan = Plan(settings(threads=1, pin="auto"), place)
+    first = {program.name: program for program in plan.programs()}
+    added = [plan.worker("decode", 1), plan.worker("prefill", 1), plan.worker("decode", 2)]
+    seats = [flag(program, "--cpus") for program in (first["prefill-0"], first["decode-0"], *added)]
+    assert len(set(seats)) == len(seats)
+
+    def without_own(program: Program) -> list[str]:
+        words = list(program.command)
+        for name in ("--name", "--cpus"):
+            del words[words.index(name) + 1]
+        return words
+
+    assert added[0].name == "decode-1"
+    assert without_own(added[0]) == without_own(first["decode-0"])
 
 
 def test_settings_of_the_gateway_reach_the_gateways_alone() -> None:

@@ -12,15 +12,18 @@ from kvferry_local.supervision import (
     FIRST_BACKOFF_S,
     MAX_BACKOFF_S,
     STEADY_S,
+    Added,
     AllReady,
     Announce,
     Event,
     Exited,
     Failed,
     Finished,
+    Gone,
     Identified,
     Ready,
     Restarting,
+    Retire,
     Role,
     Send,
     Start,
@@ -174,10 +177,63 @@ def test_a_child_in_backoff_is_not_started_once_stop_is_asked() -> None:
     assert supervision.handle(Tick(), 60.0) == [Send("gateway-0", signal.SIGKILL)]
 
 
+def test_a_child_that_was_added_starts_and_one_that_was_retired_drains_for_as_long_as_it_takes() -> None:
+    supervision = ready()
+    assert supervision.handle(Added("decode-1", "decode"), 5.0) == [Start("decode-1")]
+    assert supervision.handle(Ready("decode-1"), 6.0) == []
+    supervision.handle(Identified("decode-1", 8), 6.0)
+    assert supervision.handle(Retire("decode-1"), 7.0) == [Send("decode-1", signal.SIGTERM)]
+    assert supervision.handle(Retire("decode-1"), 8.0) == []
+    assert supervision.deadline is None, "no SIGKILL is planned"
+    assert supervision.handle(Tick(), 1e6) == []
+    assert supervision.handle(Exited("decode-1", 0), 1e6) == [
+        Announce("decode-1", "decode", 8, "stopped"),
+        Gone("decode-1"),
+    ]
+    assert "decode-1" not in supervision.phases()
+    assert supervision.handle(Added("decode-1", "decode"), 1e6) == [Start("decode-1")]
+
+
+def test_a_child_that_was_added_and_cannot_start_does_not_end_the_stack() -> None:
+    supervision = ready()
+    supervision.handle(Added("decode-1", "decode"), 5.0)
+    assert supervision.handle(Exited("decode-1", 2), 5.5) == [
+        Restarting("decode-1", "crashed", 2, 0.0),
+        Start("decode-1"),
+    ]
+    supervision.handle(Exited("decode-1", 2), 6.0)
+    assert supervision.phases()["decode-1"] == "backoff"
+    assert supervision.handle(Retire("decode-1"), 6.1) == [Gone("decode-1")]
+    assert supervision.deadline is None
+
+
+def test_a_stack_that_stops_takes_its_retiring_children_along_and_adds_none() -> None:
+    supervision = ready()
+    supervision.handle(Added("decode-1", "decode"), 5.0)
+    supervision.handle(Retire("decode-1"), 6.0)
+    assert supervision.handle(StopAsked(), 7.0) == [Send("gateway-0", signal.SIGTERM)]
+    assert supervision.handle(Added("decode-2", "decode"), 7.1) == [Gone("decode-2")]
+    assert supervision.handle(Retire("prefill-0"), 7.2) == []
+    assert supervision.handle(Exited("gateway-0", 0), 8.0) == [
+        Send("decode-0", signal.SIGTERM),
+        Send("decode-1", signal.SIGTERM),
+    ]
+
+
+def test_a_stack_is_ready_without_the_child_that_it_no_longer_waits_for() -> None:
+    supervision = started()
+    supervision.handle(Ready("decode-0"), 1.0)
+    supervision.handle(Ready("gateway-0"), 1.0)
+    supervision.handle(Retire("prefill-0"), 2.0)
+    assert supervision.handle(Exited("prefill-0", 0), 3.0) == [Gone("prefill-0"), AllReady()]
+
+
 EVENTS = st.one_of(
     st.builds(Exited, st.sampled_from([name for name, _ in CHILDREN]), st.sampled_from([0, 1, 2, -9, -11, -15])),
     st.builds(Ready, st.sampled_from([name for name, _ in CHILDREN])),
     st.builds(Identified, st.sampled_from([name for name, _ in CHILDREN]), st.integers(0, 3)),
+    st.builds(Added, st.sampled_from(["decode-1", "prefill-1"]), st.just("decode")),
+    st.builds(Retire, st.sampled_from(["decode-0", "decode-1", "prefill-0", "prefill-1"])),
     st.just(StopAsked()),
     st.just(Tick()),
 )
@@ -188,6 +244,7 @@ def test_no_child_runs_twice_and_a_stop_always_ends(steps: list[tuple[Event, flo
     """Against a model of the processes: started once, ended once, and nothing left after Finished."""
     supervision = Supervision(CHILDREN, GRACE)
     running: set[str] = set()
+    known = {name for name, _ in CHILDREN}
     finished = False
     now = 0.0
 
@@ -199,6 +256,9 @@ def test_no_child_runs_twice_and_a_stop_always_ends(steps: list[tuple[Event, flo
                 case Start(name):
                     assert name not in running
                     running.add(name)
+                case Gone(name):
+                    assert name not in running
+                    known.remove(name)
                 case Finished():
                     assert not running
                     finished = True
@@ -216,13 +276,17 @@ def test_no_child_runs_twice_and_a_stop_always_ends(steps: list[tuple[Event, flo
         match event:
             case Exited(name, returncode):
                 exit_of(name, returncode)
-            case Ready(name) if name not in running:
+            case Ready(name) | Identified(name) if name not in running:
                 pass
+            case Added(name):
+                if name not in known:
+                    known.add(name)
+                    perform(supervision.handle(event, now))
             case _:
                 perform(supervision.handle(event, now))
     if not finished:
         perform(supervision.handle(StopAsked(), now))
-        for _ in range(2 * len(CHILDREN)):
+        for _ in range(2 * len(known)):
             for name in sorted(running):
                 exit_of(name, 0)
         assert finished

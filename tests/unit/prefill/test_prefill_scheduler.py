@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
+from masks import mask_of
 from sequences import BLOCK, assert_all_free, result_of, sequence_of
 
+from kvferry.schedule.chunk import STEP_TARGET_S
 from kvferry.schedule.memory import KVMemory
 from kvferry.schedule.sequence import ModelLimits
+from kvferry.schedule.step import StepPlan
+from kvferry.wire.messages import Grammar, Sampling
 from kvferry_prefill.scheduler import PrefillPolicy, PrefillScheduler
 
 LEASE = 30.0
@@ -36,6 +41,48 @@ def test_a_prompt_is_computed_in_chunks_and_then_held_with_its_first_token() -> 
     assert scheduler.first_tokens == {sequence.key: 5}
     scheduler.cancel(sequence.key)
     assert_all_free(scheduler.memory)
+
+
+def test_steps_of_a_slow_engine_stay_near_their_target_while_the_context_grows() -> None:
+    length, per_row = 8000, 0.001  # seconds; as much again for every 2,000 positions of context
+
+    def seconds_of(plan: StepPlan) -> float:
+        return sum(per_row * len(part.tokens) * (1 + (part.start + len(part.tokens) / 2) / 2000) for part in plan.steps)
+
+    policy = PrefillPolicy(max_waiting=4, max_num_batched_tokens=512, overtake_s=0.5, lease_s=LEASE)
+    scheduler = PrefillScheduler(KVMemory(length // 2, BLOCK), ModelLimits(length + 10, frozenset({2})), policy)
+    short, long = sequence_of(700, max_model_len=length + 10), sequence_of(length, max_model_len=length + 10)
+    scheduler.add(short)
+    taken: list[float] = []
+    rows: list[int] = []
+    while not scheduler.first_tokens or long.state != "held":
+        plan = scheduler.plan(0.0).plan
+        assert plan is not None
+        taken.append(seconds_of(plan))
+        rows.append(plan.num_tokens)
+        scheduler.finish(plan, result_of(plan, seconds=taken[-1]), 0.0)
+        if short.state == "held" and long.key not in scheduler.sequences:
+            scheduler.add(long)
+    assert max(taken) < 1.35 * STEP_TARGET_S
+    assert sorted(taken)[len(taken) // 5] > 0.7 * STEP_TARGET_S, "steps are no shorter than they need be"
+    assert max(rows) > 3 * rows[-2], "the chunk follows the context"
+
+
+def test_a_prompt_is_computed_while_its_grammar_is_compiled_but_not_drawn_from() -> None:
+    scheduler = scheduler_of(rows=8)
+    sampling = Sampling(temperature=0.0, max_tokens=8, grammar=Grammar("regex", "a"))
+    waiting, other = sequence_of(10, sampling=sampling), sequence_of(4)
+    scheduler.add(waiting)
+    assert [step(scheduler)[0].plan.num_tokens for _ in range(2)] == [8, 1]
+    assert step(scheduler)[0].plan is None, "the last row would draw"
+    scheduler.add(other)
+    decision, _ = step(scheduler)
+    assert [part.sequence_id for part in decision.plan.steps] == [other.sequence_id], "it holds nobody up"
+    waiting.mask = mask_of(np.ones(32, np.bool_))
+    decision, emissions = step(scheduler)
+    assert decision.plan.num_tokens == 1
+    assert decision.plan.steps[0].draw.mask is waiting.mask
+    assert [emission.sequence for emission in emissions] == [waiting]
 
 
 def test_a_first_token_that_ends_the_sequence_is_never_held() -> None:

@@ -35,7 +35,22 @@ WORK = messages.Work(
     prompt=pack_tokens([1, 2, 49151]),
     generated=pack_tokens([3]),
     sampling=messages.Sampling(
-        0.7, 0.9, 40, 0.05, (1 << 64) - 1, 128, True, -0.5, 1.5, 1.25, ((5, -100.0), (6, 2.5)), 3, (7, 8), (9,), 20
+        0.7,
+        0.9,
+        40,
+        0.05,
+        (1 << 64) - 1,
+        128,
+        True,
+        -0.5,
+        1.5,
+        1.25,
+        ((5, -100.0), (6, 2.5)),
+        3,
+        (7, 8),
+        (9,),
+        20,
+        messages.Grammar("json", '{"type": "object", "title": "é"}', 5),
     ),
     priority=-1,
     arrival=1234.5,
@@ -64,6 +79,7 @@ RECORD = messages.WorkerRecord(
     exact=True,
     engine="native",
     engine_reason="asked for",
+    grammars=True,
 )
 LOAD = messages.Load(1, 2, 3, 4, 1500.5, 0.0125, 99, 12, (0, 1, 2), ((0xBB, 1 << 20, 0.5),))
 HELD = messages.Held(5, "running", 17)
@@ -120,10 +136,11 @@ FLOW: list[Message] = [
 MANIFESTS: list[Message] = [flow.Manifest(4, "kv-1", TICKET, TICKET[::-1], ((0, 42), (1, 43)), 16, 0.004, LOGPROBS)]
 
 
+BEFORE_GRAMMARS = msgspec.structs.replace(WORK, sampling=msgspec.structs.replace(WORK.sampling, grammar=None))
 BEFORE_LOGIT_BIAS = msgspec.structs.replace(
-    WORK,
+    BEFORE_GRAMMARS,
     sampling=msgspec.structs.replace(
-        WORK.sampling, logit_bias=(), min_tokens=0, stop_token_ids=(), banned=(), num_logprobs=None
+        BEFORE_GRAMMARS.sampling, logit_bias=(), min_tokens=0, stop_token_ids=(), banned=(), num_logprobs=None
     ),
 )
 BEFORE_PENALTIES = msgspec.structs.replace(
@@ -137,7 +154,8 @@ BEFORE_LOGPROBS = (
     msgspec.structs.replace(MANIFESTS[0], logprobs=None),
 )
 BEFORE_CACHE_NEWS = msgspec.structs.replace(LOAD, cache_seq=0, queued_tokens=(), pulls=())
-BEFORE_EXACT = msgspec.structs.replace(RECORD, exact=False, engine="", engine_reason="")
+RECORD_BEFORE_GRAMMARS = msgspec.structs.replace(RECORD, grammars=False)
+BEFORE_EXACT = msgspec.structs.replace(RECORD_BEFORE_GRAMMARS, exact=False, engine="", engine_reason="")
 OLDER: dict[str, tuple[Codec[Any], Message]] = {  # what senders of version 1 wrote before a field was appended
     "PrefillRequest before penalties": (messages.Codecs().to_worker, messages.PrefillRequest(BEFORE_PENALTIES)),
     "DecodeRequest before penalties": (messages.Codecs().to_worker, messages.DecodeRequest(BEFORE_PENALTIES, ADDRESS)),
@@ -156,7 +174,17 @@ OLDER: dict[str, tuple[Codec[Any], Message]] = {  # what senders of version 1 wr
     ),
     "Heartbeat before cache news": (
         messages.Codecs().beat,
-        messages.Heartbeat(8, "ready", RECORD, BEFORE_CACHE_NEWS, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD,)}),
+        messages.Heartbeat(
+            8, "ready", RECORD_BEFORE_GRAMMARS, BEFORE_CACHE_NEWS, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD,)}
+        ),
+    ),
+    "PrefillRequest before grammars": (messages.Codecs().to_worker, messages.PrefillRequest(BEFORE_GRAMMARS)),
+    "DecodeRequest before grammars": (messages.Codecs().to_worker, messages.DecodeRequest(BEFORE_GRAMMARS, ADDRESS)),
+    "Heartbeat before grammars": (
+        messages.Codecs().beat,
+        messages.Heartbeat(
+            8, "ready", RECORD_BEFORE_GRAMMARS, LOAD, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD,)}
+        ),
     ),
 }
 

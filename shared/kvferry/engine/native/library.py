@@ -17,7 +17,7 @@ from kvferry.cache import cache_dir
 from kvferry.engine.native.build import PACKAGED, BuildError, build_cached, packaged_name
 from kvferry.engine.native.cpu import cpu_flags, isas_to_try
 
-ABI: Final = 1  # KVF_ABI
+ABI: Final = 2  # KVF_ABI
 PAGE_TOKENS: Final = 16  # KVF_PAGE_TOKENS: block sizes are multiples of it
 OUT_OF_MEMORY: Final = -5  # KVF_E_MEMORY
 

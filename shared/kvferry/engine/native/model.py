@@ -52,6 +52,16 @@ class NativeModel:
         self._cache = np.frombuffer(mapped_memory(size), np.uint8)
         self._library.call(self._c.kvf_model_set_cache, self._handle, address(self._cache), num_blocks)
 
+    @property
+    def handle(self) -> int | None:
+        """The `kvf_model`; None when it is closed."""
+        return self._handle
+
+    @property
+    def weight_bytes(self) -> int:
+        size: int = self._c.kvf_model_weight_bytes(self._handle)
+        return size
+
     def step(self, steps: Sequence[SequenceStep], wanted: Sequence[Wanted], logits: Floats) -> None:
         """One engine step; `logits` [wanted rows, vocab] is filled."""
         if not steps:

@@ -68,7 +68,7 @@ class NativeRunner:
         self._num_blocks = resolved_num_blocks(settings, self._kv_format)
         self._limits = Limits(self._kv_format, self._num_blocks, self._max_model_len, config.vocab_size)
         self._model = NativeModel(self._library, _shape(settings, config, self._max_model_len), config)
-        self._sampler = NativeSampler(self._library.c, config.vocab_size)
+        self._sampler = NativeSampler(self._library.c, config.vocab_size, self._model.handle)
         self._logits = np.empty((0, config.vocab_size), np.float32)
         try:
             with open_checkpoint(settings.model_dir, expected_shapes(config)) as checkpoint:
@@ -103,6 +103,11 @@ class NativeRunner:
     @property
     def eos_token_ids(self) -> frozenset[int]:
         return self.config.eos_token_ids
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the packed weights. The head of a tied model is its embedding: there is no second copy."""
+        return self._model.weight_bytes
 
     def execute(self, plan: StepPlan) -> StepResult:
         started = blocking_clock()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -16,7 +17,7 @@ from kvferry.schedule.step import MAX_LOGPROBS, Draw, Logprobs
 _ALIGNMENT: Final = 64
 _MAX_TOP_K: Final = (1 << 31) - 1  # beyond every vocabulary
 # `kvf_draw` of sample.h, whose fields lie without gaps.
-_DRAW: Final = struct.Struct("<ddd Q II i fff Q ii QQ ii Q ii")
+_DRAW: Final = struct.Struct("<ddd Q II i fff Q ii QQ ii Q ii Q")
 _BIAS: Final = np.dtype([("token", "<u4"), ("bias", "<f4")])
 _LOGPROBS: Final = np.dtype(
     [
@@ -27,10 +28,13 @@ _LOGPROBS: Final = np.dtype(
 
 
 class NativeSampler:
-    """Draws from rows of one vocabulary size. Owns its scratch memory: one call at a time."""
+    """Draws from rows of one vocabulary size: one call at a time."""
 
-    def __init__(self, library: ctypes.CDLL, vocab_size: int) -> None:
-        """Raises RuntimeError for a vocabulary that the library does not take."""
+    def __init__(self, library: ctypes.CDLL, vocab_size: int, model: int | None = None) -> None:
+        """With a `kvf_model` its threads share the rows, and its steps and these draws take turns.
+
+        Raises RuntimeError for a vocabulary that the library does not take.
+        """
         library.kvf_sample_scratch_bytes.argtypes = [ctypes.c_int32]
         library.kvf_sample_scratch_bytes.restype = ctypes.c_uint64
         library.kvf_sample.argtypes = [
@@ -40,10 +44,20 @@ class NativeSampler:
         num_bytes = library.kvf_sample_scratch_bytes(vocab_size)
         if not num_bytes:
             raise RuntimeError(f"a vocabulary of {vocab_size} tokens is out of bounds")
-        self._call = library.kvf_sample
         self._vocab_size = vocab_size
-        self._scratch = np.empty(num_bytes + _ALIGNMENT, np.uint8)
-        self._scratch_address = -(-_address(self._scratch) // _ALIGNMENT) * _ALIGNMENT
+        self._call: Callable[[int, int, int, int], int]  # logits, number of draws, draws, tokens -> error
+        if model is None:
+            self._scratch = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+            where = -(-_address(self._scratch) // _ALIGNMENT) * _ALIGNMENT
+            self._call = lambda logits, count, draws, tokens: library.kvf_sample(
+                logits, count, vocab_size, draws, where, tokens
+            )
+        else:
+            library.kvf_model_sample.argtypes = [
+                ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p,
+            ]  # fmt: skip
+            library.kvf_model_sample.restype = ctypes.c_int32
+            self._call = partial(library.kvf_model_sample, model)
 
     def sample(self, logits: npt.NDArray[np.float32], draws: Sequence[Draw]) -> Drawn:
         """One token for each row of `logits` [draws, vocab], contiguous, left as they are.
@@ -61,11 +75,8 @@ class NativeSampler:
         out = dict(zip(wanted, range(_address(logprobs), 1 << 64, _LOGPROBS.itemsize), strict=False))
         alive: list[npt.NDArray[np.generic]] = []  # what the fields point at
         for row, draw in enumerate(draws):
-            _pack(fields, row, draw, out.get(row, 0), alive)
-        error = self._call(
-            _address(logits), len(draws), self._vocab_size, _address(np.frombuffer(fields, np.uint8)),
-            self._scratch_address, _address(tokens),
-        )  # fmt: skip
+            _pack(fields, row, draw, self._vocab_size, out.get(row, 0), alive)
+        error = self._call(_address(logits), len(draws), _address(np.frombuffer(fields, np.uint8)), _address(tokens))
         if error:
             raise RuntimeError(f"kvf_sample: error {error}")
         found: list[Logprobs | None] = [None] * len(draws)
@@ -74,10 +85,12 @@ class NativeSampler:
         return Drawn(tokens.tolist(), found)
 
 
-def _pack(fields: bytearray, row: int, draw: Draw, logprobs: int, alive: list[npt.NDArray[np.generic]]) -> None:
+def _pack(
+    fields: bytearray, row: int, draw: Draw, vocab_size: int, logprobs: int, alive: list[npt.NDArray[np.generic]]
+) -> None:
     """Write the `kvf_draw` of a row. Arrays that it points at are added to `alive`."""
     sampling = draw.sampling
-    tokens = biases = banned = 0
+    tokens = biases = banned = num_banned = allowed = 0
     if sampling.penalised:
         history = np.ascontiguousarray(draw.tokens, np.uint32)
         alive.append(history)
@@ -86,16 +99,21 @@ def _pack(fields: bytearray, row: int, draw: Draw, logprobs: int, alive: list[np
         pairs = np.array(list(draw.logit_bias), _BIAS)
         alive.append(pairs)
         biases = _address(pairs)
-    if draw.banned:
+    if (words := draw.allowed()) is not None:  # bans are among what it leaves out
+        if words.shape != (-(-vocab_size // 32),) or words.dtype != np.uint32 or not words.flags.c_contiguous:
+            raise RuntimeError(f"a mask of shape {words.shape} and type {words.dtype} for {vocab_size} tokens")
+        alive.append(words)
+        allowed = _address(words)
+    elif draw.banned:
         ids = np.array(draw.banned, np.uint32)
         alive.append(ids)
-        banned = _address(ids)
+        banned, num_banned = _address(ids), len(ids)
     _DRAW.pack_into(
         fields, row * _DRAW.size,
         sampling.temperature, sampling.top_p, sampling.min_p, sampling.seed, draw.choice, draw.index,
         min(sampling.top_k, _MAX_TOP_K), sampling.presence_penalty, sampling.frequency_penalty,
         sampling.repetition_penalty, tokens, len(draw.tokens), draw.num_prompt, biases, banned,
-        len(draw.logit_bias), len(draw.banned), logprobs, draw.num_logprobs or 0, 0,
+        len(draw.logit_bias), num_banned, logprobs, draw.num_logprobs or 0, 0, allowed,
     )  # fmt: skip
 
 

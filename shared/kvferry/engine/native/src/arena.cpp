@@ -10,7 +10,8 @@ namespace kvferry {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-// A model's matrices share mappings, so that those smaller than a huge page lie in one too. Untouched ends cost nothing.
+// A model's matrices share mappings, so that those smaller than a huge page lie in one too. What is not touched costs
+// nothing.
 constexpr size_t kMapping = size_t{64} << 20;
 
 size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }

@@ -8,8 +8,6 @@
 namespace kvferry {
 namespace {
 
-static_assert(Isa::kMaxRows <= 8, "attention_scratch_bytes must stay below Threads::kScratchBytes");
-
 int num_tiles(const Segment& segment, int group) { return (segment.rows * group + Isa::kMaxRows - 1) / Isa::kMaxRows; }
 
 // Steps times rows of one tile.

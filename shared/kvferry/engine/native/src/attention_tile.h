@@ -23,7 +23,4 @@ using AttendTile = void (*)(const AttentionTile& tile, std::byte* scratch);
 // For 1 .. Isa::kMaxRows rows.
 AttendTile attend_tile(int rows);
 
-// Bytes of scratch memory that a tile needs at most, aligned to 64.
-size_t attention_scratch_bytes(int padded_dim);
-
 }  // namespace kvferry

@@ -11,7 +11,8 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargestLogit = 1e30f;
 // 2^f - 1 = f * (c0 + f * (c1 + ...)) on [-0.5, 0.5], minimax, relative error below 2e-9 before rounding.
-constexpr float kExp2[] = {0x1.62e430p-1f, 0x1.ebfbdcp-3f, 0x1.c6aee8p-5f, 0x1.3b2d4cp-7f, 0x1.5f3e54p-10f, 0x1.41fbbcp-13f};
+constexpr float kExp2[] = {0x1.62e430p-1f, 0x1.ebfbdcp-3f,  0x1.c6aee8p-5f,
+                           0x1.3b2d4cp-7f, 0x1.5f3e54p-10f, 0x1.41fbbcp-13f};
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, ties to even
 constexpr float kLowestExponent = -33.0f;  // weighs 0
 

@@ -131,8 +131,8 @@ void compute(const Product& product, Range rows, Range units, std::byte* scratch
   }
 }
 
-// Whether threads divide the rows rather than the panels: only where that balances better, as each thread then reads all
-// weights.
+// Whether threads divide the rows rather than the panels: only where that balances better, as each thread then reads
+// all weights.
 bool splits_rows(int rows, int tile_rows, int units, int threads) {
   const int tiles = (rows + tile_rows - 1) / tile_rows;
   const auto most = [&](int count) { return (count + threads - 1) / threads; };

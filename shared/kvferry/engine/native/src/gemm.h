@@ -1,7 +1,7 @@
 // y = epilogue(x W^T + b) over packed weights.
 //
-// One output is one sequential chain over k: its bits depend on its row of x alone, not on the number of rows, the split
-// into calls or the number of threads.
+// One output is one sequential chain over k: its bits depend on its row of x alone, not on the number of rows, the
+// split into calls or the number of threads.
 //
 // What callers keep:
 //   x     rows begin at x + row * ldx; ldx >= k rounded up to 2 (int8: k itself is enough). If k is odd, the value at
@@ -10,8 +10,8 @@
 //         written, padding never. y must not overlap x, except that AddResidual reads and writes y itself.
 //   No alignment is asked for; 64-byte aligned rows are fastest.
 //   threads   all threads of the pool call `linear` with the same arguments and their own index, inside a run. The work
-//         is split over outputs; there is no barrier in it: put one before y is read, x is overwritten, or (if y is one of
-//         the next stage's inputs) the next stage begins.
+//         is split over outputs; there is no barrier in it: put one before y is read, x is overwritten, or (if y is one
+//         of the next stage's inputs) the next stage begins.
 #pragma once
 
 #include "epilogue.h"

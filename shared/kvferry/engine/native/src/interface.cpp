@@ -7,6 +7,7 @@
 #include <system_error>
 
 #include "batch.h"
+#include "draw_rows.h"
 #include "isa.h"
 #include "kvferry.h"
 #include "model.h"
@@ -106,7 +107,8 @@ uint64_t kvf_model_weight_bytes(const kvf_model* model) { return model == nullpt
 
 uint64_t kvf_model_workspace_bytes(const kvf_model* model) {
   if (model == nullptr) return 0;
-  return model->workspace.bytes() + static_cast<uint64_t>(model->threads.count()) * kvferry::Threads::kScratchBytes;
+  return model->workspace.bytes() + static_cast<uint64_t>(model->threads.count()) * kvferry::Threads::kScratchBytes +
+         model->sampling.size() * kvf_sample_scratch_bytes(model->shape.vocab_size);
 }
 
 uint64_t kvf_cache_bytes(const kvf_shape* shape, int32_t num_blocks) {
@@ -162,6 +164,30 @@ int32_t kvf_copy_blocks(const kvf_model* model, const int32_t* pairs, int32_t co
   }
   for (int64_t i = 0; i < count; ++i) model->pages.copy_block(pairs[2 * i], pairs[2 * i + 1]);
   return KVF_OK;
+}
+
+int32_t kvf_model_sample(kvf_model* model, const float* logits, int32_t num_draws, const kvf_draw* draws,
+                         uint32_t* tokens) {
+  if (model == nullptr) return KVF_E_ARGUMENT;
+  return guarded([&]() -> int32_t {
+    const int32_t vocab_size = model->shape.vocab_size;
+    const int32_t error = kvferry::check_draws(logits, num_draws, vocab_size, draws, tokens);
+    if (error != KVF_OK || num_draws == 0) return error;
+    const auto count = static_cast<size_t>(model->threads.count());
+    while (model->sampling.size() < count) {
+      model->sampling.push_back(kvferry::make_aligned<std::byte>(kvf_sample_scratch_bytes(vocab_size)));
+    }
+    const auto draw = [&](int thread, kvferry::Range rows) {
+      kvferry::draw_rows(logits, rows.begin, rows.end, vocab_size, draws,
+                         model->sampling[static_cast<size_t>(thread)].get(), tokens);
+    };
+    if (num_draws < 2 * model->threads.count()) {  // to wake the others takes as long as a few draws
+      draw(0, {0, num_draws});
+    } else {
+      model->threads.run([&](int thread) { draw(thread, kvferry::split(num_draws, model->threads.count(), thread)); });
+    }
+    return KVF_OK;
+  });
 }
 
 int32_t kvf_model_profile(kvf_model* model, double* seconds) {

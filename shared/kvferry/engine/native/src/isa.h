@@ -10,20 +10,20 @@
 //   kDotsPairs            dot2 is one instruction (else low(), high() and two multiply-adds)
 //   F, P, I               W fp32 · W pairs of bf16 (low half first) · W int32 (or W groups of four bytes)
 //
-//   F  zero() set1(float) load(const float*) load_n(const float*, n)        n of W lanes, the others 0, memory beyond untouched
+//   F  zero() set1(float) load(const float*) load_n(const float*, n)    n of W lanes read, the others 0
 //      load_bf16(const bf16*) load_bf16_n(const bf16*, n)
 //   void store(float*, F) store_n(float*, F, n) store_bf16(bf16*, F) store_bf16_n(bf16*, F, n)
-//   F  add sub mul div max min(F, F)    fma(F a, F b, F c) = a * b + c (fused on x86, two roundings in the portable build)
+//   F  add sub mul div max min(F, F)  fma(F a, F b, F c) = a * b + c, fused on x86, rounded twice in the portable build
 //   F  round_bf16(F)                    to bf16 (ties to even) and back
 //   F  blend_n(F a, F b, n)             lanes below n from a, the others from b
 //   F  power_of_two(F n)                2^n, n a whole number in [-126, 127]
 //   float hsum(F) hmax(F)               by halves: lane i with lane i + W/2, then W/4, ...
 //   P  load_pairs(const bf16*) broadcast_pair(const bf16*)        2W values · two values into every lane
-//   P  keep_pairs_n(P, n)               pairs from lane n on become zero;  P keep_low(P): the high half of each pair does
+//   P  keep_pairs_n(P, n) keep_low(P)   pairs from lane n on become zero · the high half of each pair does
 //   void store_pairs(bf16*, P)
 //   F  low(P) high(P)                   the first, the second value of each pair
 //   F  dot2(F acc, P a, P b)            acc + a.low * b.low + a.high * b.high
-//   I  set1_int(int32_t) load_bytes(const void*) broadcast_bytes(const void*)      4W bytes · four bytes into every lane
+//   I  set1_int(int32_t) load_bytes(const void*) broadcast_bytes(const void*)     4W bytes · four bytes into every lane
 //   I  dot4(I acc, I u8, I s8)          acc + the four products of unsigned by signed bytes, without saturation, exact
 //   F  to_float(I)
 //   void stream(void* line, P)          a whole aligned cache line past the caches, if kStreamsLines; else a store

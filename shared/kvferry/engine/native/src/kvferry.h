@@ -22,11 +22,12 @@
 
 #define KVF_API __attribute__((visibility("default")))
 
-#define KVF_ABI 1 /* of every struct and signature in this file */
+#define KVF_ABI 2 /* of every struct and signature in this file and in sample.h */
 
 /* Bounds of what is accepted. */
 #define KVF_MAX_LAYERS 1024
-#define KVF_MAX_DIMENSION (1 << 22) /* hidden, intermediate, heads * head_dim, vocabulary */
+#define KVF_MAX_WIDTH (1 << 16)     /* hidden, intermediate, heads * head_dim: what a linear layer sums over */
+#define KVF_MAX_DIMENSION (1 << 22) /* vocabulary */
 #define KVF_MAX_HEAD_DIM 512
 #define KVF_MAX_LEN (1 << 20) /* positions */
 #define KVF_MAX_BLOCK_SIZE 4096

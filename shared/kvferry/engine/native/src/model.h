@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "aligned.h"
 #include "arena.h"
 #include "batch.h"
 #include "pack.h"
@@ -51,6 +52,7 @@ class Model {
 
   Pages pages;  // without blocks until the cache is set
   Workspace workspace;
+  std::vector<Aligned<std::byte>> sampling;  // scratch memory of each thread, made by the first draws
   Batch batch;
   Stages stages;
 

@@ -19,6 +19,10 @@ size_t row_place(int row, int pair, size_t stride) {
   return static_cast<size_t>(row) * stride + static_cast<size_t>(pair) * kPair;
 }
 
+// A line that is read soon, into the second cache: see pages.h. The first has too few outstanding misses to wait for
+// memory.
+[[gnu::always_inline]] inline void fetch(const std::byte* line) { __builtin_prefetch(line, 0, 2); }
+
 template <Stores kStores, typename V>
 [[gnu::always_inline]] inline void put(std::byte* to, const V& vector) {
   if constexpr (kStores == Stores::Streamed && Isa::kStreamsLines) {
@@ -28,29 +32,41 @@ template <Stores kStores, typename V>
   }
 }
 
+using WholeSquare = std::integral_constant<int, kWords>;
+using HalfSquare = std::integral_constant<int, kWords / 2>;  // what is left of head size 80
+
 // A square of a page of keys: kWords positions of `width` pairs of dimensions, as rows and back. Whole squares have the
 // width as a constant, and so no branch and nothing on the stack.
 template <Stores kStores, typename Width>
 [[gnu::always_inline]] inline void store_square(std::byte* page, const std::byte* rows, size_t stride, Width width) {
   Words square[kWords];
   const size_t bytes = static_cast<size_t>(width) * kPair;
-  unroll<kWords>([&](auto i) { square[i] = read_part<Words>(rows + i * stride, bytes); });
+  unroll<kWords>([&](auto i) {
+    square[i] = read_part<Words>(rows + i * stride, bytes);
+    fetch(rows + (i + kPageTokens) * stride);
+  });
   transpose(square);
   unroll<kWords>([&](auto i) {
     if (i < width) put<kStores>(page + key_place(i, 0), square[i]);
   });
 }
-template <typename Width>
-[[gnu::always_inline]] inline void load_square(const std::byte* page, std::byte* rows, size_t stride, Width width) {
+template <Stores kStores, typename Width>
+[[gnu::always_inline]] inline void load_square(const std::byte* page, const std::byte* ahead, std::byte* rows,
+                                               size_t stride, Width width) {
   Words square[kWords] = {};
   unroll<kWords>([&](auto i) {
     if (i < width) square[i] = read_vector<Words>(page + key_place(i, 0));
+    fetch(ahead + key_place(i, 0));
   });
   transpose(square);
-  unroll<kWords>([&](auto i) { std::memcpy(rows + i * stride, &square[i], static_cast<size_t>(width) * kPair); });
+  unroll<kWords>([&](auto i) {
+    if constexpr (std::is_same_v<Width, WholeSquare>) {
+      put<kStores>(rows + i * stride, square[i]);
+    } else {
+      std::memcpy(rows + i * stride, &square[i], static_cast<size_t>(width) * kPair);
+    }
+  });
 }
-
-using WholeSquare = std::integral_constant<int, kWords>;
 
 }  // namespace
 
@@ -97,13 +113,20 @@ void store_keys(bf16* keys, int head_dim, int first, int count, const std::byte*
     for (; pair + kWords <= pairs; pair += kWords) {
       store_square<kStores>(page + key_place(pair, row), rows + row_place(row, pair, stride), stride, WholeSquare{});
     }
-    if (pair == pairs) continue;
-    store_square<kStores>(page + key_place(pair, row), rows + row_place(row, pair, stride), stride, pairs - pair);
+    std::byte* rest = page + key_place(pair, row);
+    const std::byte* from = rows + row_place(row, pair, stride);
+    if (pairs - pair == HalfSquare{}) {
+      store_square<kStores>(rest, from, stride, HalfSquare{});
+    } else if (pair < pairs) {
+      store_square<kStores>(rest, from, stride, pairs - pair);
+    }
   }
 }
 
-void load_keys(const bf16* keys, int head_dim, int first, int count, std::byte* rows, size_t stride) {
-  const std::byte* page = bytes_of(keys);
+template <Stores kStores>
+void load_keys(const bf16* keys, const bf16* next, int head_dim, int first, int count, std::byte* rows,
+               size_t stride) {
+  const std::byte *page = bytes_of(keys), *ahead = bytes_of(next);
   const int pairs = head_dim / 2;
   if (count < kPageTokens) {
     for (int row = 0; row < count; ++row) {
@@ -116,10 +139,16 @@ void load_keys(const bf16* keys, int head_dim, int first, int count, std::byte* 
   for (int row = 0; row < kPageTokens; row += kWords) {
     int pair = 0;
     for (; pair + kWords <= pairs; pair += kWords) {
-      load_square(page + key_place(pair, row), rows + row_place(row, pair, stride), stride, WholeSquare{});
+      load_square<kStores>(page + key_place(pair, row), ahead + key_place(pair, row),
+                           rows + row_place(row, pair, stride), stride, WholeSquare{});
     }
-    if (pair == pairs) continue;
-    load_square(page + key_place(pair, row), rows + row_place(row, pair, stride), stride, pairs - pair);
+    const size_t rest = key_place(pair, row);
+    std::byte* to = rows + row_place(row, pair, stride);
+    if (pairs - pair == HalfSquare{}) {
+      load_square<kStores>(page + rest, ahead + rest, to, stride, HalfSquare{});
+    } else if (pair < pairs) {
+      load_square<kStores>(page + rest, ahead + rest, to, stride, pairs - pair);
+    }
   }
 }
 
@@ -144,9 +173,17 @@ void store_values(bf16* values, int head_dim, int first, int count, const std::b
     for (; dim + kHalves <= head_dim; dim += kHalves) {
       const auto even = read_vector<Halves>(rows + static_cast<size_t>(dim) * 2);
       const auto odd = read_vector<Halves>(rows + stride + static_cast<size_t>(dim) * 2);
+      fetch(rows + kPageTokens * stride + static_cast<size_t>(dim) * 2);
+      fetch(rows + (kPageTokens + 1) * stride + static_cast<size_t>(dim) * 2);
       const Halves low = zip_low(even, odd), high = zip_high(even, odd);
       put<kStores>(to + static_cast<size_t>(dim) * kPair, low);
       put<kStores>(to + static_cast<size_t>(dim) * kPair + sizeof low, high);
+    }
+    if (dim + kHalves / 2 <= head_dim) {
+      const auto even = read_part<Halves>(rows + static_cast<size_t>(dim) * 2, sizeof(Halves) / 2);
+      const auto odd = read_part<Halves>(rows + stride + static_cast<size_t>(dim) * 2, sizeof(Halves) / 2);
+      put<kStores>(to + static_cast<size_t>(dim) * kPair, zip_low(even, odd));
+      dim += kHalves / 2;
     }
     for (; dim < head_dim; ++dim) {
       std::memcpy(to + static_cast<size_t>(dim) * kPair, rows + static_cast<size_t>(dim) * 2, 2);
@@ -156,7 +193,9 @@ void store_values(bf16* values, int head_dim, int first, int count, const std::b
   if (position < end) single(position, rows);
 }
 
-void load_values(const bf16* values, int head_dim, int first, int count, std::byte* rows, size_t stride) {
+template <Stores kStores>
+void load_values(const bf16* values, const bf16* next, int head_dim, int first, int count, std::byte* rows,
+                 size_t stride) {
   const size_t line = static_cast<size_t>(Pages::padded(head_dim)) * kPair;
   const auto single = [&](int position, std::byte* row) {
     const std::byte* from =
@@ -173,13 +212,23 @@ void load_values(const bf16* values, int head_dim, int first, int count, std::by
   }
   for (; position + 1 < end; position += 2, rows += 2 * stride) {
     const std::byte* from = bytes_of(values) + static_cast<size_t>(position / 2) * line;
+    const std::byte* ahead = bytes_of(next) + static_cast<size_t>(position / 2) * line;
     int dim = 0;
     for (; dim + kHalves <= head_dim; dim += kHalves) {
       const auto low = read_vector<Halves>(from + static_cast<size_t>(dim) * kPair);
       const auto high = read_vector<Halves>(from + static_cast<size_t>(dim) * kPair + sizeof(Halves));
+      fetch(ahead + static_cast<size_t>(dim) * kPair);
+      fetch(ahead + static_cast<size_t>(dim) * kPair + sizeof(Halves));
       const Halves even = unzip_even(low, high), odd = unzip_odd(low, high);
-      std::memcpy(rows + static_cast<size_t>(dim) * 2, &even, sizeof even);
-      std::memcpy(rows + stride + static_cast<size_t>(dim) * 2, &odd, sizeof odd);
+      put<kStores>(rows + static_cast<size_t>(dim) * 2, even);
+      put<kStores>(rows + stride + static_cast<size_t>(dim) * 2, odd);
+    }
+    if (dim + kHalves / 2 <= head_dim) {
+      const auto pairs = read_vector<Halves>(from + static_cast<size_t>(dim) * kPair);
+      const Halves even = unzip_even(pairs, pairs), odd = unzip_odd(pairs, pairs);
+      std::memcpy(rows + static_cast<size_t>(dim) * 2, &even, sizeof even / 2);
+      std::memcpy(rows + stride + static_cast<size_t>(dim) * 2, &odd, sizeof odd / 2);
+      dim += kHalves / 2;
     }
     for (; dim < head_dim; ++dim) {
       std::memcpy(rows + static_cast<size_t>(dim) * 2, from + static_cast<size_t>(dim) * kPair, 2);
@@ -193,5 +242,9 @@ template void store_keys<Stores::Cached>(bf16*, int, int, int, const std::byte*,
 template void store_keys<Stores::Streamed>(bf16*, int, int, int, const std::byte*, size_t);
 template void store_values<Stores::Cached>(bf16*, int, int, int, const std::byte*, size_t);
 template void store_values<Stores::Streamed>(bf16*, int, int, int, const std::byte*, size_t);
+template void load_keys<Stores::Cached>(const bf16*, const bf16*, int, int, int, std::byte*, size_t);
+template void load_keys<Stores::Streamed>(const bf16*, const bf16*, int, int, int, std::byte*, size_t);
+template void load_values<Stores::Cached>(const bf16*, const bf16*, int, int, int, std::byte*, size_t);
+template void load_values<Stores::Streamed>(const bf16*, const bf16*, int, int, int, std::byte*, size_t);
 
 }  // namespace kvferry

@@ -53,18 +53,31 @@ class Pages {
   size_t layer_values_ = 0;
 };
 
-// How a whole page is written. Streamed goes past the caches where the build's vectors are cache lines: nothing is read
-// for being overwritten, and a step that runs beside keeps its caches. Call `Isa::end_streams` after the last.
+// How whole pages, or the rows that are copied from them, are written. Streamed goes past the caches where the build's
+// vectors are cache lines: nothing is read for being overwritten, and a step that runs beside keeps its caches. Rows
+// must then begin at whole lines (`streams_rows`). Call `Isa::end_streams` after the last.
 enum class Stores { Cached, Streamed };
+inline bool streams_rows(const std::byte* rows, int head_dim, size_t stride) {
+  constexpr size_t kLine = 64;
+  return reinterpret_cast<uintptr_t>(rows) % kLine == 0 && stride % kLine == 0 &&
+         static_cast<size_t>(head_dim) * sizeof(bf16) % kLine == 0;
+}
 
 // Copies between `count` positions of a page, from `first` on, and rows of one head: row i of head_dim values begins at
 // rows + i * stride bytes, at any alignment. Nothing else of the page or between the rows is touched, so that other
 // threads may write other positions of the page meanwhile.
+//
+// While whole pages are copied, what comes next is asked for line by line: stores take it that the next page's rows
+// follow these, loads are told the `next` keys or values (any page will do: nothing is read). Pages lie anywhere, so
+// that hardware does not foresee them; asked for all at once they would wait for each other.
 template <Stores kStores = Stores::Cached>
 void store_keys(bf16* keys, int head_dim, int first, int count, const std::byte* rows, size_t stride);
 template <Stores kStores = Stores::Cached>
 void store_values(bf16* values, int head_dim, int first, int count, const std::byte* rows, size_t stride);
-void load_keys(const bf16* keys, int head_dim, int first, int count, std::byte* rows, size_t stride);
-void load_values(const bf16* values, int head_dim, int first, int count, std::byte* rows, size_t stride);
+template <Stores kStores = Stores::Cached>
+void load_keys(const bf16* keys, const bf16* next, int head_dim, int first, int count, std::byte* rows, size_t stride);
+template <Stores kStores = Stores::Cached>
+void load_values(const bf16* values, const bf16* next, int head_dim, int first, int count, std::byte* rows,
+                 size_t stride);
 
 }  // namespace kvferry

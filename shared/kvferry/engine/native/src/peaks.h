@@ -8,8 +8,8 @@
 extern "C" {
 #endif
 
-/* FLOP/s of multiply-adds on bf16 pairs (where the instruction set has none: on fp32) that stay in registers, over about
-   `seconds`. */
+/* FLOP/s of multiply-adds on bf16 pairs (where the instruction set has none: on fp32) that stay in registers, over
+   about `seconds`. */
 __attribute__((visibility("default"))) double kvf_peak_dot(double seconds);
 
 /* Bytes/s at which `memory` is read from begin to end, once. Make it far larger than the caches. */

@@ -7,20 +7,14 @@
 namespace kvferry {
 namespace {
 
-// Pages ahead of the one that is worked on whose lines are asked for. Blocks lie anywhere, so that hardware foresees
-// neither their lines nor their addresses' translations.
+// Pages ahead of the one that is worked on whose lines are asked for meanwhile.
 constexpr int kAhead = 2;
 
-void fetch(const bf16* page, size_t bytes) {
-  const auto* line = reinterpret_cast<const std::byte*>(page);
-  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(line + at, 0, 2);
-}
-
-// Calls visit(keys page, first, count, offset of the keys' first row in the frame, of the values') for every page, head
-// and layer of a piece. Heads are innermost: their rows lie beside each other in the frame, their pages in the cache.
-template <typename Visit, typename Foresee>
-void walk(const Shape& shape, const Pages& pages, const kvf_piece& piece, const int32_t* block_table, Visit&& visit,
-          Foresee&& foresee) {
+// Calls visit(keys page, the one that comes later, first, count, offset of the keys' first row in the frame, of the
+// values', their stride) for every page, head and layer of a piece. Heads are innermost: their rows lie beside each
+// other in the frame, their pages in the cache.
+template <typename Visit>
+void walk(const Shape& shape, const Pages& pages, const kvf_piece& piece, const int32_t* block_table, Visit&& visit) {
   const size_t row = static_cast<size_t>(shape.head_dim) * sizeof(bf16);
   const size_t token = static_cast<size_t>(piece.head_end - piece.head_start) * row;
   const size_t half = static_cast<size_t>(piece.token_end - piece.token_start) * token;
@@ -38,8 +32,8 @@ void walk(const Shape& shape, const Pages& pages, const kvf_piece& piece, const 
     size_t offset = static_cast<size_t>(index / layer_pages) * 2 * half +
                     static_cast<size_t>(begin - piece.token_start) * token;
     for (int head = piece.head_start; head < piece.head_end; ++head, offset += row) {
-      if (index + kAhead < num_pages) foresee(keys(index + kAhead, head));
-      visit(keys(index, head), begin - page_start, end - begin, offset, offset + half, token);
+      const bf16* later = keys(std::min(index + kAhead, num_pages - 1), head);
+      visit(keys(index, head), later, begin - page_start, end - begin, offset, offset + half, token);
     }
   }
 }
@@ -64,26 +58,35 @@ uint64_t piece_bytes(const Shape& shape, const kvf_piece& piece) {
          sizeof(bf16);
 }
 
+template <Stores kStores>
+void gather_as(const Shape& shape, const Pages& pages, const kvf_piece& piece, const int32_t* block_table,
+               std::byte* frame) {
+  walk(shape, pages, piece, block_table,
+       [&](const bf16* keys, const bf16* later, int first, int count, size_t key_row, size_t value_row, size_t stride) {
+         load_keys<kStores>(keys, later, shape.head_dim, first, count, frame + key_row, stride);
+         load_values<kStores>(pages.values_of(keys), pages.values_of(later), shape.head_dim, first, count,
+                              frame + value_row, stride);
+       });
+  Isa::end_streams();
+}
+
 void gather(const Shape& shape, const Pages& pages, const kvf_piece& piece, const int32_t* block_table,
             std::byte* frame) {
-  walk(
-      shape, pages, piece, block_table,
-      [&](const bf16* keys, int first, int count, size_t key_row, size_t value_row, size_t stride) {
-        load_keys(keys, shape.head_dim, first, count, frame + key_row, stride);
-        load_values(pages.values_of(keys), shape.head_dim, first, count, frame + value_row, stride);
-      },
-      [&](const bf16* keys) { fetch(keys, pages.page_bytes()); });
+  const size_t row = static_cast<size_t>(shape.head_dim) * sizeof(bf16);
+  if (streams_rows(frame, shape.head_dim, static_cast<size_t>(piece.head_end - piece.head_start) * row)) {
+    gather_as<Stores::Streamed>(shape, pages, piece, block_table, frame);
+  } else {
+    gather_as<Stores::Cached>(shape, pages, piece, block_table, frame);
+  }
 }
 
 void scatter(const Shape& shape, const Pages& pages, const kvf_piece& piece, const int32_t* block_table,
              const std::byte* frame) {
-  walk(
-      shape, pages, piece, block_table,
-      [&](bf16* keys, int first, int count, size_t key_row, size_t value_row, size_t stride) {
-        store_keys<Stores::Streamed>(keys, shape.head_dim, first, count, frame + key_row, stride);
-        store_values<Stores::Streamed>(pages.values_of(keys), shape.head_dim, first, count, frame + value_row, stride);
-      },
-      [](const bf16*) {});  // written without being read
+  walk(shape, pages, piece, block_table,
+       [&](bf16* keys, const bf16*, int first, int count, size_t key_row, size_t value_row, size_t stride) {
+         store_keys<Stores::Streamed>(keys, shape.head_dim, first, count, frame + key_row, stride);
+         store_values<Stores::Streamed>(pages.values_of(keys), shape.head_dim, first, count, frame + value_row, stride);
+       });
   Isa::end_streams();
 }
 

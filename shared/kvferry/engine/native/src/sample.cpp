@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "descent.h"
+#include "draw_rows.h"
 #include "draw_weights.h"
 #include "logprobs.h"
 #include "penalties.h"
@@ -13,7 +14,7 @@ namespace kvferry {
 namespace {
 
 // What native/sampler.py packs.
-static_assert(sizeof(void *) == 8 && sizeof(kvf_draw) == 112 && sizeof(kvf_logprobs) == 168);
+static_assert(sizeof(void *) == 8 && sizeof(kvf_draw) == 120 && sizeof(kvf_logprobs) == 168);
 
 constexpr double kMinTemperature = 1e-5;  // colder is greedy
 constexpr double kLog2E = 0x1.71547652b82fep+0;
@@ -53,6 +54,7 @@ int32_t check(const kvf_draw &draw, int32_t vocab_size) {
                                      draw.num_logprobs > vocab_size))
         return KVF_E_ARGUMENT;
     if (!tokens_valid(draw.banned, draw.num_banned, vocab_size)) return KVF_E_TOKEN;
+    if (draw.allowed != nullptr && !allows_any(draw.allowed, vocab_size)) return KVF_E_ARGUMENT;
     for (int32_t i = 0; i < draw.num_biases; ++i)
         if (draw.biases[i].token >= static_cast<uint32_t>(vocab_size)) return KVF_E_TOKEN;
     if (!penalised(draw)) return KVF_OK;
@@ -106,6 +108,28 @@ uint32_t draw_token(const kvf_draw &draw, const float *logits, int32_t vocab_siz
 }
 
 }  // namespace
+
+int32_t check_draws(const float *logits, int32_t num_draws, int32_t vocab_size, const kvf_draw *draws,
+                    const uint32_t *tokens) {
+    if (num_draws < 0 || num_draws > KVF_MAX_DRAWS || kvf_sample_scratch_bytes(vocab_size) == 0) return KVF_E_ARGUMENT;
+    if (num_draws == 0) return KVF_OK;
+    if (logits == nullptr || draws == nullptr || tokens == nullptr) return KVF_E_ARGUMENT;
+    for (int32_t i = 0; i < num_draws; ++i)
+        if (const int32_t error = check(draws[i], vocab_size); error != KVF_OK) return error;
+    return KVF_OK;
+}
+
+void draw_rows(const float *logits, int32_t begin, int32_t end, int32_t vocab_size, const kvf_draw *draws,
+               void *scratch, uint32_t *tokens) {
+    const Scratch parts(scratch, vocab_size);
+    for (int32_t i = begin; i < end; ++i) {
+        const float *row = logits + static_cast<size_t>(i) * static_cast<size_t>(vocab_size);
+        tokens[i] = draw_token(draws[i], row, vocab_size, parts);
+        if (draws[i].logprobs != nullptr)
+            find_logprobs(row, vocab_size, tokens[i], draws[i].num_logprobs, parts.weights, draws[i].logprobs);
+    }
+}
+
 }  // namespace kvferry
 
 extern "C" {
@@ -117,19 +141,10 @@ uint64_t kvf_sample_scratch_bytes(int32_t vocab_size) {
 
 int32_t kvf_sample(const float *logits, int32_t num_draws, int32_t vocab_size, const kvf_draw *draws, void *scratch,
                    uint32_t *tokens) {
-    if (num_draws < 0 || num_draws > KVF_MAX_DRAWS || kvf_sample_scratch_bytes(vocab_size) == 0) return KVF_E_ARGUMENT;
-    if (num_draws == 0) return KVF_OK;
-    if (logits == nullptr || draws == nullptr || scratch == nullptr || tokens == nullptr) return KVF_E_ARGUMENT;
-    for (int32_t i = 0; i < num_draws; ++i)
-        if (const int32_t error = kvferry::check(draws[i], vocab_size); error != KVF_OK) return error;
-
-    const kvferry::Scratch parts(scratch, vocab_size);
-    for (int32_t i = 0; i < num_draws; ++i) {
-        const float *row = logits + static_cast<size_t>(i) * static_cast<size_t>(vocab_size);
-        tokens[i] = kvferry::draw_token(draws[i], row, vocab_size, parts);
-        if (draws[i].logprobs != nullptr)
-            kvferry::find_logprobs(row, vocab_size, tokens[i], draws[i].num_logprobs, parts.weights, draws[i].logprobs);
-    }
+    if (const int32_t error = kvferry::check_draws(logits, num_draws, vocab_size, draws, tokens); error != KVF_OK)
+        return error;
+    if (num_draws > 0 && scratch == nullptr) return KVF_E_ARGUMENT;
+    kvferry::draw_rows(logits, 0, num_draws, vocab_size, draws, scratch, tokens);
     return KVF_OK;
 }
 

@@ -3,8 +3,7 @@
    Its results are those of engine/sampler.py to the bit, on every instruction set: only single fp32 and fp64
    operations of IEEE 754 in a fixed order, and integer sums. A draw depends on its own row and fields alone.
 
-   Stateless and thread-safe: calls that share neither `scratch` nor outputs may run side by side, so a batch
-   can be split over threads by rows. */
+   kvf_sample is stateless and thread-safe: calls that share neither `scratch` nor outputs may run side by side. */
 
 #ifndef KVFERRY_SAMPLE_H
 #define KVFERRY_SAMPLE_H
@@ -55,6 +54,8 @@ typedef struct {
     kvf_logprobs *logprobs; /* where log-probabilities go; NULL: none wanted */
     int32_t num_logprobs;   /* of the best tokens, beside the drawn one */
     int32_t reserved;       /* 0 */
+    const uint32_t *allowed; /* [ceil(vocab_size / 32)]: bit t % 32 of word t / 32 says whether token t may be drawn,
+                                and at least one may; NULL: every token may */
 } kvf_draw;
 
 /* Bytes of scratch memory of one call, whatever the number of draws. 0 for a vocabulary out of bounds. */
@@ -64,6 +65,11 @@ KVF_API uint64_t kvf_sample_scratch_bytes(int32_t vocab_size);
    the size above, aligned to 64, of any content. Fails only before it writes. */
 KVF_API int32_t kvf_sample(const float *logits, int32_t num_draws, int32_t vocab_size, const kvf_draw *draws,
                            void *scratch, uint32_t *tokens);
+
+/* The same with the model's vocabulary, on the model's threads and in scratch memory of its own; at the times at which
+   kvf_step may be called. */
+KVF_API int32_t kvf_model_sample(kvf_model *model, const float *logits, int32_t num_draws, const kvf_draw *draws,
+                                 uint32_t *tokens);
 
 #ifdef __cplusplus
 }

@@ -1,7 +1,6 @@
 #include "threads.h"
 
 #include <chrono>
-#include <new>
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -24,8 +23,8 @@ inline void pause() {
 
 }  // namespace
 
-// Sequentially consistent on both sides: either the sleeper sees the new value before it sleeps, or the one who advances
-// sees the sleeper.
+// Sequentially consistent on both sides: either the sleeper sees the new value before it sleeps, or the one who
+// advances sees the sleeper.
 void Epoch::advance() {
   value_.fetch_add(1);
   if (sleepers_.load() == 0) return;
@@ -48,9 +47,7 @@ void Epoch::wait_past(uint32_t seen) {
 }
 
 Threads::Threads(int count) : count_(count) {
-  for (int thread = 0; thread < count; ++thread) {
-    scratch_.emplace_back(static_cast<std::byte*>(::operator new[](kScratchBytes, std::align_val_t{64})));
-  }
+  for (int thread = 0; thread < count; ++thread) scratch_.push_back(make_aligned<std::byte>(kScratchBytes));
   for (int thread = 1; thread < count; ++thread) threads_.emplace_back(&Threads::work, this, thread);
 }
 

@@ -5,11 +5,12 @@
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <mutex>
 #include <thread>
 #include <type_traits>
 #include <vector>
+
+#include "aligned.h"
 
 namespace kvferry {
 
@@ -67,9 +68,6 @@ class Threads {
 
  private:
   using Function = void (*)(void* context, int thread);
-  struct Freed {
-    void operator()(std::byte* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
-  };
 
   void run(Function function, void* context);
   void work(int thread);
@@ -81,7 +79,7 @@ class Threads {
   Epoch started_;
   std::atomic<int> arrived_{0};
   Epoch passed_;
-  std::vector<std::unique_ptr<std::byte[], Freed>> scratch_;
+  std::vector<Aligned<std::byte>> scratch_;
   std::vector<std::thread> threads_;
 };
 

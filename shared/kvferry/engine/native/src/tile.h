@@ -1,7 +1,7 @@
 // Micro-kernels: a few rows of x times one panel of weights, all of k in one go.
 //
-// Every output is one chain over k in ascending order, the same for every number of rows: rows and vectors of a tile are
-// template parameters of one loop.
+// Every output is one chain over k in ascending order, the same for every number of rows: rows and vectors of a tile
+// are template parameters of one loop.
 #pragma once
 
 #include <cstddef>
@@ -22,8 +22,8 @@ struct Int8Rows {
   const int32_t* offsets;  // [rows, groups]
 };
 
-// out [rows, kPanelColumns] fp32 = x times an int8 panel: exact integer sums within each group, then one fp32 chain over
-// the groups. 1 <= rows <= Isa::kMaxRowsInt8.
+// out [rows, kPanelColumns] fp32 = x times an int8 panel: exact integer sums within each group, then one fp32 chain
+// over the groups. 1 <= rows <= Isa::kMaxRowsInt8.
 void tile_int8(int rows, const std::byte* panel, int groups, Int8Rows x, float* out);
 
 }  // namespace kvferry

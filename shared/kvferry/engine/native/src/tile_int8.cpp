@@ -16,7 +16,8 @@ constexpr size_t kAhead = 2048;
 
 // The group's integer sums of `Vectors` vectors from `codes` on, added to `out` with both scales.
 template <int Rows, int Vectors>
-inline void add_group(const std::byte* codes, const bf16* scales, const Int8Rows& x, int group, int groups, float* out) {
+inline void add_group(const std::byte* codes, const bf16* scales, const Int8Rows& x, int group, int groups,
+                      float* out) {
   I acc[Rows][Vectors];
   unroll<Rows>([&](auto r) {
     const I offset = Isa::set1_int(x.offsets[r * groups + group]);

@@ -8,7 +8,7 @@ namespace kvferry {
 void RowBuffer::reserve(int rows) {
   if (rows <= rows_) return;
   const size_t count = static_cast<size_t>(rows) * static_cast<size_t>(stride_);
-  std::unique_ptr<bf16[], Freed> grown(static_cast<bf16*>(::operator new[](count * sizeof(bf16), std::align_val_t{64})));
+  Aligned<bf16> grown = make_aligned<bf16>(count);
   std::memset(grown.get(), 0, count * sizeof(bf16));
   values_ = std::move(grown);
   rows_ = rows;

@@ -2,10 +2,9 @@
 #pragma once
 
 #include <cstddef>
-#include <memory>
-#include <new>
 #include <utility>
 
+#include "aligned.h"
 #include "bf16.h"
 #include "shape.h"
 
@@ -24,12 +23,9 @@ class RowBuffer {
   size_t bytes() const { return static_cast<size_t>(rows_) * static_cast<size_t>(stride_) * sizeof(bf16); }
 
  private:
-  struct Freed {
-    void operator()(bf16* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
-  };
   int stride_;
   int rows_ = 0;
-  std::unique_ptr<bf16[], Freed> values_;
+  Aligned<bf16> values_;
 };
 
 struct Workspace {

@@ -1,8 +1,8 @@
 """What a machine that is busy with other things adds to a bound: the time that processes stood ready and did not run.
 
 The kernel counts it for each thread (`/proc/<pid>/task/<tid>/schedstat`, second field). A bound of the design is one on
-what the stack does, so a test grants on top of it the longest wait of any one of its processes meanwhile; a stack that
-is slow by itself gets nothing.
+what the stack does, so who checks it grants on top of it the longest wait of any one of its processes meanwhile; a
+stack that is slow by itself gets nothing.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Contention:
         if after is None:
             self._take()
             after = self._samples[-1][1]
-        return max((waited - before.get(pid, 0.0) for pid, waited in after.items()), default=0.0)
+        return max((waited - before[pid] for pid, waited in after.items() if pid in before), default=0.0)
 
     def _take(self) -> None:
         self._samples.append((blocking_clock(), {pid: seconds_waited(pid) for pid in self._pids}))

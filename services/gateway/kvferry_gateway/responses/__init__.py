@@ -1,0 +1,1 @@
+"""`/v1/responses`: another form of a chat, for text and tools. Nothing is stored."""

@@ -1,0 +1,107 @@
+"""All checks, one after the other, and the report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.text import Text
+
+from kvferry.config import load_settings
+from kvferry.errors import KvferryError
+from kvferry.runfile import RunFile, default_run_file
+from kvferry.scaling import DecodeScaling
+from kvferry.text.model_dir import ModelDir
+from kvferry_local.client import Target
+from kvferry_local.cluster import Worker, workers_of
+from kvferry_local.doctor.bus import bus
+from kvferry_local.doctor.clock import clock, peers_of
+from kvferry_local.doctor.data_plane import data_plane
+from kvferry_local.doctor.engine import engine
+from kvferry_local.doctor.finding import Finding
+from kvferry_local.doctor.machine import ports, shared_memory
+from kvferry_local.doctor.model import find_model, memory
+from kvferry_local.settings import ClientSettings, DoctorSettings
+
+UNKNOWN_CONTEXT = 8192  # tokens, where there is no model to ask
+SIGNS = {"ok": ("ok  ", "green"), "warning": ("warn", "yellow"), "failed": ("FAIL", "bold red")}
+
+
+async def findings(settings: DoctorSettings, run_file: RunFile | None) -> AsyncIterator[Finding]:
+    """`run_file`: of the stack that runs, if one does."""
+    directory, model = find_model(settings.model)
+    yield model
+    if directory is not None:
+        kv_memory_mb = int(DecodeScaling.read(settings.scaling_file).settings.get("kv_memory_mb", 512))
+        if run_file is None:
+            yield memory(directory, kv_memory_mb, settings.prefill + settings.decode)
+        async for finding in engine(settings, directory):
+            yield finding
+    async for finding in data_plane(settings):
+        yield finding
+    max_context = settings.max_model_len or (UNKNOWN_CONTEXT if directory is None else ModelDir(directory).max_context)
+    for finding in await bus(settings, max_context):
+        yield finding
+    yield ports(settings.host, settings.port, () if run_file is None else run_file.gateways)
+    yield shared_memory()
+    yield clock(peers(run_file, settings))
+
+
+def peers(run_file: RunFile | None, settings: DoctorSettings) -> dict[str, str]:
+    """Every process of the running cluster that answers HTTP, by name."""
+    gateways = settings.peers or (() if run_file is None else run_file.gateways)
+    found = {url: url for url in gateways}
+    for url in gateways:
+        client = load_settings(ClientSettings, config_file=None, environ=os.environ, flags={"url": url})
+        try:
+            workers: list[Worker] = workers_of(Target(url.rstrip("/"), None, ""), client)
+        except (KvferryError, httpx.HTTPError, ValueError, KeyError):
+            continue  # not asked for its workers: it may want a key
+        found |= peers_of(workers)
+    return found
+
+
+def running_stack(settings: DoctorSettings) -> RunFile | None:
+    """The run file of a stack on this machine, if there is one. Raises `SettingError` for one that was named."""
+    path = settings.run_file or default_run_file(os.environ, settings.cluster)
+    if settings.run_file is None and not path.exists():
+        return None
+    return RunFile.read(path, "--run-file")
+
+
+def beside(settings: DoctorSettings, run_file: RunFile) -> DoctorSettings:
+    """The settings with the bus of a stack that runs, and its model, where no other ones were named."""
+    changes: dict[str, Any] = {}
+    if not settings.nats_url:
+        bus_fields = ("cluster", "nats_url", "nats_user", "nats_password", "nats_token", "nats_tls_ca")
+        changes |= {field: getattr(run_file, field) for field in bus_fields}
+    if settings.model == DoctorSettings.model_fields["model"].default and run_file.model_dir:
+        changes["model"] = run_file.model_dir
+    return settings.model_copy(update=changes)
+
+
+async def examine(settings: DoctorSettings, run_file: RunFile | None, as_json: bool) -> bool:
+    """Print what is found, as it is found; with `as_json` at the end, as one document. Whether nothing failed."""
+    console = Console(highlight=False)
+    found = []
+    async for finding in findings(settings, run_file):
+        found.append(finding)
+        if not as_json:
+            console.print(shown(finding), soft_wrap=True)
+    healthy = not any(finding.status == "failed" for finding in found)
+    if as_json:
+        print(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in found]}, indent=2))
+    return healthy
+
+
+def shown(finding: Finding) -> Text:
+    sign, style = SIGNS[finding.status]
+    text = Text.assemble((sign, style), f"  {finding.check}: {finding.detail}")
+    if finding.remedy:
+        text.append(f"\n      mend with: {finding.remedy}")
+    return text

@@ -1,0 +1,38 @@
+"""`kvferry doctor` and `kvferry bench` beside a real stack."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+from stack import Stack
+
+
+def test_the_doctor_finds_a_running_stack_healthy(stack: Stack) -> None:
+    done = stack.command("doctor", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads(done.stdout)
+    found = {finding["check"]: finding for finding in document["findings"]}
+    assert document["healthy"]
+    assert set(found) >= {"model", "engine", "processor", "tcp transfer", "nats", "nats max_payload", "ports", "clock"}
+    assert stack.url in found["ports"]["detail"]
+    assert "3 peers" in found["clock"]["detail"]  # a gateway and two workers, of one machine
+    secrets = (stack.facts.nats_password, stack.facts.data_key)
+    assert not any(secret.get_secret_value() in done.stdout for secret in secrets)
+
+
+def test_a_load_is_measured_on_a_running_stack(stack: Stack, tmp_path: Path) -> None:
+    result, drawn = tmp_path / "out.json", tmp_path / "out.svg"
+    done = stack.command(
+        "bench", "--requests", "6", "--rate", "4", "--prompt-tokens", "60", "--output-tokens", "8", "--ignore-eos",
+        "--json", str(result), "--svg", str(drawn),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "6 of 6 requests whole" in done.stdout
+    document = json.loads(result.read_text())
+    assert document["model"] == "smollm2"
+    for request in document["requests"]:
+        assert 0 < len(request["arrivals"]) <= request["output_tokens"]
+        assert 30 <= request["prompt_tokens"] <= 200
+    ET.fromstring(drawn.read_text())
