@@ -13,7 +13,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from kvferry.config import Settings, env_name, flag_name, is_secret, shown_default
 from kvferry.worker.metrics import WorkerMetrics
 from kvferry_decode.settings import DecodeSettings
-from kvferry_gateway.metrics import GatewayMetrics
+from kvferry_gateway.metrics import GatewayMetrics, HotHistogram
 from kvferry_gateway.settings import GatewaySettings
 from kvferry_local.settings import UpSettings
 from kvferry_prefill.settings import PrefillSettings
@@ -120,10 +120,11 @@ def metrics_table() -> str:
     rows = ["| metric | labels | served by | meaning |", "|---|---|---|---|"]
     for owner, metrics in (("worker", WorkerMetrics()), ("gateway", GatewayMetrics())):
         for collector in metrics.registry._collector_to_names:
-            if isinstance(collector, MetricWrapperBase):
-                family = next(iter(collector.describe()))
+            if isinstance(collector, MetricWrapperBase | HotHistogram):  # the others are of the process
+                described = collector.describe() if isinstance(collector, MetricWrapperBase) else collector.collect()
+                family = next(iter(described))
                 name = family.name + ("_total" if family.type == "counter" else "")
-                labels = ", ".join(f"`{label}`" for label in collector._labelnames)
+                labels = ", ".join(f"`{label}`" for label in getattr(collector, "_labelnames", ()))
                 rows.append(f"| `{name}` | {labels} | {owner} | {family.documentation} |")
     return "\n".join(rows)
 

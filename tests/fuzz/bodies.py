@@ -62,7 +62,7 @@ KNOWN: Final[Mapping[str, Make]] = {
     "input": lambda chance: junk.text(chance, chance.randint(1, 40)),
     "min_tokens": lambda chance: chance.randint(0, 4),
     "n": lambda chance: chance.choice((1, 1, 1, 2, 3)),
-    "best_of": lambda chance: 1,
+    "best_of": lambda chance: chance.randint(1, 4),
     "stop_token_ids": lambda chance: _tokens(chance)[:3],
     "tokens": _tokens,
     "logit_bias": lambda chance: {str(chance.randrange(VOCAB_SIZE)): chance.uniform(-100, 100) for _ in range(2)},

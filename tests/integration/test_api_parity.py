@@ -107,13 +107,15 @@ ROWS: dict[str, tuple[str, Row]] = {
     "text logprobs": (TEXT, {"logprobs": 4}),
     "text logprobs and token ids": (TEXT, {"logprobs": 0, "return_token_ids": True}),
     "text echo": (TEXT, {"echo": True}),
-    "text best_of": (TEXT, {"best_of": 1}),
+    "text best_of": (TEXT, {"best_of": 4, "n": 2, "temperature": 1.0, "seed": 16}),
     "chat top_logprobs and response_format": (
         CHAT, {"logprobs": True, "top_logprobs": 2, "response_format": {"type": "json_object"}},
     ),
     "text prompt batch": (TEXT, {"prompt": [PROMPT, PROMPT + "b", "c"], "n": 2, "temperature": 1.0, "seed": 2}),
     "text prompt ids": (TEXT, {"prompt": [5, 6, 7] * 15}),
 }  # fmt: skip
+NOT_STREAMED = ("text best_of",)  # it chooses among whole answers
+CELLS = [(name, stream) for name in ROWS for stream in (False, True) if not (stream and name in NOT_STREAMED)]
 # Fields without a row, and why.
 NO_ROW = {
     "model": "there is one", "messages": "in every row", "prompt": "in every row", "stream": "a column",
@@ -141,12 +143,11 @@ def answers(*, disaggregated: bool) -> dict[tuple[str, bool], Any]:
     found: dict[tuple[str, bool], Any] = {}
 
     async def scenario(cluster: ApiCluster) -> None:
-        for name in ROWS:
-            for stream in (False, True):
-                found[name, stream] = await run(cluster, name, stream=stream)
+        for name, stream in CELLS:
+            found[name, stream] = await run(cluster, name, stream=stream)
         kinds = {kind: cluster.api.fleet.metrics.placements.labels(kind)._value.get() for kind in ("pair", "local")}
         assert kinds["local" if disaggregated else "pair"] == 0, kinds
-        assert kinds["pair" if disaggregated else "local"] >= 2 * len(ROWS), kinds
+        assert kinds["pair" if disaggregated else "local"] >= len(CELLS), kinds
 
     api(scenario, disaggregated=disaggregated)
     return found
@@ -158,8 +159,9 @@ def texts(answer: Any) -> dict[int, str]:
     return {c["index"]: (c["message"]["content"] or "") if "message" in c else c["text"] for c in answer["choices"]}
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    ("name", "stream"), CELLS, ids=[f"{name}-{'stream' if stream else 'whole'}" for name, stream in CELLS]
+)
 def test_disaggregated_equals_a_single_worker(name: str, stream: bool) -> None:
     single, pair = (answers(disaggregated=way)[name, stream] for way in (False, True))
     if stream and len(texts(single)) > 1:  # choices take turns as they come
@@ -169,7 +171,7 @@ def test_disaggregated_equals_a_single_worker(name: str, stream: bool) -> None:
         assert timeless(pair) == timeless(single)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [name for name, stream in CELLS if stream])
 def test_a_stream_adds_up_to_the_whole_answer(name: str) -> None:
     whole, events = (answers(disaggregated=True)[name, stream] for stream in (False, True))
     parts = joined(events)
@@ -189,7 +191,7 @@ def test_a_stream_adds_up_to_the_whole_answer(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in ROWS if name not in ("chat greedy", "text greedy")])
 def test_a_row_shows_its_feature(name: str) -> None:
     """A field that changed nothing would pass every comparison."""
-    same = {"chat max_completion_tokens", "chat chat_template_kwargs", "text best_of", "chat add_special_tokens",
+    same = {"chat max_completion_tokens", "chat chat_template_kwargs", "chat add_special_tokens",
             "text add_special_tokens"}  # fmt: skip
     base = answers(disaggregated=False)["chat greedy" if name.startswith("chat") else "text greedy", False]
     if name not in same:
@@ -239,6 +241,29 @@ def test_the_comparison_finds_one_wrong_byte_in_what_is_handed_over(monkeypatch:
         assert timeless(found) != timeless(right)
 
     answers(disaggregated=True)
+    api(scenario)
+
+
+def test_best_of_tells_the_likeliest_per_token_and_counts_all() -> None:
+    drawn = {"model": "memory", "prompt": ["a prompt", "b"], "max_tokens": 12, "temperature": 1.5, "seed": 17}
+
+    async def scenario(cluster: ApiCluster) -> None:
+        all_six = await cluster.ask(TEXT, drawn | {"n": 6, "logprobs": 0, "stop_token_ids": list(range(1, 30))})
+        found = await cluster.ask(TEXT, drawn | {"n": 2, "best_of": 6, "stop_token_ids": list(range(1, 30))})
+        likeliest: list[str] = []
+        for first in (0, 6):
+            scored = [
+                (choice["logprobs"]["token_logprobs"], choice["text"]) for choice in all_six["choices"][first:][:6]
+            ]
+            assert len({len(logprobs) for logprobs, _ in scored}) > 1, "a sum would rank as a mean does"
+            ranked = sorted(scored, key=lambda item: sum(item[0]) / len(item[0]), reverse=True)
+            likeliest += [text for _, text in ranked[:2]]
+        assert [choice["text"] for choice in found["choices"]] == likeliest
+        assert [choice["index"] for choice in found["choices"]] == [0, 1, 2, 3]
+        assert not any(choice["logprobs"] for choice in found["choices"]), "nobody asked for them"
+        for count in ("prompt_tokens", "completion_tokens"):
+            assert found["usage"][count] == all_six["usage"][count]
+
     api(scenario)
 
 

@@ -45,7 +45,7 @@ def plants_command(arguments: argparse.Namespace) -> int:
 def mutate_command(arguments: argparse.Namespace) -> int:
     from mutations import mutate
 
-    mutate(arguments.draw, arguments.count, arguments.processes)
+    mutate(arguments.draw, arguments.count, arguments.processes, resume=arguments.resume)
     return 0
 
 
@@ -71,6 +71,7 @@ def main() -> int:
     mutations = commands.add_parser("mutate", help="plant small bugs by chance and look who notices")
     mutations.add_argument("--draw", type=int, default=1, help="the seed that they are drawn from")
     mutations.add_argument("--count", type=int, default=40)
+    mutations.add_argument("--resume", action="store_true", help="leave out what the results have already")
     mutations.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     mutations.set_defaults(run=mutate_command)
     arguments = parser.parse_args()

@@ -71,6 +71,8 @@ def expected_of(
             assert end - length >= 0
             return Expected(tuple(tokens), text[:end], "stop", logprobs)
         if token == EOS and not sampling.ignore_eos:
+            if len(tokens) <= sampling.min_tokens:  # the twin shares its rules of what may be drawn with the product
+                raise WrongAnswer(f"an end after {len(tokens)} of at least {sampling.min_tokens} tokens")
             reason = "stop"
             break
     text += utf8.decode(b"", final=True)

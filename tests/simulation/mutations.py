@@ -1,6 +1,6 @@
 """Small bugs drawn by chance, one line each, and whether the tests or the simulation notice them.
 
-    python tests/simulation mutate                      draw, try, and write bench/results/mutations.json
+    python tests/simulation mutate                      draw, try, and write tests/simulation/mutations.json
 
 Each is planted into a copy of the sources; the narrow unit tests of its file run first, then seeds of the
 simulation. What survives both is named in the results, with the reason that somebody has written beside it there.
@@ -17,12 +17,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from plants import ROOT, SOURCES, copied_tree, simulation
 
-RESULTS = ROOT / "bench/results/mutations.json"
+RESULTS = ROOT / "tests/simulation/mutations.json"
 NUM_MUTATIONS = 40
 NUM_SEEDS = 40  # of the simulation, for what the unit tests let through
 UNIT_TIMEOUT_S = 240.0
@@ -62,7 +62,7 @@ class Mutation:
     after: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trial:
     mutation: Mutation
     caught_by: str = ""  # "unit tests", "simulation"; empty: it survives
@@ -151,7 +151,7 @@ def try_out(mutation: Mutation, root: Path, num_processes: int) -> Trial:
     lines[mutation.line - 1] = line.replace(mutation.before, mutation.after)
     path.write_text("".join(lines))
     try:
-        if (test := _failing_test(mutation, root)) is not None:
+        if (test := _failing_test(_nearest_tests(mutation), root)) is not None:
             return Trial(mutation, "unit tests", test)
         arguments = ("--seeds", str(NUM_SEEDS), "--processes", str(num_processes), "--first-failure")
         try:
@@ -166,9 +166,12 @@ def try_out(mutation: Mutation, root: Path, num_processes: int) -> Trial:
         path.write_text(before)
 
 
-def _failing_test(mutation: Mutation, root: Path) -> str | None:
-    """The first of the nearest unit tests to fail; None if all pass."""
-    tests = next(tests for area, tests in AREAS.items() if (ROOT / mutation.file) in set(ROOT.glob(area)))
+def _nearest_tests(mutation: Mutation) -> tuple[str, ...]:
+    return next(tests for area, tests in AREAS.items() if (ROOT / mutation.file) in set(ROOT.glob(area)))
+
+
+def _failing_test(tests: tuple[str, ...], root: Path) -> str | None:
+    """The first of these tests to fail; None if all pass."""
     path = os.pathsep.join(str(root / source) for source in SOURCES)
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
@@ -180,22 +183,32 @@ def _failing_test(mutation: Mutation, root: Path) -> str | None:
         return "they do not end"
     if run.returncode == 0:
         return None
-    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED tests", "ERROR tests"))]
     return (failed or ["they do not run"])[0].split(" - ")[0]
 
 
-def mutate(seed: int, count: int, num_processes: int) -> int:
-    """Try them all, print each, write the results. Returns how many survive."""
-    known = _known_reasons()
+def mutate(seed: int, count: int, num_processes: int, *, resume: bool = False) -> int:
+    """Try them all, print each, write the results. Returns how many survive. `resume`: those of before stand."""
+    known = {_key(trial.mutation): trial for trial in _trials_of_before()}
     trials: list[Trial] = []
     with copied_tree() as root:
         shutil.copytree(ROOT / "tests/unit", root / "tests/unit", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", root)
+        sound: dict[tuple[str, ...], None] = {}
         for mutation in drawn(seed, count):
+            before = known.get(_key(mutation))
+            if resume and before is not None:
+                trials.append(replace(before, mutation=mutation))
+                continue
+            tests = _nearest_tests(mutation)
+            if tests not in sound and (test := _failing_test(tests, root)) is not None:
+                raise AssertionError(f"fails without any mutation: {test}")
+            sound[tests] = None
             began = time.monotonic()
             trial = try_out(mutation, root, num_processes)
             if not trial.caught_by:
-                trial.why_it_survives = known.get(_key(mutation), UNEXPLAINED)
+                reason = "" if before is None else before.why_it_survives
+                trial = replace(trial, why_it_survives=reason or UNEXPLAINED)
             trials.append(trial)
             print(
                 f"{trial.caught_by or 'SURVIVES'}: {mutation.file}:{mutation.line} {mutation.before!r} -> "
@@ -203,6 +216,7 @@ def mutate(seed: int, count: int, num_processes: int) -> int:
                 flush=True,
             )
             _write(seed, trials)
+    _write(seed, trials)
     num_caught = sum(bool(trial.caught_by) for trial in trials)
     print(f"{num_caught} of {len(trials)} caught ({100 * num_caught / len(trials):.0f} %)")
     return len(trials) - num_caught
@@ -212,12 +226,15 @@ def _key(mutation: Mutation) -> str:
     return f"{mutation.file} {mutation.before} -> {mutation.after}"
 
 
-def _known_reasons() -> dict[str, str]:
-    """Reasons that stand in the results of before."""
+def _trials_of_before() -> list[Trial]:
+    """What the results of before say."""
     if not RESULTS.exists():
-        return {}
-    rows = json.loads(RESULTS.read_text())["mutations"]
-    return {f"{row['file']} {row['before']} -> {row['after']}": row["why_it_survives"] for row in rows}
+        return []
+    fields = ("file", "line", "kind", "before", "after")
+    return [
+        Trial(Mutation(*(row.pop(field) for field in fields)), **row)
+        for row in json.loads(RESULTS.read_text())["mutations"]
+    ]
 
 
 def _write(seed: int, trials: list[Trial]) -> None:

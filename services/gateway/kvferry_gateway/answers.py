@@ -28,11 +28,15 @@ class Usage:
     cached_tokens: int
     reasoning_tokens: int | None = None  # None: the model doesn't think
 
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
     def as_dict(self) -> dict[str, Any]:
         counts: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "total_tokens": self.total_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
         if self.reasoning_tokens is not None:

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import re
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final
 
@@ -16,17 +16,19 @@ from kvferry.metrics import Metrics
 from kvferry.runtime import now
 from kvferry.wire.messages import MAX_NAME_CHARS
 from kvferry_gateway.asgi import Caller, Exchange, Scope, respond
-from kvferry_gateway.auth import ApiKeys
+from kvferry_gateway.auth import ApiKey, ApiKeys
 from kvferry_gateway.body import parse
 from kvferry_gateway.chat_answer import ChatAnswer
 from kvferry_gateway.completions import Asked, Completions
 from kvferry_gateway.connection import Receive, Send
+from kvferry_gateway.console.route import DRAIN, PAGES, STATE, Console
 from kvferry_gateway.cors import Cors, Header
 from kvferry_gateway.errors import (
     ApiError,
     ClientGone,
     bad_request,
     body_too_large,
+    drains_with_key,
     internal_error,
     invalid_api_key,
     method_not_allowed,
@@ -64,7 +66,7 @@ Handler = Callable[[Exchange], Awaitable[None]]
 class _Route:
     method: str
     handler: Handler
-    access: str  # "open", "key" (when keys are on), "operator" (a key, or this machine)
+    access: str  # "open", "key" (when keys are on), "operator" (a key, or this machine), "bearer" (a key, always)
 
 
 @functools.cache
@@ -93,6 +95,7 @@ class GatewayApp:
         self._cors = Cors(fleet.settings.cors_origins)
         self._metrics: Metrics = fleet.metrics
         self._max_body = fleet.settings.max_body_bytes
+        self._console = Console(fleet, model_name)
         self._routes = {
             "/v1/chat/completions": _Route("POST", self._chat, "key"),
             "/v1/completions": _Route("POST", self._text, "key"),
@@ -108,6 +111,9 @@ class GatewayApp:
             "/ready": _Route("GET", self._ready, "open"),
             "/openapi.json": _Route("GET", self._openapi, "open"),
             "/metrics": _Route("GET", self._serve_metrics, "open"),
+            **{path: _Route("GET", self._console.page, "open") for path in PAGES},
+            STATE: _Route("GET", self._console.state, "operator"),
+            DRAIN: _Route("POST", self._drain, "bearer"),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -131,13 +137,13 @@ class GatewayApp:
         except ClientGone:
             return
         except ApiError as error:
-            await respond(send, error.status, error.body, [*headers, *error.headers])
+            await respond(send, error.status, error.body, [*exchange.caller.headers, *error.headers])
         except Exception:
             log.exception("request failed", request_id=request_id.decode(), path=scope["path"][:128])
             if begun:
                 raise  # the server closes the connection: the client must not take it for a whole answer
             failure = internal_error()
-            await respond(send, failure.status, failure.body, headers)
+            await respond(send, failure.status, failure.body, exchange.caller.headers)
 
     async def _dispatch(self, exchange: Exchange, given: dict[bytes, bytes]) -> None:
         scope = exchange.scope
@@ -151,28 +157,31 @@ class GatewayApp:
         if method == "OPTIONS":
             asked = given.get(b"access-control-request-headers")
             preflight = self._cors.preflight(given.get(b"origin"), allowed, asked)
-            headers = [(b"allow", allowed.encode()), *exchange.caller.headers[:1], *preflight]
+            headers = [(b"allow", allowed.encode()), *exchange.caller.labels[:1], *preflight]
             return await respond(exchange.send, 200, b"", headers)
         if method != route.method and not (method == "HEAD" and route.method == "GET"):
             raise method_not_allowed(method, allowed)
-        salt = self._check_access(route, scope, given)
-        exchange.caller = Caller(exchange.caller.request_id, salt, exchange.caller.headers)
+        key = self._check_access(route, scope, given)
+        if key is not None:
+            exchange.caller = replace(exchange.caller, salt=key.salt, allowance=key.allowance)
         await route.handler(exchange)
 
-    def _check_access(self, route: _Route, scope: Scope, given: dict[bytes, bytes]) -> bytes:
-        """The salt of the caller's prefix cache. Raises `ApiError` 401 or 403."""
+    def _check_access(self, route: _Route, scope: Scope, given: dict[bytes, bytes]) -> ApiKey | None:
+        """The caller's key, where one is asked for. Raises `ApiError` 401 or 403."""
         if route.access == "open":
-            return b""
+            return None
         if self._keys is not None:
-            salt = self._keys.salt_of(given.get(b"authorization", b""))
-            if salt is None:
+            key = self._keys.find(given.get(b"authorization", b""))
+            if key is None:
                 raise invalid_api_key()
-            return salt
+            return key
+        if route.access == "bearer":
+            raise drains_with_key()
         if route.access == "operator":
             client = scope.get("client")
             if client is None or not _LOOPBACK.match(client[0]):
                 raise only_local()
-        return b""
+        return None
 
     async def _body(self, exchange: Exchange) -> bytes:
         """Raises `ApiError` 413 before memory is taken for what is too large, `ClientGone`."""
@@ -243,6 +252,9 @@ class GatewayApp:
         }
         workers = fleet.registry.rows(moment)
         await exchange.json({"cluster": fleet.settings.cluster, "gateway": gateway, "workers": workers})
+
+    async def _drain(self, exchange: Exchange) -> None:
+        await exchange.json(self._console.drain(await self._body(exchange)))
 
     async def _health(self, exchange: Exchange) -> None:
         await exchange.json({"status": "ok"})

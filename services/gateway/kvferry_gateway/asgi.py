@@ -6,10 +6,13 @@ import json
 from dataclasses import dataclass
 from typing import Any, Final
 
+from kvferry.runtime import now
 from kvferry_gateway.connection import EXTENSION, AsgiConnection, ClientConnection, Receive, Send
+from kvferry_gateway.rate_limit import NO_LIMITS, Allowance
 
 Scope = dict[str, Any]
 Header = tuple[bytes, bytes]
+UNLIMITED: Final = Allowance(NO_LIMITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +21,13 @@ class Caller:
 
     request_id: str  # a label, at most MAX_NAME_CHARS
     salt: bytes  # root of the prefix cache
-    headers: list[Header]  # that every answer gets
+    labels: list[Header]  # that every answer gets
+    allowance: Allowance = UNLIMITED
+
+    @property
+    def headers(self) -> list[Header]:
+        """Those of an answer that begins now."""
+        return [*self.labels, *self.allowance.headers(now())]
 
 
 @dataclass(slots=True)

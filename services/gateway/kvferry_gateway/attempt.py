@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from kvferry.wire.messages import End, EndReason, Held, WorkerRecord
+from kvferry.wire.messages import End, EndReason, Held, SequenceState, WorkerRecord
 from kvferry_gateway.answers import FinishReason
 from kvferry_gateway.forecast import Forecast
 from kvferry_gateway.streams import TokenStream
@@ -65,6 +65,7 @@ class Attempt:
     end_from: int = 0  # incarnation that sent it
     missing: int = 0  # heartbeats of D in a row that don't know it
     promised: dict[int, int] = field(default_factory=dict)  # incarnation -> next index in its last heartbeat
+    states: dict[int, SequenceState] = field(default_factory=dict)  # incarnation -> as its last heartbeat had it
 
     @property
     def running(self) -> bool:
@@ -186,4 +187,5 @@ def audit(incarnation: int, rows: Iterable[Held], attempts: Iterable[Attempt]) -
         if attempt.promised.get(incarnation, 0) > held:  # sent before the last heartbeat, and still not here
             resend.append((attempt.stream_id, held))
         attempt.promised[incarnation] = row.next_index
+        attempt.states[incarnation] = row.state
     return Audit(tuple(resend), tuple(forgotten), tuple(unclaimed.values()))

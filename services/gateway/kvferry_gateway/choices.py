@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -45,6 +46,13 @@ class Choice:
         if self.reason == "stop" and isinstance(self.stream, ToldStream) and self.stream.num_calls:
             self.reason = "tool_calls"
 
+    @property
+    def mean_logprob(self) -> float:
+        """Of its tokens; the stream was told their log-probabilities."""
+        assert isinstance(self.stream, ToldStream), "it was asked for them"
+        found = [item.logprobs.logprob for item in self.stream.told if item.logprobs is not None]
+        return sum(found) / len(found) if found else -math.inf
+
     def whole(self) -> WholeChoice:
         """As a part of an answer that is not streamed. Takes the text."""
         text: str = json.loads(b'"' + self.stream.take_text() + b'"')
@@ -62,13 +70,14 @@ def make_stream(
 ) -> TokenStream:
     """A stream whose pieces are events of `answer`, or bare text where nothing is streamed."""
     texts, limit = answer.texts, prompt.sampling.max_tokens
+    scored = prompt.sampling.num_logprobs is not None
 
     def frame(numerics_id: str) -> tuple[bytes, bytes]:
         answer.placed(index, numerics_id)
         return answer.event_frame(index) if streamed else (b"", b"")
 
     parser = prompt.reading.parser() if streamed else None
-    if not answer.details and parser is None and not (streamed and answer.told_in_parts):
+    if not (scored or answer.details) and parser is None and not (streamed and answer.told_in_parts):
         return TokenStream(texts, stops, limit, rules, frame)
     return ToldStream(
         texts,
@@ -76,11 +85,23 @@ def make_stream(
         limit,
         rules,
         frame,
-        wants_logprobs=answer.details.logprobs,
+        wants_logprobs=scored,
         make_event=(lambda parts, told: answer.told_event(index, parts, told)) if streamed else None,
         parser=parser,
         num_chars=len(prompt.echo),
     )
+
+
+def best(choices: Sequence[Choice], n: int) -> list[Choice]:
+    """Of each prompt's choices the `n` likeliest per token, the likeliest first; as they are if there are no more."""
+    prompts: dict[Choice, list[Choice]] = {}
+    for choice in choices:
+        prompts.setdefault(choice.leader or choice, []).append(choice)
+    ranked = [
+        drawn if len(drawn) <= n else sorted(drawn, key=lambda choice: choice.mean_logprob, reverse=True)[:n]
+        for drawn in prompts.values()
+    ]
+    return [choice for drawn in ranked for choice in drawn]
 
 
 def usage_of(choices: Sequence[Choice]) -> Usage:

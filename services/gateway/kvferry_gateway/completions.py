@@ -11,9 +11,9 @@ from kvferry.log import get_logger
 from kvferry.runtime import now
 from kvferry.wire.messages import pack_tokens
 from kvferry_gateway.admission import Admission
-from kvferry_gateway.answers import Answer, Details
+from kvferry_gateway.answers import Answer, Details, Usage
 from kvferry_gateway.asgi import EVENT_STREAM, Caller, Exchange, connection_of, respond
-from kvferry_gateway.choices import Choice, make_stream, together, usage_of
+from kvferry_gateway.choices import Choice, best, make_stream, together, usage_of
 from kvferry_gateway.connection import ClientConnection, Send
 from kvferry_gateway.errors import (
     ApiError,
@@ -26,7 +26,8 @@ from kvferry_gateway.flight import Flight
 from kvferry_gateway.offer import Unit
 from kvferry_gateway.openai import ChatRequest, CompletionRequest
 from kvferry_gateway.parsing.forms import PLAIN_TEXT
-from kvferry_gateway.prompt import Prompt, Prompter
+from kvferry_gateway.prompt import Prompt, Prompter, most_tokens, within
+from kvferry_gateway.rate_limit import Charge
 from kvferry_gateway.streams import TextRules
 
 # How long a client may take to read the end of an answer that is complete; the second one while shutting down.
@@ -95,15 +96,21 @@ class Completions:
         outcome = "error"
         began = now()
         num_choices = 1
+        charge: Charge | None = None
+        usage: Usage | None = None
         self._admission.admit(num_choices)
         try:
+            caller.allowance.take_request(began)
             asked = read()
             request = asked.request
             if request.model != self._model_name:
                 raise model_not_found(request.model)
             prompts = await self._prompter.prepare(request, self.max_model_len)
-            self._admission.admit(len(prompts) * request.n - num_choices)
-            num_choices = len(prompts) * request.n
+            self._admission.admit(len(prompts) * request.num_drawn - num_choices)
+            num_choices = len(prompts) * request.num_drawn
+            if request.token_limit is None and (most := caller.allowance.limits.tokens) is not None:
+                prompts = within(prompts, request.num_drawn, most)
+            charge = caller.allowance.charge_tokens(most_tokens(prompts, request.num_drawn), now())
             answer = asked.form(
                 self._fleet.runtime.random_bytes(16).hex(),
                 self._model_name,
@@ -123,7 +130,7 @@ class Completions:
                 if request.stream:
                     outcome = await self._stream(choices, answer, request.include_usage, caller, connection, send)
                 else:
-                    outcome = await self._whole(choices, answer, caller, connection, send)
+                    outcome = await self._whole(choices, request.n, answer, caller, connection, send)
             finally:
                 for choice in choices:
                     del self._flights[choice.flight]
@@ -131,20 +138,25 @@ class Completions:
                     choice.stream.detach()
                     choice.flight.close()
                 await connection.close()
+                usage = usage_of(choices)
                 self._measure(choices, began)
         except ClientGone:
             outcome = "client_gone"
         except ApiError as error:
             outcome = error.code or str(error.status)
+            if usage is not None and usage.completion_tokens == 0:
+                usage = None  # what we failed at is not on the client's account
             raise
         finally:
+            if charge is not None:
+                caller.allowance.settle_tokens(charge, 0 if usage is None else usage.total_tokens, now())
             self._metrics.requests.labels(route, outcome).inc()
             self._admission.release(num_choices)
 
     def _choices(
         self, request: ChatRequest | CompletionRequest, prompts: list[Prompt], answer: Answer, caller: Caller
     ) -> list[Choice]:
-        """`n` choices of each prompt, in the answer's order."""
+        """`num_drawn` choices of each prompt, in the answer's order."""
         eos_ends = not request.ignore_eos or prompts[0].sampling.grammar is not None
         silent = set(request.stop_token_ids) | (self._prompter.eos_token_ids if eos_ends else set())
         ends_hidden = not request.include_stop_str_in_output
@@ -160,8 +172,8 @@ class Completions:
         )
         arrival = self._fleet.runtime.wall_clock()
         choices: list[Choice] = []
-        for index in range(len(prompts) * request.n):
-            prompt, number = prompts[index // request.n], index % request.n
+        for index in range(len(prompts) * request.num_drawn):
+            prompt, number = prompts[index // request.num_drawn], index % request.num_drawn
             self._num_admitted += 1
             unit = Unit(
                 number=self._num_admitted,
@@ -177,7 +189,7 @@ class Completions:
             stream = make_stream(answer, index, prompt, request.stops, rules, streamed=request.stream)
             flight = Flight(self._fleet, unit, stream, self._prompter.eos_token_ids)
             choice = Choice(index, prompt, stream, flight, choices[index - number] if number else None)
-            stream.on_first_token = choice.begun.set if request.n > 1 else None
+            stream.on_first_token = choice.begun.set if request.num_drawn > 1 else None
             choices.append(choice)
         return choices
 
@@ -231,11 +243,11 @@ class Completions:
         return "client_gone" if connection.lost else outcome
 
     async def _whole(
-        self, choices: list[Choice], answer: Answer, caller: Caller, connection: ClientConnection, send: Send
+        self, choices: list[Choice], n: int, answer: Answer, caller: Caller, connection: ClientConnection, send: Send
     ) -> str:
         await together(_leaders(choices), lambda choice: choice.flight.take_off())
         await together(choices, Choice.land)
-        body = answer.whole([choice.whole() for choice in choices], usage_of(choices))
+        body = answer.whole([choice.whole() for choice in best(choices, n)], usage_of(choices))
         await connection.close()
         await respond(send, 200, body, caller.headers)
         return "ok"

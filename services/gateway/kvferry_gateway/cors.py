@@ -7,7 +7,14 @@ from typing import Final
 Header = tuple[bytes, bytes]
 
 _MAX_AGE_S: Final = b"600"
-_EXPOSED: Final = b"x-request-id, retry-after"
+_TOLD: Final = (b"limit", b"remaining", b"reset")  # of a key's rate limits
+_EXPOSED: Final = b", ".join(
+    (
+        b"x-request-id",
+        b"retry-after",
+        *(b"x-ratelimit-%b-%b" % (what, kind) for kind in (b"requests", b"tokens") for what in _TOLD),
+    )
+)
 
 
 class Cors:

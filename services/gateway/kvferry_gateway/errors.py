@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Literal
 
 from kvferry.errors import KvferryError
 
@@ -88,6 +89,18 @@ def only_local() -> ApiError:
     )
 
 
+def drains_with_key() -> ApiError:
+    return ApiError(
+        403, "Open only to bearers of a key; this gateway has none (--api-key-file).", code="permission_denied"
+    )
+
+
+def no_such_worker(incarnation: str) -> ApiError:
+    return ApiError(
+        404, f"No worker here has the incarnation {incarnation}.", param="incarnation", code="worker_not_found"
+    )
+
+
 def model_not_found(model: str) -> ApiError:
     return ApiError(404, f"The model '{model}' does not exist.", param="model", code="model_not_found")
 
@@ -120,6 +133,20 @@ def body_too_large(limit: int) -> ApiError:
 
 def too_many_requests(message: str, retry_after: float) -> ApiError:
     return ApiError(429, message, type="rate_limit_error", code="rate_limit_exceeded", retry_after=retry_after)
+
+
+def rate_limited(kind: Literal["requests", "tokens"], limit: int, used: int, asked: int, wait: float) -> ApiError:
+    """A key has used up its minute; `type` says of what, as OpenAI has it."""
+    message = f"Rate limit reached for this key on {kind} per minute: limit {limit}, used {used}, requested {asked}."
+    message += f" Please try again in {max(1, math.ceil(wait))} s."
+    return ApiError(429, message, type=kind, code="rate_limit_exceeded", retry_after=wait)
+
+
+def too_many_tokens_asked(asked: int, limit: int) -> ApiError:
+    message = f"Request too large for this key: {asked} tokens, prompt and output, of {limit} per minute."
+    # OpenAI's clients take it as a word not to repeat what can never be granted.
+    headers = ((b"x-should-retry", b"false"),)
+    return ApiError(429, message, type="tokens", code="rate_limit_exceeded", headers=headers)
 
 
 def internal_error() -> ApiError:

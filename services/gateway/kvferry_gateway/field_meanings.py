@@ -9,7 +9,7 @@ MEANINGS: Final[dict[str, str]] = {
     "add_generation_prompt": "End the prompt with the beginning of the assistant's turn.",
     "add_special_tokens": "Put the tokenizer's own special tokens around the prompt; by default for bare prompts only.",
     "bad_words": "Words of one token that are never drawn.",
-    "best_of": "Only the value of `n`.",
+    "best_of": "Outputs to generate for each prompt, of which the `n` likeliest per token are told; not streamed.",
     "chat_template_kwargs": "Variables for the model's chat template, such as `enable_thinking`.",
     "continue_final_message": "Go on with the last message; `add_generation_prompt` must be false.",
     "echo": "Begin each answer with its prompt.",

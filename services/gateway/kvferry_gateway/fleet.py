@@ -22,6 +22,7 @@ from kvferry.wire.messages import (
     Cancel,
     Codecs,
     DecodeRequest,
+    Drain,
     EndAck,
     ExitNotice,
     Fence,
@@ -45,6 +46,7 @@ from kvferry_gateway.registry import Registry
 from kvferry_gateway.settings import GatewaySettings
 from kvferry_gateway.streams import TokenStream
 from kvferry_gateway.targets import Targets
+from kvferry_gateway.timeline import Timelines
 
 ASKS: Final = 2  # how often a worker is asked before its silence counts
 MAX_FENCES: Final = 4096  # workers that are gone and may come back
@@ -85,6 +87,7 @@ class Fleet(WorkerMail):
         self.registry = Registry(now())
         self.placer = Placer(targets, settings.local_prefill_threshold)
         self.table = AttemptTable()
+        self.timelines = Timelines()
         self.tasks = TaskSet(self._task_failed)
         self.failed = asyncio.Event()  # a task without which this gateway is of no use has ended
         self.attached: dict[TokenStream, None] = {}  # streams that want a comment in silence
@@ -160,6 +163,13 @@ class Fleet(WorkerMail):
     def cancel(self, worker: WorkerRecord, attempt: Attempt) -> None:
         self._send(worker.subject, Cancel(attempt.ticket, attempt.number))
         self.metrics.cancels.inc()
+
+    def drain(self, incarnation: int) -> WorkerRecord | None:
+        """Tell a worker to take no more and to end. None: there is no such worker."""
+        worker = self.registry.record_of(incarnation)
+        if worker is not None:
+            self._send(worker.subject, Drain(incarnation))
+        return worker
 
     def confirm_end(self, attempt: Attempt) -> None:
         """Its end has done its work."""

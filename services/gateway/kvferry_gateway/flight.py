@@ -48,12 +48,14 @@ class Flight:
         self.unit = unit
         self.stream = stream
         self._fleet = fleet
+        self._timeline = fleet.timelines.begin(unit.number, unit.request_id, unit.choice, unit.num_prompt, stream)
         self._settings = fleet.settings
         self._eos_token_ids = eos_token_ids
         self._attempt: Attempt | None = None
         self._failures = 0
         self._crashes = 0
         self._alone = False
+        self._finish_reason: FinishReason | None = None
         self._begun = False  # a worker has accepted, or given a token
         self._bound_to: str | None = None  # numerics_id that the unit began on, in `exact`
         self._block_keys = BlockKeys(unit.prompt, unit.salt)
@@ -78,6 +80,7 @@ class Flight:
         """Nothing of it is left on any worker, in any table, or on the loop's clock."""
         self._timer.cancel()
         self._retire(cancel=True)
+        self._fleet.timelines.end(self._timeline, self._outcome())
         if not self._stop.done():
             self._stop.cancel()
 
@@ -85,6 +88,15 @@ class Flight:
         if not self._stop.done():
             self._stop.set_result(error)
         self._retire(cancel=True)
+
+    def _outcome(self) -> str:
+        """For its timeline."""
+        if self._finish_reason is not None:
+            return self._finish_reason
+        if not self._stop.done() or self._stop.cancelled():
+            return "refused" if not self._begun else "failed"
+        error = self._stop.result()
+        return "client gone" if isinstance(error, ClientGone) else "cut off"
 
     # -- the life --------------------------------------------------------------------------------------------
 
@@ -102,9 +114,11 @@ class Flight:
             verdict = await self._verdict()
             if isinstance(verdict, Finished):
                 self._finish()
+                self._finish_reason = verdict.reason
                 return verdict.reason
             self._lose(verdict)
             if (reason := self._complete_already()) is not None:
+                self._finish_reason = reason
                 return reason
             await self._place_in_time()
 
@@ -139,6 +153,7 @@ class Flight:
         attempt = self._attempt
         assert attempt is not None
         self._fleet.metrics.replacements.labels(verdict.reason).inc()
+        self._timeline.lost(verdict.reason)
         log.info(
             "attempt lost", request_id=self.unit.request_id, attempt=attempt.number, reason=verdict.reason,
             num_tokens=len(self.stream.tokens),
@@ -212,6 +227,7 @@ class Flight:
                 self._bind(attempt)
                 kind = "local" if attempt.prefill is None else "pair"
                 self._fleet.metrics.placements.labels(kind).inc()
+                self._timeline.note("accepted", attempt=attempt.number)
                 return
             if self.stream.tokens:
                 self._bind(attempt)  # one worker took it and gave a token before the other one refused
@@ -281,6 +297,7 @@ class Flight:
             self.stream.placed(attempt.decode.numerics_id)
         fleet.table.add(attempt)
         self._attempt = attempt
+        self._timeline.placed(attempt)
         self._log_placed(attempt)
         return attempt
 

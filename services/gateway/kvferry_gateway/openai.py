@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from kvferry.text.stop import MAX_STOP_CHARS, MAX_STOP_STRINGS
 from kvferry.wire.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_REPETITION_PENALTY, MAX_TOKEN_LIST
-from kvferry_gateway.errors import bad_request, unsupported
+from kvferry_gateway.errors import bad_request
 from kvferry_gateway.messages import Label, Messages
 from kvferry_gateway.request_model import RequestModel
 from kvferry_gateway.structured import ResponseFormat, StructuredOutputs
@@ -74,6 +74,16 @@ class GenerationRequest(RequestModel):
     def num_logprobs(self) -> int | None:
         """How many best tokens are told beside each drawn one; None: no log-probabilities."""
         return None
+
+    @property
+    def num_drawn(self) -> int:
+        """Outputs of each prompt; `n` of them are told."""
+        return self.n
+
+    @property
+    def num_logprobs_needed(self) -> int | None:
+        """`num_logprobs` of the workers: 0 where the gateway needs them to choose."""
+        return 0 if self.num_logprobs is None and self.num_drawn > self.n else self.num_logprobs
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -169,21 +179,28 @@ class CompletionRequest(GenerationRequest):
     )
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool = False
-    best_of: Annotated[int, Field(ge=1)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
     @model_validator(mode="after")
     def _fields_that_need_others(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != self.n:
-            raise unsupported("best_of")
+        if self.best_of is not None and self.best_of < self.n:
+            raise bad_request("'best_of' must not be below 'n'.", "best_of", "invalid_value")
+        if self.stream and self.num_drawn > self.n:
+            raise bad_request("'best_of' above 'n' can't be streamed.", "best_of", "unsupported_value")
         if self.echo and self.logprobs is not None:
             raise bad_request("'logprobs' together with 'echo' is not supported.", "logprobs", "unsupported_value")
-        if len(self.prompts) * self.n > MAX_CHOICES:
-            raise bad_request(f"Prompts times 'n' is more than {MAX_CHOICES}.", "n", "invalid_value")
+        if len(self.prompts) * self.num_drawn > MAX_CHOICES:
+            field = "n" if self.best_of is None else "best_of"
+            raise bad_request(f"Prompts times '{field}' is more than {MAX_CHOICES}.", field, "invalid_value")
         return self
 
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_drawn(self) -> int:
+        return self.n if self.best_of is None else self.best_of
 
     @property
     def prompts(self) -> tuple[str | list[int], ...]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
+import msgspec
 import numpy as np
 
 from kvferry.grammar.compiler import GrammarCompiler
@@ -37,6 +38,23 @@ class Prompt:
     sampling: Sampling
     echo: str = ""  # the prompt's text, where the answer is to begin with it
     reading: Reading = PLAIN_TEXT
+
+
+def most_tokens(prompts: Sequence[Prompt], num_drawn: int) -> int:
+    """What they can come to, with `num_drawn` outputs each."""
+    return sum(len(prompt.tokens) + num_drawn * prompt.sampling.max_tokens for prompt in prompts)
+
+
+def within(prompts: Sequence[Prompt], num_drawn: int, most: int) -> list[Prompt]:
+    """With outputs so short that all comes to `most` tokens; as they are, if it can't."""
+    room = (most - sum(len(prompt.tokens) for prompt in prompts)) // (num_drawn * len(prompts))
+    if room < max(1, prompts[0].sampling.min_tokens):
+        return list(prompts)
+    return [
+        replace(prompt, sampling=msgspec.structs.replace(prompt.sampling, max_tokens=limit))
+        for prompt in prompts
+        for limit in (min(prompt.sampling.max_tokens, room),)
+    ]
 
 
 class Prompter:

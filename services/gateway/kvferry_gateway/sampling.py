@@ -56,7 +56,7 @@ class SamplingRules:
             min_tokens=request.min_tokens,
             stop_token_ids=self._known(request.stop_token_ids, "stop_token_ids"),
             banned=self._banned(request.bad_words),
-            num_logprobs=request.num_logprobs,
+            num_logprobs=request.num_logprobs_needed,
             grammar=grammar,
         )
         return [msgspec.structs.replace(sampling, max_tokens=limit) for limit in limits]

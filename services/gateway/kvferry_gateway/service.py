@@ -28,6 +28,7 @@ from kvferry_gateway.fleet import Fleet
 from kvferry_gateway.http import GatewayProtocol
 from kvferry_gateway.metrics import GatewayMetrics
 from kvferry_gateway.prompt import Prompter
+from kvferry_gateway.rate_limit import RateLimits
 from kvferry_gateway.scaling import read_targets
 from kvferry_gateway.settings import GatewaySettings
 from kvferry_gateway.tokenize import TokenService
@@ -64,7 +65,8 @@ class Gateway:
         cls, settings: GatewaySettings, runtime: Runtime, bus: Bus, model: ModelDir, *, pid: int, created: int
     ) -> Gateway:
         """Join a bus that is connected. Raises `SettingError`, `CheckpointError`, `BusUnavailable`."""
-        keys = None if settings.api_key_file is None else ApiKeys(settings.api_key_file)
+        limits = RateLimits(settings.requests_per_minute, settings.tokens_per_minute)
+        keys = None if settings.api_key_file is None else ApiKeys(settings.api_key_file, limits)
         model_name = settings.served_model_name or model.name
         if unapplied := model.sampling.unapplied:
             log.warning("generation_config.json recommends what is not applied", fields=list(unapplied))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from kvferry.config import Port, ServiceSettings
+from kvferry.config import Port, ServiceSettings, flag_name
 from kvferry_gateway.parsing.forms import ReasoningParserName, ToolParserName
 
 Positive = Annotated[int, Field(ge=1)]
@@ -23,7 +23,15 @@ class GatewaySettings(ServiceSettings):
     model: str = Field("", description="Model directory in Hugging Face form: tokenizer, template, context length.")
     served_model_name: str = Field("", description="Name of the model in requests; the directory's name unless given.")
     api_key_file: Path | None = Field(
-        None, description="File of bearer keys, one a line; read again when it changes. Without it no key is asked for."
+        None,
+        description="File of bearer keys, one a line, with their rate limits behind them; read again when it changes. "
+        "Without it no key is asked for.",
+    )
+    requests_per_minute: Positive | None = Field(
+        None, description="Requests that a key may make in a minute, at each gateway; the key's own limit comes first."
+    )
+    tokens_per_minute: Positive | None = Field(
+        None, description="Tokens, prompt and output, that a key may use in a minute, at each gateway; likewise."
     )
     cors_origins: tuple[str, ...] = Field((), description="Origins whose pages may call this gateway; * is any.")
     max_body_bytes: Positive = Field(4 << 20, description="Largest request body in bytes; above it 413.")
@@ -56,3 +64,10 @@ class GatewaySettings(ServiceSettings):
         description="Whether <think>…</think> is told as `reasoning_content`: think, none, or as the template shows.",
     )
     drain_grace: Duration = Field(20.0, description="Seconds that requests under way have to end after SIGTERM.")
+
+    @model_validator(mode="after")
+    def _limits_need_keys(self) -> Self:
+        for field in ("requests_per_minute", "tokens_per_minute"):
+            if getattr(self, field) is not None and self.api_key_file is None:
+                raise ValueError(f"{flag_name(type(self), field)} limits each key, and there is no --api-key-file")
+        return self

@@ -58,7 +58,9 @@ class UpSettings(Settings):
     pin: Literal["auto", "off"] = Field(
         "off", description="auto: each worker on cores of its own, where there are as many as all of them have threads."
     )
-    api_key_file: Path | None = Field(None, description="Bearer keys that the gateways accept, one a line.")
+    api_key_file: Path | None = Field(
+        None, description="Bearer keys that the gateways accept, one a line, with their rate limits."
+    )
     cors_origins: tuple[str, ...] = Field((), description="Origins whose pages may call the gateways; * is any.")
     cluster: SubjectName = Field("dev", description="Name of the cluster.")
     nats_url: str = Field("", description="NATS server to use; an embedded one is started unless given.")

@@ -108,9 +108,9 @@ def test_keys_are_not_kept_in_the_clear(tmp_path: Path) -> None:
     path.write_text("secret-key-1\n")
     keys = ApiKeys(path)
     assert "secret-key-1" not in repr(vars(keys))
-    assert keys.salt_of(b"Bearer secret-key-1") == keys.salt_of(b"bearer  secret-key-1")
+    assert keys.find(b"Bearer secret-key-1") is keys.find(b"bearer  secret-key-1") is not None
     for bad in (b"", b"Bearer", b"Bearer ", b"secret-key-1", b"Bearer secret-key-2", b"Bearer \xff"):
-        assert keys.salt_of(bad) is None
+        assert keys.find(bad) is None
 
 
 def test_no_origin_is_allowed_unless_it_is_named() -> None:

@@ -1,0 +1,1 @@
+"""The live console: a page, what it shows, and the one thing that it can do."""

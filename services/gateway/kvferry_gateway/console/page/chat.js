@@ -1,0 +1,106 @@
+// A conversation with the model, streamed. Text is appended once per frame, however many tokens came.
+
+import { ask, problemOf } from "./access.js";
+import { byId, make } from "./element.js";
+import { follow } from "./requests.js";
+
+const messages = [];
+const log = byId("conversation");
+let model = "";
+let running = null; // AbortController of the answer under way
+
+export const setModel = name => { model = name; };
+
+function say(className, text) {
+  const node = make("p", { className, textContent: text });
+  log.append(node);
+  log.scrollTop = log.scrollHeight;
+  return node;
+}
+
+// Collects text, and writes it into `node` with the next frame.
+function writer(node) {
+  let waiting = "";
+  const write = () => {
+    node.append(waiting);
+    waiting = "";
+    log.scrollTop = log.scrollHeight;
+  };
+  return text => {
+    if (waiting === "") requestAnimationFrame(write);
+    waiting += text;
+  };
+}
+
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let buffered = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const parts = (buffered + value).split("\n\n");
+    buffered = parts.pop();
+    for (const part of parts) {
+      if (part.startsWith("data: ") && part !== "data: [DONE]") yield JSON.parse(part.slice(6));
+    }
+  }
+}
+
+async function answer(signal) {
+  const id = `console-${crypto.getRandomValues(new Uint32Array(2)).join("-")}`;
+  follow(id);
+  const response = await ask("v1/chat/completions", {
+    method: "POST",
+    headers: { "content-type": "application/json", "x-request-id": id },
+    body: JSON.stringify({ model, messages, stream: true }),
+    signal,
+  });
+  if (!response.ok) throw new Error(await problemOf(response));
+  const write = writer(say("assistant", ""));
+  let text = "";
+  try {
+    for await (const event of events(response)) {
+      if (event.error) throw new Error(event.error.message);
+      const delta = event.choices[0]?.delta;
+      const piece = (delta?.reasoning_content ?? "") + (delta?.content ?? "");
+      text += delta?.content ?? "";
+      if (piece) write(piece);
+    }
+  } finally {
+    messages.push({ role: "assistant", content: text });
+  }
+}
+
+async function send() {
+  const prompt = byId("prompt").value.trim();
+  if (!prompt || running !== null) return;
+  running = new AbortController();
+  byId("prompt").value = "";
+  byId("send").disabled = true;
+  byId("stop").disabled = false;
+  log.ariaBusy = "true"; // a screen reader reads the answer once it is whole
+  messages.push({ role: "user", content: prompt });
+  say("user", prompt);
+  try {
+    await answer(running.signal);
+  } catch (error) {
+    if (messages.at(-1).role === "user") messages.pop();
+    say("problem", error.name === "AbortError" ? "Stopped." : error.message);
+  }
+  running = null;
+  log.ariaBusy = "false";
+  byId("send").disabled = false;
+  byId("stop").disabled = true;
+}
+
+byId("chat").addEventListener("submit", event => {
+  event.preventDefault();
+  send();
+});
+byId("prompt").addEventListener("keydown", event => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    send();
+  }
+});
+byId("stop").addEventListener("click", () => running?.abort());

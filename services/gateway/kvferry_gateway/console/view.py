@@ -1,0 +1,105 @@
+"""What the console shows, as JSON has it. It looks at the fleet and changes nothing."""
+
+from __future__ import annotations
+
+import math
+from itertools import islice
+from typing import Any, Final, Literal
+
+from prometheus_client.registry import Collector
+
+from kvferry_gateway.attempt import Attempt
+from kvferry_gateway.fleet import Fleet
+from kvferry_gateway.timeline import Timeline
+
+MAX_REQUESTS_SHOWN: Final = 256  # under way, the oldest first
+MAX_ENDED_SHOWN: Final = 32
+
+Phase = Literal["queued", "prefill", "kv", "decode"]
+
+
+def phase_of(attempt: Attempt | None) -> Phase:
+    """Where a request is, by what came from its workers: tokens at once, states with each heartbeat."""
+    if attempt is None or not attempt.accepted:
+        return "queued"
+    on_decode = attempt.states.get(attempt.decode.incarnation)
+    has_token = len(attempt.stream.tokens) > attempt.first_index
+    if attempt.prefill is None:
+        if has_token or on_decode == "running":
+            return "decode"
+        return "prefill" if on_decode == "computing" else "queued"
+    if attempt.running:
+        return "decode"
+    on_prefill = attempt.states.get(attempt.prefill.incarnation)
+    if has_token or on_prefill in ("held", "ended"):
+        return "kv"
+    return "prefill" if on_prefill == "computing" else "queued"
+
+
+def state(fleet: Fleet, model: str, moment: float, followed: int | None) -> dict[str, Any]:
+    """`followed`: number of the request whose timeline is wanted."""
+    timelines = fleet.timelines
+    return {
+        "cluster": fleet.settings.cluster,
+        "gateway": fleet.settings.name,
+        "model": model,
+        "workers": fleet.registry.rows(moment),
+        "num_requests": timelines.num_live,
+        "requests": [_row(timeline, moment) for timeline in islice(timelines.live(), MAX_REQUESTS_SHOWN)],
+        "ended": [_row(timeline, moment) for timeline in islice(timelines.ended(), MAX_ENDED_SHOWN)],
+        "ttft": buckets(fleet.metrics.ttft),
+        "itl": buckets(fleet.metrics.itl),
+        "timeline": None if followed is None else _timeline(fleet, followed, moment),
+    }
+
+
+def _row(timeline: Timeline, moment: float) -> dict[str, Any]:
+    attempt = timeline.attempt
+    prefill = None if attempt is None else attempt.prefill
+    return {
+        "number": timeline.number,
+        "request_id": timeline.request_id,
+        "choice": timeline.choice,
+        "phase": timeline.outcome or phase_of(attempt),
+        "prefill": None if prefill is None else prefill.name,
+        "decode": None if attempt is None else attempt.decode.name,
+        "attempts": timeline.num_attempts,
+        "prompt_tokens": timeline.num_prompt,
+        "tokens": timeline.num_tokens,
+        "seconds": round((timeline.ended_at or moment) - timeline.since, 2),
+    }
+
+
+def _timeline(fleet: Fleet, number: int, moment: float) -> dict[str, Any] | None:
+    timeline = fleet.timelines.find(number)
+    if timeline is None:
+        return None
+    return {
+        **_row(timeline, moment),
+        "events": [
+            {"at_s": round(event.at - timeline.since, 4), "what": event.what, **_finite(event.facts)}
+            for event in timeline.told()
+        ],
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value
+
+
+def buckets(histogram: Collector) -> list[tuple[float | None, int]]:
+    """(upper bound in seconds, observations in this bucket alone); the last has no bound."""
+    rows: list[tuple[float | None, int]] = []
+    below = 0
+    for metric in histogram.collect():
+        for sample in metric.samples:
+            if sample.name.endswith("_bucket"):
+                bound, total = float(sample.labels["le"]), int(sample.value)
+                rows.append((bound if math.isfinite(bound) else None, total - below))
+                below = total
+    return rows
