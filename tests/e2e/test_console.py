@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,9 @@ def main_thread_ms(events: list[dict[str, Any]]) -> tuple[list[float], float]:
     """(script and layout of each update, longest task) of the page's main thread, in its own time. An update begins
     with the timer that asks for the state."""
     renderers = {(e["pid"], e["tid"]) for e in events if e.get("args", {}).get("name") == "CrRendererMain"}
-    page = {(e["pid"], e["tid"]) for e in events if e["name"] == "UpdateLayoutTree"} & renderers
-    timed = [e for e in events if (e["pid"], e["tid"]) in page and "tdur" in e]
+    drawn = Counter((e["pid"], e["tid"]) for e in events if e["name"] == "FireAnimationFrame")
+    page = max(renderers, key=lambda thread: drawn[thread])  # the browser loads a page of its own, too
+    timed = [e for e in events if (e["pid"], e["tid"]) == page and "tdur" in e]
     updates: list[float] = []
     for event in sorted(timed, key=lambda e: e["ts"]):
         if event["name"] == "TimerFire":
