@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 
 import pytest
@@ -55,8 +56,10 @@ def test_requests_with_a_shared_long_prefix_go_where_it_is_cached(two_prefills: 
             usage, first = ask(family, 10 * family)
             assert first["cached_tokens"] == 0
             homes.append(first["prefill"])
-            # Both workers tell what they have cached with their next heartbeats, one chunk perhaps before the other.
-            eventually(lambda known=known: placement()["indexed_blocks"] >= known + 2 * 24)
+            # The worker tells what it has cached with its next heartbeats, one chunk perhaps before the other.
+            eventually(lambda known=known: placement()["indexed_blocks"] >= known + 24)
+            turns = count(100 + 100 * family)
+            eventually(lambda f=family, t=turns: ask(f, next(t))[1]["cached_tokens"] >= 24 * BLOCK_TOKENS)
         for turn in range(1, 4):
             for family in range(2):
                 usage, placed = ask(family, 10 * family + turn)
