@@ -158,13 +158,16 @@ class Cluster:
             runtime=self.runtime,
             bus=bus,
             transport=MemoryTransport(transport_settings, self.runtime, self.network, settings.name),
-            slots=SlotPool(8, 64 << 10),
+            slots=self._slots(),
             runner=MemoryRunner(model),
             incarnation=incarnation,
             model_name="memory",
             pid=len(self.workers) + 1,
             grammars=self._grammars(model),
         )
+
+    def _slots(self) -> SlotPool:
+        return SlotPool(8, 64 << 10)
 
     def _grammars(self, model: MemorySettings) -> GrammarCompiler | None:
         if self.tokenizer_path is None:

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,12 @@ def kvferry(*arguments: str, environ: Mapping[str, str] | None = None) -> subpro
         check=False,
         env=dict(environ) if environ is not None else None,
     )
+
+
+def eventually(what: Callable[[], Any], seconds: float = 150.0) -> Any:
+    """The first true value of `what`, for what other processes change without an event for us."""
+    deadline = time.monotonic() + seconds
+    while not (value := what()):
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.05)
+    return value

@@ -5,27 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from openai import OpenAI
-from stack import KVFERRY, Stack
+from stack import KVFERRY, Stack, eventually
 
 PATIENCE_S = 150.0
 LENGTH = 400  # tokens: seconds of decoding
-
-
-def eventually(what: Callable[[], Any]) -> Any:
-    """The first true value of `what`; the processes that change it have no event for us."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not (value := what()):
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.1)
-    return value
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +47,13 @@ def test_a_worker_that_is_taken_away_finishes_or_hands_over_what_it_has(small: S
     undisturbed = tell(small)
     assert small.command("scale").stdout == "prefill=0\ndecode=1\n"
     assert small.command("scale", "decode=2").stdout == "prefill=0\ndecode=2\n"
-    added = eventually(lambda: ready(small).get("decode-1"))
+    added = eventually(lambda: ready(small).get("decode-1"), PATIENCE_S)
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(tell, small) for _ in range(4)]
-        eventually(lambda: ready(small)["decode-1"]["load"]["num_running"])
+        eventually(lambda: ready(small)["decode-1"]["load"]["num_running"], PATIENCE_S)
         assert small.command("scale", "decode=1").stdout == "prefill=0\ndecode=1\n"
         assert [answer.result() for answer in answers] == [undisturbed] * 4
-    eventually(lambda: added["pid"] not in small.processes())
+    eventually(lambda: added["pid"] not in small.processes(), PATIENCE_S)
     assert set(ready(small)) == {"decode-0"}
     assert small.command("scale", "decode=0").returncode == 1
     assert small.command("scale", "gateway=2").returncode == 2
@@ -81,9 +71,9 @@ def test_autoscale_adds_a_worker_under_load_and_drains_it_when_the_load_is_gone(
     try:
         with ThreadPoolExecutor(3) as pool:
             answers = [pool.submit(tell, small) for _ in range(3)]
-            added = eventually(lambda: ready(small).get("decode-1"))
+            added = eventually(lambda: ready(small).get("decode-1"), PATIENCE_S)
             assert len({answer.result() for answer in answers}) == 1
-        eventually(lambda: added["pid"] not in small.processes())
+        eventually(lambda: added["pid"] not in small.processes(), PATIENCE_S)
         assert set(ready(small)) == {"decode-0"}
         scaler.send_signal(signal.SIGTERM)
         assert scaler.wait(30) == 0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
 import pytest
-from stack import Stack
+from stack import Stack, eventually
 
 BLOCK_TOKENS = 16
 PATIENCE_S = 60.0
@@ -22,15 +21,6 @@ def two_prefills(flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactor
         yield stack.start()
     finally:
         stack.close()
-
-
-def eventually(what: Callable[[], Any]) -> Any:
-    """The first true value of `what`; the processes that change it have no event for us."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not (value := what()):
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.05)
-    return value
 
 
 def test_requests_with_a_shared_long_prefix_go_where_it_is_cached(two_prefills: Stack) -> None:
@@ -57,9 +47,9 @@ def test_requests_with_a_shared_long_prefix_go_where_it_is_cached(two_prefills: 
             assert first["cached_tokens"] == 0
             homes.append(first["prefill"])
             # The worker tells what it has cached with its next heartbeats, one chunk perhaps before the other.
-            eventually(lambda known=known: placement()["indexed_blocks"] >= known + 24)
+            eventually(lambda known=known: placement()["indexed_blocks"] >= known + 24, PATIENCE_S)
             turns = count(100 + 100 * family)
-            eventually(lambda f=family, t=turns: ask(f, next(t))[1]["cached_tokens"] >= 24 * BLOCK_TOKENS)
+            eventually(lambda f=family, t=turns: ask(f, next(t))[1]["cached_tokens"] >= 24 * BLOCK_TOKENS, PATIENCE_S)
         for turn in range(1, 4):
             for family in range(2):
                 usage, placed = ask(family, 10 * family + turn)

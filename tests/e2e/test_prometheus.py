@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
 import pytest
 from prometheus_server import Prometheus, alert_rules, panel_expressions
-from stack import Stack
+from stack import Stack, eventually
 
 PATIENCE_S: Final = 90.0
 PROMPT_TOKENS: Final = 320  # above local_prefill_threshold, so that KV moves
@@ -22,15 +22,6 @@ ONLY_AFTER_A_FAULT: Final = {
     "sum by (reason) (increase(kvferry_replacement_total[5m]))",
     "sum by (kind) (increase(kvferry_transfer_failure_total[5m]))",
 }
-
-
-def eventually(what: Callable[[], Any]) -> Any:
-    """The first true value of `what`: Prometheus has no event for a scrape."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not (value := what()):
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.1)
-    return value
 
 
 def answered(stack: Stack, turn: int) -> None:
@@ -54,7 +45,7 @@ def prometheus(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         """Returns once what a request has changed is scraped."""
         answered(stack, next(turns))
         moment = time.time()
-        eventually(lambda: scraped_since(server, moment))
+        eventually(lambda: scraped_since(server, moment), PATIENCE_S)
 
     def shows() -> list[dict[str, Any]]:
         asked()
@@ -62,7 +53,7 @@ def prometheus(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
     try:
         asked()  # counters with labels appear
-        eventually(shows)
+        eventually(shows, PATIENCE_S)
         yield server
     finally:
         server.close()
@@ -89,7 +80,7 @@ def test_the_list_of_faults_names_panels_that_exist() -> None:
 
 
 def test_prometheus_has_loaded_every_alert_and_can_evaluate_it(prometheus: Prometheus) -> None:
-    rules = eventually(lambda: all(r["health"] == "ok" for r in prometheus.rules()) and prometheus.rules())
+    rules = eventually(lambda: all(r["health"] == "ok" for r in prometheus.rules()) and prometheus.rules(), PATIENCE_S)
     assert {rule["name"] for rule in rules} == alert_rules().keys()
     for rule in alert_rules().values():
         prometheus.query(rule["expr"])

@@ -6,14 +6,12 @@ import json
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 from openai import OpenAI
 from openai.types.chat import ChatCompletion
-from stack import Stack
+from stack import Stack, eventually
 
 QUESTION = [{"role": "user", "content": "Name three rivers."}]
 
@@ -22,15 +20,6 @@ QUESTION = [{"role": "user", "content": "Name three rivers."}]
 def client(stack: Stack) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{stack.url}/v1", api_key="unused", max_retries=0) as client:
         yield client
-
-
-def eventually(what: Callable[[], Any], seconds: float = 150.0) -> Any:
-    """The first true value of `what`; the processes that change it have no event for us."""
-    deadline = time.monotonic() + seconds
-    while not (value := what()):
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.05)
-    return value
 
 
 def test_the_line_that_is_printed_works_when_it_is_pasted(stack: Stack) -> None:

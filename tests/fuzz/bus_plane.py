@@ -15,10 +15,9 @@ from typing import Final
 
 from api_cluster import BYTES, ApiCluster
 from cluster import ScriptedGateway, check_clean, expected, settled
-from fuzz.campaign import Batch
+from fuzz.campaign import Batch, run_virtually
 from fuzz.forger import Forger
 from fuzz.http_plane import Sent, exchange
-from virtual_loop import VirtualLoop
 
 from kvferry.wire.messages import Sampling
 
@@ -30,10 +29,7 @@ ENDS: Final = (200, 400, 429, 503, 504)
 
 
 def bus_plane(batch: Batch) -> None:
-    loop = VirtualLoop()
-    with asyncio.Runner(loop_factory=lambda: loop) as runner:
-        loop.set_exception_handler(lambda _, context: batch.unexpected(f"in the loop: {context}"))
-        runner.run(_batch(batch))
+    run_virtually(batch, _batch)
 
 
 async def _batch(batch: Batch) -> None:
@@ -53,8 +49,6 @@ async def _batch(batch: Batch) -> None:
         await cluster.stop()
         for worker in cluster.workers:
             check_clean(worker)
-    left = [task.get_name() for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    assert not left, f"tasks left: {left}"
 
 
 async def _still_right(cluster: ApiCluster) -> None:

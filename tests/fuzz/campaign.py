@@ -6,6 +6,7 @@ says which input was the last one, and the one command that runs its batch again
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
 import signal
@@ -13,6 +14,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Final
+
+from virtual_loop import VirtualLoop
 
 CPU_SECONDS: Final = 10.0  # of one input: many times what any takes, and independent of the machine's other load
 SHOWN_CHARS: Final = 2000
@@ -75,6 +78,21 @@ class Finding(AssertionError):
 
 
 Plane = Callable[[Batch], None]
+Scenario = Callable[[Batch], Awaitable[None]]
+
+
+def run_virtually(batch: Batch, play: Scenario) -> None:
+    """On a virtual clock. Neither a failure in the loop nor a task that is left stays unseen."""
+
+    async def whole() -> None:
+        await play(batch)
+        left = [task.get_name() for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        assert not left, f"tasks left: {left}"
+
+    loop = VirtualLoop()
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        loop.set_exception_handler(lambda _, context: batch.unexpected(f"in the loop: {context}"))
+        runner.run(whole())
 
 
 @dataclass
@@ -133,6 +151,3 @@ def cpu_limit(seconds: float) -> Iterator[None]:
 def shown(given: object) -> str:
     text = repr(given)
     return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}… ({len(text)} characters)"
-
-
-Scenario = Callable[[Batch], Awaitable[None]]

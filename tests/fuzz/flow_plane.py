@@ -11,11 +11,10 @@ import random
 from typing import Any, Final
 
 from cluster import DATA_KEY, MODEL, Cluster, ScriptedGateway, all_free, expected, settled
-from fuzz.campaign import Batch
+from fuzz.campaign import Batch, run_virtually
 from fuzz.frames import SLOT_BYTES, Source, damaged, resealed
 from fuzz.messages import Ids, Messages
 from fuzz.spoiling import spoiled
-from virtual_loop import VirtualLoop
 
 from kvferry.engine.memory import MemoryRunner
 from kvferry.errors import WireError
@@ -52,10 +51,7 @@ END_S: Final = 30.0  # virtual, of a sequence whatever its prefill worker does
 
 
 def flow_plane(batch: Batch) -> None:
-    loop = VirtualLoop()
-    with asyncio.Runner(loop_factory=lambda: loop) as runner:
-        loop.set_exception_handler(lambda _, context: batch.unexpected(f"in the loop: {context}"))
-        runner.run(_batch(batch))
+    run_virtually(batch, _batch)
 
 
 async def _batch(batch: Batch) -> None:
@@ -76,8 +72,6 @@ async def _batch(batch: Batch) -> None:
     assert gateway.text(work) == expected([7] * 50, SAMPLING, 4)
     await settled(lambda: not any(len(worker.outbox) for worker in cluster.workers), 5.0)
     await cluster.stop()
-    left = [task.get_name() for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    assert not left, f"tasks left: {left}"
 
 
 class _Peer:

@@ -18,8 +18,7 @@ from cluster import check_clean, settled
 from fuzz import junk
 from fuzz.bending import harmful, harmless
 from fuzz.bodies import ROUTES, Bodies
-from fuzz.campaign import Batch
-from virtual_loop import VirtualLoop
+from fuzz.campaign import Batch, run_virtually
 
 VIRTUAL_SECONDS: Final = 300.0  # of one request, whatever it asks
 SETTLE_S: Final = 5.0  # virtual, until nothing is left of a request
@@ -50,10 +49,7 @@ class Sent:
 
 
 def http_plane(batch: Batch) -> None:
-    loop = VirtualLoop()
-    with asyncio.Runner(loop_factory=lambda: loop) as runner:
-        loop.set_exception_handler(lambda _, context: batch.unexpected(f"in the loop: {context}"))
-        runner.run(_batch(batch))
+    run_virtually(batch, _batch)
 
 
 async def _batch(batch: Batch) -> None:
@@ -65,8 +61,6 @@ async def _batch(batch: Batch) -> None:
         await cluster.stop()
         for worker in cluster.workers:
             check_clean(worker)
-    left = [task.get_name() for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    assert not left, f"tasks left: {left}"
 
 
 async def _case(batch: Batch, cluster: ApiCluster) -> None:

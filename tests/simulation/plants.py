@@ -144,7 +144,7 @@ PLANTS: tuple[Plant, ...] = (
         "a restarted worker keeping its old incarnation",
         (
             Edit(
-                "tests/simulation/world.py",
+                "tests/cluster.py",
                 "incarnation = self.runtime.random_u64()",
                 'incarnation = int.from_bytes(settings.name.encode()[-8:], "little")',
             ),

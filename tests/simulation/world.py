@@ -12,21 +12,19 @@ import structlog
 from answers import Check, ExactCheck
 from checks import CheckedSlots, Referee
 from clients import CLIENTS, Call
-from cluster import DATA_KEY, Cluster, all_free, settled
+from cluster import Cluster, all_free, settled
 from gateways import SimulatedGateway
 from lanes import ProcessRuntime
 from planes import SimulatedBroker, SimulatedBus, SimulatedNetwork
 from processes import MachineClock, ProcessLoop, acting_as, run_as
 from virtual_loop import Deadlock, EventLog, VirtualTimeout
-from workload import MODEL, MODEL_NAME, ClientRequest
+from workload import MODEL, ClientRequest
 
 from kvferry.bus.base import BusSettings
-from kvferry.engine.memory import MemoryRunner, MemorySettings
+from kvferry.engine.memory import MemorySettings
 from kvferry.runtime import TaskSet, now
-from kvferry.transport.base import TransportSettings
-from kvferry.transport.memory import MemoryTransport
 from kvferry.wire.subjects import inbox_prefix
-from kvferry.worker.worker import Parts, Worker
+from kvferry.worker.worker import Worker
 from kvferry_decode.worker import DecodeWorker
 from kvferry_prefill.worker import PrefillWorker
 
@@ -109,21 +107,8 @@ class World(Cluster):
         while not self.broker.running:
             await asyncio.sleep(RESTART_S)
 
-    async def _parts(self, settings: Any, role: str, model: MemorySettings) -> Parts:
-        incarnation = self.runtime.random_u64()
-        bus = self.bus(settings.name, role)
-        await bus.start()
-        transport_settings = TransportSettings(incarnation=incarnation, data_key=DATA_KEY)
-        return Parts(
-            runtime=self.runtime,
-            bus=bus,
-            transport=MemoryTransport(transport_settings, self.runtime, self.network, settings.name),
-            slots=CheckedSlots(self.num_slots, SLOT_PAYLOAD_BYTES, self.referee),
-            runner=MemoryRunner(model),
-            incarnation=incarnation,
-            model_name=MODEL_NAME,
-            pid=len(self.workers) + 1,
-        )
+    def _slots(self) -> CheckedSlots:
+        return CheckedSlots(self.num_slots, SLOT_PAYLOAD_BYTES, self.referee)
 
     async def _start(self, worker: Worker[Any]) -> None:
         self.referee.watch(worker)
