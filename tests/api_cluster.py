@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 from cluster import MODEL, Cluster, check_clean, settled
-from scripted_worker import EOS, write_model
+from scripted_worker import EOS, VOCAB_SIZE, write_model
 from virtual_loop import VirtualLoop
 
 from kvferry.engine.memory import MemorySettings
@@ -19,7 +19,6 @@ from kvferry_gateway.service import Gateway
 from kvferry_gateway.settings import GatewaySettings
 from kvferry_gateway.streams import TokenStream
 
-VOCAB_SIZE = 257  # EOS and one token per byte
 BYTES = MemorySettings(
     num_blocks=MODEL.num_blocks,
     vocab_size=VOCAB_SIZE,
@@ -98,6 +97,16 @@ def api(
 
     with asyncio.Runner(loop_factory=lambda: VirtualLoop(300.0)) as runner:
         runner.run(body())
+
+
+def scenario(test: Callable[[ApiCluster], Awaitable[None]]) -> Callable[[], None]:
+    """A test on a fresh cluster of one pair."""
+
+    def run() -> None:
+        api(test)
+
+    run.__name__ = test.__name__
+    return run
 
 
 def timeless(answer: Any) -> Any:

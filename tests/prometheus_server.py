@@ -31,8 +31,15 @@ def alert_rules() -> dict[str, dict[str, Any]]:
 
 
 def panel_expressions() -> list[str]:
-    panels = [p for path in DEPLOY.glob("grafana/dashboards/*.json") for p in json.loads(path.read_text())["panels"]]
+    paths = sorted(DEPLOY.glob("grafana/dashboards/*.json"))
+    panels = [panel for path in paths for panel in json.loads(path.read_text())["panels"]]
     return [target["expr"] for panel in panels for target in panel["targets"]]
+
+
+def documented_metrics() -> set[str]:
+    """The names in the tables of docs/architecture.md."""
+    text = (DEPLOY.parent / "docs" / "architecture.md").read_text()
+    return set(re.findall(r"^\| `(kvferry_\w+)`", text, re.MULTILINE))
 
 
 def program(name: str) -> str:

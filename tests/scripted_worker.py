@@ -51,6 +51,7 @@ from kvferry_gateway.settings import GatewaySettings
 CLUSTER = "test"
 MODEL = "tiny"
 EOS = 0
+VOCAB_SIZE = 257  # EOS and one token per byte
 PATIENCE_S = 60.0
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}assistant:"
 
@@ -325,9 +326,9 @@ class Cluster:
     async def pair(self) -> tuple[ScriptedWorker, ScriptedWorker]:
         return await self.worker("prefill", "prefill-0"), await self.worker("decode", "decode-0")
 
-    async def speaker(self, text: str, **record: Any) -> ScriptedWorker:
-        """A decode worker that answers every request with `text`, by itself."""
-        tokens = [*tokens_of(text), EOS]
+    async def speaker(self, said: str | Sequence[int], **record: Any) -> ScriptedWorker:
+        """A decode worker that answers every request with this text, or these tokens, and an end, by itself."""
+        tokens = [*(tokens_of(said) if isinstance(said, str) else said), EOS]
 
         def script(worker: ScriptedWorker) -> Callable[[Work], None]:
             def speak(work: Work) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from openai import AsyncOpenAI
-from scripted_worker import EOS, MODEL, Cluster, ScriptedWorker, chat, text_of, tokens_of
+from scripted_worker import MODEL, VOCAB_SIZE, Cluster, chat, text_of, tokens_of
 
-from kvferry.wire.messages import Work, unpack_tokens
+from kvferry.wire.messages import unpack_tokens
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -53,30 +53,21 @@ def serve(no_leaks: None, tmp_path: Path) -> Serve:
         special = settings.pop("special", ())
         options = {"template": template, "special": special, "max_context": 4096}
         async with Cluster(tmp_path, model_options=options, **settings) as cluster:
-            await cluster.worker("decode", "decode-0", speaking(answer, special), max_model_len=4096, num_blocks=256)
+            await cluster.speaker(spelled(answer, special), max_model_len=4096, num_blocks=256)
             yield cluster
 
     return serving
 
 
-def speaking(answer: str, special: tuple[str, ...]) -> Callable[[ScriptedWorker], Callable[[Work], None]]:
-    """Says `answer`, in which special tokens are spelled out."""
+def spelled(answer: str, special: tuple[str, ...]) -> list[int]:
+    """The tokens of `answer`, in which special tokens are spelled out."""
     tokens: list[int] = []
     rest = answer
     while rest:
         found = next((number for number, name in enumerate(special) if rest.startswith(name)), None)
-        tokens += tokens_of(rest[0]) if found is None else [257 + found]
+        tokens += tokens_of(rest[0]) if found is None else [VOCAB_SIZE + found]
         rest = rest[1 if found is None else len(special[found]) :]
-    tokens.append(EOS)
-
-    def script(worker: ScriptedWorker) -> Callable[[Work], None]:
-        def speak(work: Work) -> None:
-            limit = work.sampling.max_tokens
-            worker.say(work, tokens[:limit], reason="stop" if len(tokens) <= limit else "length")
-
-        return speak
-
-    return script
+    return tokens
 
 
 async def ask(cluster: Cluster, **fields: Any) -> Any:

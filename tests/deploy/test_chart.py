@@ -11,6 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from helm import run_helm
+from prometheus_server import documented_metrics
 
 from kvferry.config import Settings, load_settings
 from kvferry.scaling import SERVICES, Role
@@ -278,7 +279,7 @@ def test_keda_scales_by_the_rules_of_the_file(role: Role, tmp_path: Path) -> Non
 
 
 def test_keda_asks_for_metrics_that_exist_of_this_releases_pods_alone() -> None:
-    documented = set(re.findall(r"^\| `(kvferry_\w+)`", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE))
+    documented = documented_metrics()
     queries = [
         (manifest["metadata"]["labels"]["app.kubernetes.io/component"], trigger["metadata"]["query"])
         for manifest in _rendered("full")

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get
 import msgspec
 from fuzz import junk
 from pydantic.fields import FieldInfo
+from scripted_worker import VOCAB_SIZE
 
 from kvferry_gateway.body import NEUTRAL, parse
 from kvferry_gateway.errors import ApiError
@@ -23,7 +24,6 @@ from kvferry_gateway.responses.request import ResponsesRequest
 from kvferry_gateway.tokenize import DetokenizeRequest, TokenizeRequest
 
 MODEL: Final = "memory"
-VOCAB_SIZE: Final = 257
 ROUTES: Final[Mapping[str, type[RequestModel]]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,

@@ -36,7 +36,6 @@ class Batch:
     num_cases: int
     num_mutated: int = 0
     num_valid: int = 0  # of the mutated ones
-    accepted: int = 0
     last: object = None  # the input that is being tried
     problems: list[str] = field(default_factory=list)
 
@@ -55,7 +54,6 @@ class Batch:
             yield
 
     def count(self, *, mutated: bool, valid: bool) -> None:
-        self.accepted += valid
         if mutated:
             self.num_mutated += 1
             self.num_valid += valid

@@ -159,7 +159,7 @@ class FalsePrefill(_Peer):
         self.source = Source(MemoryRunner(MODEL), self.prompt, 0)
         self._first = expected(self.prompt, SAMPLING, 1)[0]
         self._honest = self.chance.random() < 0.4  # all of it right: such a pull must succeed
-        self._number = self._credits = 0
+        self._number = 0
         self._pieces = self.source.pieces(self.chance)
         await self.transport.start(self._attach)
         work = self.gateway.work(self.prompt, sampling=SAMPLING)
@@ -197,7 +197,7 @@ class FalsePrefill(_Peer):
             self.send(connection, self.messages.any_of(FROM_P if self.chance.random() < 0.9 else Flow))
         match message:
             case Open(pull_id):
-                self._number, self._credits = 0, 0
+                self._number = 0
                 self._pieces = self.source.pieces(self.chance)
                 whole = len(self.prompt)
                 self.send(connection, Progress(pull_id, True, whole, whole, 0.0), right=self._honest)

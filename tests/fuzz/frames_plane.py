@@ -15,7 +15,7 @@ from fuzz.frames import SLOT_BYTES, Source, damaged, resealed
 from kvferry.engine.memory import MemoryRunner, MemorySettings
 from kvferry.errors import CorruptFrame
 from kvferry.wire.flow import Manifest
-from kvferry.wire.frame import HEADER_BYTES, KIND_KV, Piece
+from kvferry.wire.frame import HEADER_BYTES, Piece
 from kvferry_decode.incoming import Incoming, Tiling, land
 
 SETTINGS: Final = MemorySettings(num_blocks=16)
@@ -39,7 +39,6 @@ class Pull:
         self.tiling = Tiling(self.kv, self.from_token, len(prompt))
         self.incoming = Incoming(PULL_ID, self.from_token, self.tiling.missing_bytes)
         self.left: list[Piece] = self.source.pieces(chance)
-        self.num_good = 0
         self.forged = False  # a frame with a good checksum and another content was taken: only the hashes tell
         self._slot = memoryview(bytearray(SLOT_BYTES))
         self._before = self.content()
@@ -62,7 +61,6 @@ class Pull:
             self.incoming.bad()
             return False
         self.incoming.good(landed)
-        self.num_good += landed.header.kind == KIND_KV
         return True
 
     def judge(self) -> None:

@@ -47,7 +47,7 @@ def test_nothing_that_is_sent_crashes_hangs_or_stays(name: str, record_property:
     assert tally.share_valid >= LEAST_VALID
 
 
-def test_a_batch_that_runs_again_sends_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_runs_again_sends_the_same() -> None:
     def answers() -> list[Any]:
         batch = Batch("http", SEED, 3, 30)
         PLANES["http"].run(batch)

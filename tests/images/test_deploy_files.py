@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from compose_stack import ROOT
+from prometheus_server import documented_metrics, panel_expressions
 
 from kvferry.config import env_name
 from kvferry.scaling import SERVICES, Role, scaling_path
@@ -101,18 +101,11 @@ def with_defaults(document: Any) -> Any:
     return yaml.safe_load(re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", yaml.safe_dump(document)))
 
 
-def expressions() -> list[str]:
-    dashboards = sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))
-    panels: list[dict[str, Any]] = [panel for path in dashboards for panel in json.loads(path.read_text())["panels"]]
-    return [target["expr"] for panel in panels for target in panel["targets"]]
-
-
 def unknown_metrics(expression: str) -> set[str]:
-    documented = set(re.findall(r"^\| `(kvferry_\w+)`", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE))
-    return {name.removesuffix("_bucket") for name in re.findall(r"kvferry_\w+", expression)} - documented
+    return {name.removesuffix("_bucket") for name in re.findall(r"kvferry_\w+", expression)} - documented_metrics()
 
 
-@pytest.mark.parametrize("expression", expressions())
+@pytest.mark.parametrize("expression", panel_expressions())
 def test_every_panel_asks_for_metrics_that_exist(expression: str) -> None:
     assert re.search(r"kvferry_\w+", expression)
     assert unknown_metrics(expression) == set()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from api_cluster import BYTES, ApiCluster, api, joined
+from api_cluster import BYTES, ApiCluster, api, joined, scenario
 from cluster import all_free, settled
 from scripted_worker import EOS, text_of, tokens_of
 from structlog.testing import capture_logs
@@ -36,16 +35,6 @@ def reference(prompt: str, choice: int = 0, **fields: Any) -> list[Any]:
     rows = scored_continuation(BYTES, tokens_of(prompt), sampling, choice, sampling.max_tokens)
     end = next((place for place, (token, _) in enumerate(rows) if sampling.is_end(token, frozenset({EOS}))), len(rows))
     return rows[: end + 1]
-
-
-def scenario(test: Callable[[ApiCluster], Awaitable[None]]) -> Callable[[], None]:
-    """A test on a fresh cluster of one pair."""
-
-    def run() -> None:
-        api(test)
-
-    run.__name__ = test.__name__
-    return run
 
 
 # -- log-probabilities -----------------------------------------------------------------------------------------

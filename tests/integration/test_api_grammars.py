@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from api_cluster import BYTES, ApiCluster, api, joined
+from api_cluster import BYTES, ApiCluster, api, joined, scenario
+from masks import FixedMask
 from scripted_worker import EOS, text_of
 from structlog.testing import capture_logs
 
@@ -30,14 +30,6 @@ def text(**fields: Any) -> dict[str, Any]:
 
 def chat(**fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": PROMPT}], "model": "memory", "max_tokens": 400, **fields}
-
-
-def scenario(test: Callable[[ApiCluster], Awaitable[None]]) -> Callable[[], None]:
-    def run() -> None:
-        api(test)
-
-    run.__name__ = test.__name__
-    return run
 
 
 @pytest.mark.parametrize("disaggregated", [True, False], ids=["pair", "single worker"])
@@ -169,24 +161,9 @@ async def test_a_first_token_outside_of_the_grammar_is_found_by_the_decode_worke
     accepted = prefill.grammars.accepted
 
     def unmasked(sequence: Any) -> None:
-        sequence.mask = Unmasked()
+        sequence.mask = FixedMask(np.full(-(-BYTES.vocab_size // 32), 0xFFFFFFFF, np.uint32))  # allows all
 
     prefill.grammars.accepted = unmasked  # type: ignore[method-assign]
     error = await cluster.error(TEXT, text(structured_outputs={"regex": "abc"}, seed=3))
     assert error["code"] == "grammar_failed"
     prefill.grammars.accepted = accepted  # type: ignore[method-assign]
-
-
-class Unmasked:
-    """A mask that allows everything."""
-
-    fault = None
-
-    def begin(self) -> None:
-        pass
-
-    def advance(self, generated: Any) -> None:
-        pass
-
-    def words(self) -> Any:
-        return np.full(-(-BYTES.vocab_size // 32), 0xFFFFFFFF, np.uint32)

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
+from scripted_worker import EOS, text_of
 
 from kvferry.engine.memory import (
     Lanes,
@@ -22,8 +23,6 @@ from kvferry.engine.memory import (
 from kvferry.schedule.step import Draw, Logprobs
 from kvferry.wire.messages import Sampling
 
-EOS = 0
-VOCAB_SIZE = 257  # EOS and one token per byte
 LOGPROB_TOLERANCE = 1e-5
 
 
@@ -39,10 +38,6 @@ class Expected:
     text: str
     reason: str
     logprobs: tuple[Logprobs | None, ...]
-
-
-def natural_text(tokens: Sequence[int]) -> str:
-    return bytes(token - 1 for token in tokens if token != EOS).decode("utf-8", "replace")
 
 
 @lru_cache(maxsize=4096)
@@ -147,14 +142,14 @@ class ForcedCheck:
                 raise WrongAnswer(f"token {token} after {self.tokens} instead of one of {right}")
             self._append(token)
         self.text += text
-        if not natural_text(self.tokens).startswith(self.text.rstrip("\ufffd")):  # its text may lag behind
+        if not text_of(self.tokens).startswith(self.text.rstrip("\ufffd")):  # its text may lag behind
             raise WrongAnswer(f"text {self.text!r} of {self.tokens}")
 
     def end(self, reason: str) -> None:
         ended = bool(self.tokens) and self.tokens[-1] == EOS and not self._sampling.ignore_eos
         if reason != ("stop" if ended else "length") or (not ended and len(self.tokens) != self._sampling.max_tokens):
             raise WrongAnswer(f"ended by {reason!r} after {len(self.tokens)} of {self._sampling.max_tokens} tokens")
-        if self.text != natural_text(self.tokens):
+        if self.text != text_of(self.tokens):
             raise WrongAnswer(f"text {self.text!r} of {self.tokens}")
 
     @property

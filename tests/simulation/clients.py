@@ -25,7 +25,6 @@ CLIENTS = "clients"  # the process of all clients
 SHUTTING_DOWN = "shutting_down"  # code of the error that ends a stream whose gateway stops
 RETRY_AFTER_S = 0.5  # a client's wait after a 429 or 503
 HIGH_WATER = 1024  # bytes unread by the client at which the server's socket says "pause"
-LOW_WATER = 256
 
 
 class SimulatedSocket(ClientConnection):
@@ -166,7 +165,6 @@ class Call:
     refusals: int = 0  # 429s and 503s before its answer began
     deaths: int = 0  # gateways that died under it
     num_events: int = 0
-    last_event_at: float = 0.0  # of true time
     wrong: str = ""
     exchange: Exchange | None = None
     has_left: bool = False
@@ -257,7 +255,6 @@ class Call:
 
     def _event(self, payload: bytes) -> None:
         self.num_events += 1
-        self.last_event_at = asyncio.get_running_loop().time()
         if self._done:
             raise WrongAnswer("an event after the last one")
         if payload == b"[DONE]":

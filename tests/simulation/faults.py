@@ -88,7 +88,7 @@ def load(text: str) -> list[Fault]:
 
 
 class Saboteur:
-    """Carries out a schedule. `num_hits`: faults that hit a live request."""
+    """Carries out a schedule. `hits`: the kinds of those faults that hit a live request."""
 
     def __init__(self, world: World, restart: Callable[[Worker[Any]], Awaitable[Any]]) -> None:
         """`restart` starts a worker like the one that it is given, with the same name."""

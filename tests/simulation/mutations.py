@@ -23,7 +23,6 @@ from pathlib import Path
 from plants import ROOT, SOURCES, copied_tree, simulation
 
 RESULTS = ROOT / "tests/simulation/mutations.json"
-NUM_MUTATIONS = 40
 NUM_SEEDS = 40  # of the simulation, for what the unit tests let through
 UNIT_TIMEOUT_S = 240.0
 SIMULATION_TIMEOUT_S = 900.0

@@ -20,7 +20,7 @@ from faults import MAX_DELAY_S, Fault, Saboteur, drawn_faults, dump
 from planes import NOISE
 from virtual_loop import EventLog
 from workload import MODEL, ClientRequest, mixed_requests
-from world import World, check_answered, simulate
+from world import World, check_answered, seen, simulate
 
 from kvferry.bus.memory import Faults
 from kvferry.engine.memory import MemorySettings
@@ -177,7 +177,7 @@ class Play:
         world.broker.faults = Faults()
         # Those that were judged gone have to be heard again before the last words can be exchanged.
         await settled(lambda: all(len(c.fleet.registry) == len(world.workers) for c in world.cores), within=10.0)
-        mismatches = sum(core.fleet.metrics.value("kvferry_token_mismatch_total") for core in world.cores)
+        mismatches = seen(world, "kvferry_token_mismatch_total")
         assert mismatches == 0, f"{mismatches} tokens came twice, and not the same"
 
     async def _round(

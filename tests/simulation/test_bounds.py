@@ -13,21 +13,11 @@ import pytest
 from cluster import all_free, settled
 from disturbances import CANCEL_TO_FREE_S, chance_of, holds, live_attempts, needing, replaced
 from workload import MODEL, requests
-from world import World, check_answered, remembers, simulate
+from world import World, check_answered, remembers, seen, simulate, total
 
 from kvferry.runtime import now
 
 FREE_AFTER_GATEWAY_S = 5.0  # from a gateway's end
-
-
-def total(world: World, name: str, **labels: str) -> float:
-    """The sum of a metric over all workers that live."""
-    return sum(worker.metrics.value(name, **labels) for worker in world.workers)
-
-
-def seen(world: World, name: str, **labels: str) -> float:
-    """The sum of a metric over all gateways that live."""
-    return sum(core.fleet.metrics.value(name, **labels) for core in world.cores)
 
 
 def test_undisturbed_all_answers_come_and_nothing_is_repaired() -> None:

@@ -6,9 +6,9 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from answers import VOCAB_SIZE
 from cluster import settled
 from gateways import SimulatedGateway
+from scripted_worker import VOCAB_SIZE
 from workload import ClientRequest, requests
 from world import World, check_answered, informed, simulate
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from answers import natural_text
 from clients import Call
 from cluster import settled
 from disturbances import chance_of, live_attempts, needing
+from scripted_worker import text_of
 from workload import MAX_TOKENS, MODEL, ClientRequest, requests
-from world import World, check_answered, simulate
+from world import World, check_answered, seen, simulate, total
 
 from kvferry.engine.memory import MemorySettings
 
@@ -55,7 +55,7 @@ def origin(call: Call) -> MemorySettings | None:
     """The numerics of which all of a call's tokens are; None: of neither alone."""
     for model in (A, B):
         answer = call.request.answer(model)
-        if call.tokens == answer and call.checks[0].text == natural_text(answer):
+        if call.tokens == answer and call.checks[0].text == text_of(answer):
             return model
     return None
 
@@ -87,7 +87,7 @@ def test_each_request_stays_on_the_numerics_that_it_began_on_when_workers_die(se
         await world.all_over()
         check_origins(world.calls)
         assert {origin(call) for call in world.calls if len(call.tokens) > 4} == {A, B}, "both have served"
-        assert sum(core.fleet.metrics.value("kvferry_token_mismatch_total") for core in world.cores) == 0
+        assert seen(world, "kvferry_token_mismatch_total") == 0
 
     simulate(seed, scenario)
 
@@ -105,7 +105,7 @@ def test_preempted_requests_come_back_to_their_numerics(seed: int) -> None:
         await world.all_over()
         check_origins(world.calls)
         check_answered(world.calls)
-        assert sum(w.metrics.value("kvferry_preemption_total") for w in world.workers) > 0
+        assert total(world, "kvferry_preemption_total") > 0
 
     simulate(seed, scenario)
 

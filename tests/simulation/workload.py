@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 import msgspec
-from answers import EOS, VOCAB_SIZE, Expected, expected_of, natural_text
+from answers import Expected, expected_of
 from lanes import SECONDS_PER_STEP, SECONDS_PER_TOKEN
-from scripted_worker import tokens_of
+from scripted_worker import EOS, VOCAB_SIZE, text_of, tokens_of
 
 from kvferry.engine.memory import MemorySettings
 from kvferry.wire.messages import Sampling
@@ -162,7 +162,7 @@ def _formed(chance: random.Random, plain: ClientRequest, *, forced: bool) -> Cli
         made = replace(made, n=chance.randint(2, 3))
     made = replace(made, sampling=sampling)
     if chance.random() < 0.2:
-        text = natural_text(made.expected[0].tokens)
+        text = text_of(made.expected[0].tokens)
         places = [i for i in range(len(text) - 1) if text[i].isascii() and text[i + 1].isascii()]
         if places:
             place = chance.choice(places)

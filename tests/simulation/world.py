@@ -249,6 +249,16 @@ def exact_checks(request: ClientRequest) -> list[Check]:
     return [ExactCheck(expected) for expected in request.expected]
 
 
+def total(world: World, name: str, **labels: str) -> float:
+    """The sum of a metric over all workers that live."""
+    return sum(worker.metrics.value(name, **labels) for worker in world.workers)
+
+
+def seen(world: World, name: str, **labels: str) -> float:
+    """The sum of a metric over all gateways that live."""
+    return sum(core.fleet.metrics.value(name, **labels) for core in world.cores)
+
+
 def remembers(worker: Worker[Any]) -> bool:
     return bool(worker.scheduler.sequences) or len(worker.outbox) > 0
 
