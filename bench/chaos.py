@@ -20,7 +20,7 @@ from typing import Any, Final
 from bench.books import violations
 from bench.chaos_cases import MAX_MODEL_LEN, undisturbed, workload
 from bench.chaos_clients import Clients
-from bench.chaos_faults import Faults
+from bench.chaos_faults import WHOLE_S, Faults
 from bench.chaos_fleet import PHASES, POLL_S, Fleet
 from bench.chaos_overload import Overload, overload
 from bench.contention import Contention
@@ -43,7 +43,6 @@ SETTINGS: Final = {
     "max_waiting": str(MAX_WAITING),
 }
 SETTLE_S: Final = 10.0  # for the books at the end
-WHOLE_S: Final = 120.0
 NEW_PAIR_S: Final = 2.0
 GATEWAY_FREED_S: Final = 5.0
 FINISH_SHARE: Final = 0.995

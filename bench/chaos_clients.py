@@ -13,6 +13,7 @@ unreached   its gateway was not there to be connected to
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,7 +93,7 @@ class Clients:
         self._right = right
         self._prefix = prefix
         self._ports = list(ports)
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def live(self) -> dict[str, Asked]:
@@ -108,12 +109,13 @@ class Clients:
         label = f"{self._prefix}-{number}"
         port = self._ports[number % len(self._ports)]
         asked = self.asked[label] = Asked(label, case, port, number % 2 == 0, cancel_after)
-        task = self._tasks[label] = asyncio.create_task(self._serve(asked), name=label)
+        task = asyncio.create_task(self._serve(asked), name=label)
+        self._tasks.append(task)
         return task
 
     async def steady(self, cases: Sequence[Case], num_clients: int, stop: asyncio.Event) -> None:
         """So many clients, each of which asks one thing after the other until `stop`."""
-        turn = iter(range(1 << 30))
+        turn = itertools.count()
 
         async def one() -> None:
             while not stop.is_set():
@@ -124,7 +126,7 @@ class Clients:
         await asyncio.gather(*(one() for _ in range(num_clients)))
 
     async def all_done(self) -> None:
-        while waiting := [task for task in self._tasks.values() if not task.done()]:
+        while waiting := [task for task in self._tasks if not task.done()]:
             await asyncio.gather(*waiting)
 
     # -- one request -----------------------------------------------------------------------------------------

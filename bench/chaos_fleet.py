@@ -11,7 +11,7 @@ from bench.books import Books, Row
 from bench.client import RequestError, request_json
 from bench.processes import stack_processes
 from bench.stack import HOST, Stack
-from bench.tap import Attempt, Heard, Tap
+from bench.tap import Heard, Tap
 from kvferry.runtime import blocking_clock
 
 Phase = Literal["queued", "computing", "held", "fetching", "running"]
@@ -89,10 +89,10 @@ class Fleet:
     def pids(self) -> list[int]:
         return [process.pid for process in stack_processes(self._stack.pid)]
 
-    def attempts_of(self, gateway: str) -> dict[tuple[str, int], Attempt]:
-        """Every attempt that a gateway of this name has placed so far, by ticket and number as books write them."""
+    def attempts_of(self, gateway: str) -> set[tuple[str, int]]:
+        """Every attempt that a gateway of this name has placed so far, as books write it: ticket and number."""
         return {
-            (attempt.ticket.hex(), attempt.number): attempt
+            (attempt.ticket.hex(), attempt.number)
             for heard in self.tap.requests.values()
             for attempt in heard.attempts.values()
             if attempt.gateway.split(".")[3] == gateway

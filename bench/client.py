@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kvferry.runtime import blocking_clock
-from kvferry_local.bench.sse import body_pieces, data_events, read_head
+from kvferry_local.bench.sse import data_events, read_body, read_head
 
 MAX_LINE_BYTES: Final = 1 << 22
 JSON_TYPE: Final = "content-type: application/json"
@@ -67,7 +67,7 @@ async def request_bytes(host: str, port: int, path: str, timeout: float = 10.0) 
         try:
             writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n".encode())
             status, headers = await read_head(reader)
-            body = b"".join([piece async for piece in body_pieces(reader, headers)])
+            body = await read_body(reader, headers)
         finally:
             writer.close()
     if status != 200:
@@ -104,7 +104,7 @@ async def stream(
         writer.write(head.encode() + document)
         status, headers = await read_head(reader)
         if status != 200:
-            refusal = b"".join([piece async for piece in body_pieces(reader, headers)])
+            refusal = await read_body(reader, headers)
             raise Refused(status, refusal[:300].decode(errors="replace"))
         done = False
         async for moment, event in data_events(reader, headers):

@@ -21,7 +21,6 @@ STYLE: Final = """
     }
 """
 
-Figures = Mapping[str, float]  # name -> value
 Document = Mapping[str, Any]  # a results file
 
 

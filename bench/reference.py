@@ -14,7 +14,7 @@ from kvferry.engine.settings import EngineSettings
 from kvferry.engine.torch_runner import TorchRunner
 from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.kv.digest import slot_digests
-from kvferry.schedule.step import SequenceStep, StepPlan
+from kvferry.schedule.step import NO_TOKENS, SequenceStep, StepPlan
 from kvferry.wire.frame import Piece
 
 BLOCK_SIZE: Final = 16
@@ -31,7 +31,7 @@ def largest_gap(model_dir: Path, max_model_len: int, texts: Sequence[Heard]) -> 
 
         def gap(text: Heard) -> float:
             grammar = text.sampling.grammar
-            mask = None if grammar is None else compiler.follow(grammar, np.empty(0, np.uint32))
+            mask = None if grammar is None else compiler.follow(grammar, NO_TOKENS)
             return reference.check(text.prompt, text.generated, text.sampling, text.choice, mask).largest_gap
 
         return max(gap(text) for text in texts)

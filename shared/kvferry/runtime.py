@@ -94,7 +94,7 @@ def blocking_clock() -> float:
 
 
 def wall_clock() -> float:
-    """Unix seconds, for what has no `Runtime`: the date in chat templates."""
+    """Unix seconds, for what has no `Runtime`: the date in chat templates, the doctor's look at clocks."""
     return time.time()
 
 

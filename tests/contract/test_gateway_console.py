@@ -58,10 +58,9 @@ async def test_the_page_and_all_it_asks_for_come_from_the_gateway_under_a_strict
 async def test_a_request_is_seen_on_its_way_and_its_timeline_tells_of_the_worker_it_lost(tmp_path: Path) -> None:
     async with Cluster(tmp_path) as cluster:
         prefill, decode = await cluster.pair()
+        decode.accepted = lambda work: decode.hold(work, "opening", 0)
         asked = asyncio.create_task(cluster.client.post("/v1/completions", json=completion("a secret prompt")))
         work = (await prefill.wait_for(PrefillRequest)).work
-        await decode.wait_for(DecodeRequest)
-        decode.hold(work, "opening", 0)
         row = await phase_of(cluster, "prefill")
         assert (row["prefill"], row["decode"], row["attempts"]) == ("prefill-0", "decode-0", 1)
         prefill.publish(work, [(0, tokens_of("x")[0])])

@@ -51,10 +51,9 @@ async def test_requests_move_a_chat_streams_and_a_worker_that_is_lost_shows(tmp_
         decode.load = Load(free_blocks=16)
         await page.until("document.querySelector('#workers .blocks[title^=\"48 of 64\"]') !== null")
 
+        decode.accepted = lambda work: decode.hold(work, "opening", 0)
         await page.value("document.getElementById('prompt').value = 'Hello?'; document.forms.chat.requestSubmit()")
         work = (await prefill.wait_for(PrefillRequest)).work
-        await decode.wait_for(DecodeRequest)
-        decode.hold(work, "opening", 0)
         await page.until(FLOW % ("prefill", 1))
         answer = tokens_of("Good day.")
         prefill.publish(work, [(0, answer[0])])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import importlib.metadata
 import json
 import re
@@ -69,13 +69,12 @@ class _Route:
     access: str  # "open", "key" (when keys are on), "operator" (a key, or this machine), "bearer" (a key, always)
 
 
-@functools.cache
 def _document() -> bytes:
     return json.dumps(document(VERSION), separators=(",", ":")).encode()
 
 
 class GatewayApp:
-    """`app(scope, receive, send)`. No state of its own but what it is given."""
+    """`app(scope, receive, send)`. No state but what it is given, and the document about itself."""
 
     def __init__(
         self,
@@ -96,6 +95,7 @@ class GatewayApp:
         self._metrics: Metrics = fleet.metrics
         self._max_body = fleet.settings.max_body_bytes
         self._console = Console(fleet, model_name)
+        self._document: bytes | None = None  # made when it is first asked for
         self._routes = {
             "/v1/chat/completions": _Route("POST", self._chat, "key"),
             "/v1/completions": _Route("POST", self._text, "key"),
@@ -275,7 +275,10 @@ class GatewayApp:
             await exchange.json({"status": "ready"})
 
     async def _openapi(self, exchange: Exchange) -> None:
-        await respond(exchange.send, 200, _document(), exchange.caller.headers)
+        if self._document is None:
+            with contextlib.closing(self._fleet.runtime.lane("openapi", nice=5)) as lane:
+                self._document = await lane.run(_document)
+        await respond(exchange.send, 200, self._document, exchange.caller.headers)
 
     async def _serve_metrics(self, exchange: Exchange) -> None:
         await self._metrics.asgi(exchange.scope, exchange.receive, exchange.send)

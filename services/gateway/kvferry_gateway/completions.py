@@ -157,7 +157,7 @@ class Completions:
         self, request: ChatRequest | CompletionRequest, prompts: list[Prompt], answer: Answer, caller: Caller
     ) -> list[Choice]:
         """`num_drawn` choices of each prompt, in the answer's order."""
-        eos_ends = not request.ignore_eos or prompts[0].sampling.grammar is not None
+        eos_ends = prompts[0].sampling.ends_at_eos
         silent = set(request.stop_token_ids) | (self._prompter.eos_token_ids if eos_ends else set())
         ends_hidden = not request.include_stop_str_in_output
         # A special token has no text anyhow; only where it would have some need the ends be looked for.

@@ -109,7 +109,7 @@ class Placer:
         """For `/v1/cluster`: what it aims at, what it has learned, and why it placed the latest as it did."""
         snapshot = self.snapshot
         return {
-            "targets": {name: _shown(value) for name, value in asdict(snapshot.targets).items()},
+            "targets": {name: shown(value) for name, value in asdict(snapshot.targets).items()},
             "indexed_blocks": len(snapshot.index),
             "link_bytes_per_s": round(snapshot.links.average),
             "ttft_forecast": _learned(snapshot.ttft_error),
@@ -121,7 +121,7 @@ class Placer:
                     "seconds_ago": round(now - placing.at, 3),
                     "prefill": None if placing.placed.prefill is None else placing.placed.prefill.name,
                     "decode": placing.placed.decode.name,
-                    **{name: _shown(value) for name, value in asdict(placing.placed.reason).items()},
+                    **{name: shown(value) for name, value in asdict(placing.placed.reason).items()},
                 }
                 for placing in reversed(self._latest)
             ],
@@ -137,7 +137,7 @@ def _learned(error: ForecastError) -> dict[str, float]:
     return {"actual_to_forecast": round(math.exp(error.bias), 3), "sigma": round(error.sigma, 3)}
 
 
-def _shown(value: Any) -> Any:
+def shown(value: Any) -> Any:
     """JSON has no infinity."""
     if isinstance(value, float):
         return round(value, 6) if math.isfinite(value) else None

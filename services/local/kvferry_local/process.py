@@ -8,7 +8,7 @@ import json
 import os
 import signal
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -138,3 +138,22 @@ async def reports_of(stream: asyncio.StreamReader) -> AsyncIterator[Report]:
             continue
         if isinstance(report, dict) and report.get("event") in ("progress", "ready"):
             yield report
+
+
+async def outcome_of(words: Sequence[str], timeout: float) -> tuple[int, bytes, bytes]:
+    """(return code, stdout, stderr) of a program that ends by itself.
+
+    Raises OSError, `TimeoutError` once it is killed.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *words,
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(timeout):
+            out, problem = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise
+    return process.returncode or 0, out, problem

@@ -104,9 +104,10 @@ class PrefillScheduler:
         budget = self.chunk.step()
         steps: list[SequenceStep] = []
         for sequence in pick_alone(self._computing.values(), self._turn):
-            if sequence.num_rows == 0:
+            rows = sequence.num_rows
+            if rows == 0:
                 continue  # its grammar is being compiled
-            rows = budget.take(sequence.num_computed, sequence.num_rows)
+            rows = budget.take(sequence.num_computed, rows)
             if rows <= 0:
                 break
             steps.append(sequence.step(rows))

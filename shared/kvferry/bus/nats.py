@@ -40,6 +40,8 @@ MAX_MISSED_ECHOES: Final = 2
 DISPOSE_TIMEOUT: Final = 1.0
 MAX_OUTBOUND_BYTES: Final = 64 << 20  # accepted from us, not yet taken by the socket
 _NEVER: Final = 10**9  # seconds; nats-py's own pings are replaced by the echo
+# What nats-py lets through when the connection breaks beneath it; of a closed socket uvloop says RuntimeError.
+_BROKEN: Final = (NatsError, OSError, RuntimeError)
 
 
 class _ConnectFailed(Exception):
@@ -94,7 +96,7 @@ class _Link:
                 error_cb=self._on_error,
                 disconnected_cb=self._on_disconnected,
             )
-        except (_ConnectFailed, NatsError, OSError, TimeoutError) as error:
+        except (_ConnectFailed, *_BROKEN) as error:
             raise BusUnavailable(
                 f"no NATS server at {_redacted(url)} ({_reason(error)}): check KVFERRY_NATS_URL"
             ) from None
@@ -104,15 +106,15 @@ class _Link:
         """With an id, `unsubscribe` can end it before the connection ends."""
         try:
             made = await self.client.subscribe(pattern, future=_Tap(deliver))
-        except NatsError as error:
-            raise BusUnavailable(f"the connection to NATS is closed ({error})") from None
+        except _BROKEN as error:
+            raise BusUnavailable(f"the connection to NATS is closed ({_reason(error)})") from None
         if subscription_id is not None:
             self.subscriptions[subscription_id] = made
 
     async def unsubscribe(self, subscription_id: int) -> None:
         made = self.subscriptions.pop(subscription_id, None)
         if made is not None:
-            with contextlib.suppress(NatsError):  # raised if the connection, and all with it, has gone
+            with contextlib.suppress(*_BROKEN):  # the connection, and all with it, has gone
                 await made.unsubscribe()
 
     async def send(self, subject: str, payload: bytes, reply: str) -> None:
@@ -120,8 +122,8 @@ class _Link:
             raise BusUnavailable(f"NATS has not taken the last {MAX_OUTBOUND_BYTES} bytes")
         try:
             await self.client.publish(subject, payload, reply)
-        except NatsError as error:
-            raise BusUnavailable(f"the connection to NATS is closed ({error})") from None
+        except _BROKEN as error:
+            raise BusUnavailable(f"the connection to NATS is closed ({_reason(error)})") from None
 
     async def dispose(self) -> None:
         """End the connection now. What was not sent is lost."""
@@ -135,7 +137,7 @@ class _Link:
             return  # it never came to a connection
         if isinstance(transport, TcpTransport) and transport._io_writer is not None:
             transport._io_writer.transport.abort()
-        with contextlib.suppress(NatsError, OSError, TimeoutError):  # the farewell of a dead connection may fail
+        with contextlib.suppress(*_BROKEN):  # the farewell of a dead connection may fail
             async with asyncio.timeout(DISPOSE_TIMEOUT):
                 await self.client.close()
 
@@ -254,6 +256,8 @@ class NatsBus(BusClient):
                 return await self._open()
             except (BusError, SettingError) as error:
                 self._log.debug("bus still down", error=str(error))
+            except Exception:  # nobody else would ever connect again
+                self._log.exception("bus still down")
 
     async def _echo(self, link: _Link) -> bool:
         """Whether a message to our own inbox comes back: all that we sent before has been processed then."""

@@ -106,10 +106,14 @@ class Sampling(Message, frozen=True):
         """Whether a draw depends on which tokens came before it, apart from the model."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
+    @property
+    def ends_at_eos(self) -> bool:
+        """A grammar lets EOS be drawn only where it may end."""
+        return not self.ignore_eos or self.grammar is not None
+
     def is_end(self, token: int, eos_token_ids: frozenset[int]) -> bool:
-        """Whether a drawn token is the last one by what it is. A grammar lets EOS be drawn only where it may end."""
-        ends = not self.ignore_eos or self.grammar is not None
-        return (ends and token in eos_token_ids) or token in self.stop_token_ids
+        """Whether a drawn token is the last one by what it is."""
+        return (self.ends_at_eos and token in eos_token_ids) or token in self.stop_token_ids
 
     def banned_at(self, index: int, eos_token_ids: frozenset[int]) -> tuple[int, ...]:
         """What must not be drawn at a generated index, ends of the choice among it before `min_tokens`."""

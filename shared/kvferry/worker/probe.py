@@ -37,8 +37,6 @@ def main() -> None:
             "engine": loaded.choice.engine,
             "why": loaded.choice.why,
             "exact": loaded.runner.exact,
-            "max_model_len": loaded.runner.max_model_len,
-            "num_blocks": loaded.runner.num_blocks,
             "seconds": blocking_clock() - began,
         }
         loaded.runner.close()

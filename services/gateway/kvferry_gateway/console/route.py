@@ -6,7 +6,6 @@ key always, so that no page of another origin and no other user of this machine 
 
 from __future__ import annotations
 
-import functools
 from importlib import resources
 from typing import Annotated, Any, Final
 from urllib.parse import parse_qsl
@@ -58,21 +57,18 @@ class DrainRequest(RequestModel):
     incarnation: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
 
 
-@functools.cache
-def _file(name: str) -> bytes:
-    return (resources.files(__package__) / "page" / name).read_bytes()
-
-
 class Console:
     """One gateway's."""
 
     def __init__(self, fleet: Fleet, model_name: str) -> None:
         self._fleet = fleet
         self._model_name = model_name
+        folder = resources.files(__package__) / "page"
+        self._files = {path: ((folder / name).read_bytes(), kind) for path, (name, kind) in PAGES.items()}
 
     async def page(self, exchange: Exchange) -> None:
-        name, kind = PAGES[exchange.scope["path"]]
-        await respond(exchange.send, 200, _file(name), [*_HEADERS, *exchange.caller.headers], kind)
+        body, kind = self._files[exchange.scope["path"]]
+        await respond(exchange.send, 200, body, [*_HEADERS, *exchange.caller.headers], kind)
 
     async def state(self, exchange: Exchange) -> None:
         """Query: `request`, the number of the one whose timeline is wanted. Raises `ApiError` 400."""

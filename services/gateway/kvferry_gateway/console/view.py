@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from kvferry_gateway.attempt import Attempt
 from kvferry_gateway.fleet import Fleet
+from kvferry_gateway.placer import shown
 from kvferry_gateway.timeline import Timeline
 
 MAX_REQUESTS_SHOWN: Final = 256  # under way, the oldest first
@@ -77,19 +78,14 @@ def _timeline(fleet: Fleet, number: int, moment: float) -> dict[str, Any] | None
     return {
         **_row(timeline, moment),
         "events": [
-            {"at_s": round(event.at - timeline.since, 4), "what": event.what, **_finite(event.facts)}
+            {
+                "at_s": round(event.at - timeline.since, 4),
+                "what": event.what,
+                **{name: shown(fact) for name, fact in event.facts.items()},
+            }
             for event in timeline.told()
         ],
     }
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity."""
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
-    return value
 
 
 def buckets(histogram: Collector) -> list[tuple[float | None, int]]:

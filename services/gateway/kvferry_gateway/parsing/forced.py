@@ -11,11 +11,7 @@ class RequiredParser(OutputParser):
     def _read(self) -> Steps[None]:
         yield from self._skip_space()
         yield from self._calls()
-        while True:
-            self._show(self._take(len(self._text)))
-            if self._ended:
-                break
-            yield
+        yield from self._rest(self._show)
         self._show_space()
 
 
@@ -28,9 +24,4 @@ class NamedParser(OutputParser):
 
     def _read(self) -> Steps[None]:
         self._start(self._name)
-        while True:
-            self._argue(self._take(len(self._text)))
-            self._consumed.clear()
-            if self._ended:
-                return
-            yield
+        yield from self._rest(self._argue)

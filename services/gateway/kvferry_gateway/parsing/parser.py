@@ -64,10 +64,20 @@ class OutputParser(ABC):
         self._consumed.append(taken)
         return taken
 
-    def _skip_space(self) -> Steps[None]:
+    def _skip_space(self, chars: str | None = None) -> Steps[None]:
+        """`chars`: what counts as space, if not all of it."""
         while True:
-            self._take(len(self._text) - len(self._text.lstrip()))
+            self._take(len(self._text) - len(self._text.lstrip(chars)))
             if self._text or self._ended:
+                return
+            yield
+
+    def _rest(self, show: Callable[[str], None]) -> Steps[None]:
+        """Give all that comes to `show`, until the text has ended."""
+        while True:
+            show(self._take(len(self._text)))
+            self._consumed.clear()
+            if self._ended:
                 return
             yield
 

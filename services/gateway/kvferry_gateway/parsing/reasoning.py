@@ -30,25 +30,13 @@ class ReasoningParser(OutputParser):
             else:
                 self._read_on("".join(self._consumed))
         if self._is_open:
-            yield from self._skip_breaks()
+            yield from self._skip_space("\n")
             if (yield from self._up_to(CLOSE, self._think)):
-                yield from self._skip_breaks()
-        while True:
-            self._read_on(self._take(len(self._text)))
-            self._consumed.clear()
-            if self._ended:
-                break
-            yield
+                yield from self._skip_space("\n")
+        yield from self._rest(self._read_on)
         if self._answer is not None:
             self._parts += self._answer.finish()
             self.num_calls = self._answer.num_calls
-
-    def _skip_breaks(self) -> Steps[None]:
-        while True:
-            self._take(len(self._text) - len(self._text.lstrip("\n")))
-            if self._text or self._ended:
-                return
-            yield
 
     def _think(self, text: str) -> None:
         text = self._breaks + text

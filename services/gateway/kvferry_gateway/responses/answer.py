@@ -32,20 +32,10 @@ class ResponseAnswer(Answer):
         return self._events([])
 
     def told_event(self, index: int, parts: Sequence[Part], told: Sequence[ToldToken]) -> bytes:
-        logprobs = self._entries(told)
-        events: list[Event] = []
-        for part in parts:
-            if isinstance(part, Content):
-                events += self._output.push(part, logprobs)
-                logprobs = []
-            else:
-                events += self._output.push(part)
-        return self._events(events)
+        return self._events(self._push(parts, told))
 
     def last_event(self, index: int, reason: FinishReason) -> bytes:
-        if reason == "length":
-            self._status = "incomplete"
-        return self._events(self._output.close(self._status))
+        return self._events(self._close(reason))
 
     def end(self, usage: Usage | None) -> bytes:
         return self._events([{"type": f"response.{self._status}", "response": self._response(self._status, usage)}])
@@ -58,9 +48,25 @@ class ResponseAnswer(Answer):
 
     def whole(self, choices: Sequence[WholeChoice], usage: Usage) -> bytes:
         (choice,) = choices
-        self.told_event(0, choice.parts, choice.told)
-        self.last_event(0, choice.reason)
+        self._push(choice.parts, choice.told)
+        self._close(choice.reason)
         return encode(self._response(self._status, usage))
+
+    def _push(self, parts: Sequence[Part], told: Sequence[ToldToken]) -> list[Event]:
+        logprobs = self._entries(told)
+        events: list[Event] = []
+        for part in parts:
+            if isinstance(part, Content):
+                events += self._output.push(part, logprobs)
+                logprobs = []
+            else:
+                events += self._output.push(part)
+        return events
+
+    def _close(self, reason: FinishReason) -> list[Event]:
+        if reason == "length":
+            self._status = "incomplete"
+        return list(self._output.close(self._status))
 
     def _response(self, status: str, usage: Usage | None = None) -> dict[str, Any]:
         request = self._request
@@ -119,5 +125,5 @@ def _usage(usage: Usage) -> dict[str, Any]:
         "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens or 0},
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
     }

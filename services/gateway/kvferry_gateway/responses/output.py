@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from kvferry_gateway.chat_answer import call_id_of
 from kvferry_gateway.parsing.parts import CallArguments, CallStart, Content, Part, Reasoning
 
 Event = dict[str, Any]  # without its number
 Status = Literal["completed", "incomplete"]
+
+
+_TEXT: Final[dict[str, Any]] = {"type": "output_text", "annotations": []}
+_PREFIXES: Final = {"message": "msg", "function_call": "fc", "reasoning": "rs"}
 
 
 class Output:
@@ -88,7 +92,3 @@ class Output:
 
     def _event(self, kind: str, **fields: Any) -> Event:
         return {"type": kind, "item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, **fields}
-
-
-_TEXT: dict[str, Any] = {"type": "output_text", "annotations": []}
-_PREFIXES = {"message": "msg", "function_call": "fc", "reasoning": "rs"}

@@ -7,7 +7,6 @@ before it would kill: `kvferry up` waits for ever, compose for `stop_grace_perio
 
 from __future__ import annotations
 
-import asyncio
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Final
 
 from kvferry.errors import KvferryError, SettingError
 from kvferry_local.control import ask_stack
+from kvferry_local.process import outcome_of
 from kvferry_local.supervision import Role
 
 COMMAND_TIMEOUT_S: Final = 300.0
@@ -83,36 +83,18 @@ class ComposeTarget(ScaleTarget):
         return {role: running.count(role) for role in seen}
 
     async def scale(self, role: Role, replicas: int) -> None:
-        await run_command(
-            *COMPOSE,
-            "up",
-            "--detach",
-            "--no-build",
-            "--no-deps",
-            "--no-recreate",
-            "--scale",
-            f"{role}={replicas}",
-            role,
-        )
+        await run_command(*COMPOSE, "up", *COMPOSE_UP_FLAGS, "--scale", f"{role}={replicas}", role)
 
 
 async def run_command(*words: str) -> str:
     """Its stdout. Raises `ScalingFailed` with the end of its stderr."""
     try:
-        process = await asyncio.create_subprocess_exec(
-            *words,
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+        returncode, out, problem = await outcome_of(words, COMMAND_TIMEOUT_S)
+    except TimeoutError:  # before OSError, which it is one of
+        raise ScalingFailed(f"{words[0]}: no end after {COMMAND_TIMEOUT_S:g} s") from None
     except OSError as error:
         raise ScalingFailed(f"{words[0]}: {error.strerror}") from None
-    try:
-        async with asyncio.timeout(COMMAND_TIMEOUT_S):
-            out, problem = await process.communicate()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
-        raise ScalingFailed(f"{words[0]}: no end after {COMMAND_TIMEOUT_S:g} s") from None
-    if process.returncode:
+    if returncode:
         detail = " ".join(problem.decode(errors="replace").split())[-MAX_ERROR_CHARS:]
-        raise ScalingFailed(f"{words[0]}: ended with {process.returncode}: {detail}")
+        raise ScalingFailed(f"{words[0]}: ended with {returncode}: {detail}")
     return out.decode(errors="replace")

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from kvferry.errors import SettingError
 from kvferry.runtime import blocking_clock
-from kvferry_local.bench.sse import body_pieces, data_events, read_head
+from kvferry_local.bench.sse import data_events, read_body, read_head
 
 MAX_LINE_BYTES: Final = 1 << 22
 MAX_DETAIL_CHARS: Final = 200
@@ -117,7 +117,7 @@ async def _stream(endpoint: Endpoint, path: str, body: dict[str, Any], outcome: 
         writer.write(endpoint.head("POST", path, len(document)) + document)
         status, headers = await read_head(reader)
         if status != 200:
-            answer = b"".join([piece async for piece in body_pieces(reader, headers)])
+            answer = await read_body(reader, headers)
             raise ServerError(f"HTTP {status}", answer.decode(errors="replace"))
         done = False
         async for moment, event in data_events(reader, headers):
@@ -151,7 +151,7 @@ async def first_model(endpoint: Endpoint, timeout: float) -> str:
         try:
             writer.write(endpoint.head("GET", "/models", 0))
             status, headers = await read_head(reader)
-            answer = b"".join([piece async for piece in body_pieces(reader, headers)])
+            answer = await read_body(reader, headers)
         finally:
             writer.close()
     try:

@@ -7,7 +7,7 @@ from html import escape
 from typing import Final
 
 from kvferry_local.bench.client import Outcome
-from kvferry_local.bench.summary import Summary
+from kvferry_local.bench.summary import Summary, percentile
 
 WIDTH: Final = 960
 PANEL: Final = (430.0, 200.0)  # of a plot's inside
@@ -60,7 +60,7 @@ def _distribution(
     """Share of the values at or below, up to their 99.5th percentile: one stray value must not flatten the rest."""
     if not ordered:
         return _frame(f"{name}: nothing measured", x, y, width, height, 1.0, "")
-    top = max(ordered[min(len(ordered) - 1, int(0.995 * len(ordered)))], 1e-3)
+    top = max(percentile(ordered, 0.995), 1e-3)
     step = max(1, len(ordered) // MAX_POINTS)
     chosen = [(value, (index + 1) / len(ordered)) for index, value in enumerate(ordered)][::step]
     curve = " ".join(f"{x + min(v / top, 1.0) * width:.1f},{y + height * (1 - share):.1f}" for v, share in chosen)

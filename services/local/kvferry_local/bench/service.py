@@ -90,9 +90,7 @@ def _write(settings: BenchSettings, model: str, url: str, summary: Summary, outc
             document = {
                 "url": url,
                 "model": model,
-                "settings": settings.model_dump(
-                    mode="json", exclude={"api_key", "url", "served_model_name", "run_file"}
-                ),
+                "settings": settings.model_dump(mode="json", exclude=NOT_WRITTEN),
                 "summary": summary.as_json(),
                 "requests": [asdict(outcome) for outcome in outcomes],
             }

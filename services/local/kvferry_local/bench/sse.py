@@ -35,6 +35,11 @@ async def body_pieces(reader: asyncio.StreamReader, headers: Headers) -> AsyncIt
             yield piece
 
 
+async def read_body(reader: asyncio.StreamReader, headers: Headers) -> bytes:
+    """All of it."""
+    return b"".join([piece async for piece in body_pieces(reader, headers)])
+
+
 async def data_events(reader: asyncio.StreamReader, headers: Headers) -> AsyncIterator[tuple[float, bytes]]:
     """(arrival, payload) of each `data:` line; comments and empty lines are skipped."""
     rest = b""

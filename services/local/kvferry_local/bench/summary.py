@@ -12,6 +12,11 @@ from kvferry_local.bench.client import Outcome
 PERCENTILES = (0.5, 0.9, 0.99)
 
 
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """By nearest rank, of at least one value, in order."""
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
 @dataclass(frozen=True, slots=True)
 class Spread:
     """Of one kind of latency, in seconds."""
@@ -28,7 +33,7 @@ class Spread:
         if not values:
             return None
         ordered = sorted(values)
-        p50, p90, p99 = (ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in PERCENTILES)
+        p50, p90, p99 = (percentile(ordered, share) for share in PERCENTILES)
         return cls(sum(ordered) / len(ordered), p50, p90, p99, ordered[-1])
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import numpy as np
 
 Pattern = Literal["poisson", "constant", "bursts", "ramp"]
-PATTERNS: Final[tuple[Pattern, ...]] = ("poisson", "constant", "bursts", "ramp")
+PATTERNS: Final[tuple[Pattern, ...]] = get_args(Pattern)
 BURST_S: Final = 10.0  # half of it at three times the mean rate of the other half
 SPREAD: Final = 0.25  # sigma of the logarithm of lengths
 

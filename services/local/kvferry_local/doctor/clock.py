@@ -12,7 +12,9 @@ from urllib.parse import urlsplit
 import httpx
 
 from kvferry.runtime import wall_clock
+from kvferry_local.client import TRUST_ENV
 from kvferry_local.doctor.finding import Finding, ok, warning
+from kvferry_local.ports import base_url
 
 MAX_SKEW_S: Final = 2.0  # a Date has whole seconds
 TIMEOUT: Final = httpx.Timeout(3.0)
@@ -24,9 +26,7 @@ def peers_of(workers: list[dict[str, Any]]) -> dict[str, str]:
     for worker in workers:
         host = urlsplit(worker["address"][0]).hostname if worker["address"] else None
         if host and worker["debug_port"]:
-            found[worker["name"]] = f"http://[{host}]:{worker['debug_port']}" if ":" in host else (
-                f"http://{host}:{worker['debug_port']}"
-            )  # fmt: skip
+            found[worker["name"]] = base_url(host, worker["debug_port"])
     return found
 
 
@@ -48,7 +48,7 @@ def _skew(url: str) -> float | None:
     """Seconds that the peer's clock is ahead, as far as whole seconds tell; None: no answer."""
     began = wall_clock()
     try:
-        answer = httpx.get(f"{url}/health", timeout=TIMEOUT, trust_env=False)
+        answer = httpx.get(f"{url}/health", timeout=TIMEOUT, trust_env=TRUST_ENV)
         told = parsedate_to_datetime(answer.headers["date"]).timestamp()
     except (httpx.HTTPError, KeyError, ValueError):
         return None

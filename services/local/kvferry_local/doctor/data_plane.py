@@ -43,9 +43,7 @@ async def _ucx(settings: DoctorSettings) -> AsyncIterator[Finding]:
         yield ok("ucx", f"{answer['version']}, {wires}: {', '.join(found)}")
         yield _transfer("ucx transfer", answer)
     else:
-        yield must(
-            "ucx", answer.get("problem", "UCX finds nothing to use"), "pip install 'kvferry[ucx]', or --transport tcp"
-        )
+        yield must("ucx", answer.get("problem", "UCX finds nothing to use"), NO_UCX)
 
 
 def _transfer(check: str, answer: dict[str, Any]) -> Finding:

@@ -33,17 +33,16 @@ def find_model(name: str) -> tuple[Path | None, Finding]:
         model = ModelDir(directory)
     except CheckpointError as error:
         return None, failed(check, str(error), "--model: a whole directory in Hugging Face form")
-    weights = list(directory.glob(WEIGHTS))
-    if not weights:
+    num_files, size = _weights(directory)
+    if num_files == 0:
         return None, failed(check, f"{directory} holds no {WEIGHTS}", "--model: a whole directory in Hugging Face form")
-    size = sum(file.stat().st_size for file in weights)
     return directory, ok(check, f"{model.name}: {size / 1e9:.2f} GB of weights, context {model.max_context:,}")
 
 
 def memory(directory: Path, kv_memory_mb: int, num_workers: int, meminfo: Path = MEMINFO) -> Finding:
     """Weights and KV pools of all workers against the memory that is free now."""
     check = "memory"
-    weights = sum(file.stat().st_size for file in directory.glob(WEIGHTS))
+    _, weights = _weights(directory)
     needed = num_workers * (weights + (kv_memory_mb << 20))
     try:
         found = re.search(r"^MemAvailable: +(\d+) kB$", meminfo.read_text(), re.MULTILINE)
@@ -56,3 +55,9 @@ def memory(directory: Path, kv_memory_mb: int, num_workers: int, meminfo: Path =
     if needed > free:
         return failed(check, detail, "KVFERRY_KV_MEMORY_MB, --quantization int8, fewer workers, or a smaller --model")
     return ok(check, detail)
+
+
+def _weights(directory: Path) -> tuple[int, int]:
+    """(files, bytes)."""
+    sizes = [file.stat().st_size for file in directory.glob(WEIGHTS)]
+    return len(sizes), sum(sizes)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import signal
 from typing import Any, Final
 
 from kvferry_local.plan import PYTHON
+from kvferry_local.process import outcome_of
 
 TIMEOUT_S: Final = 300.0  # a large model is loaded, a library compiled
 MAX_DETAIL_CHARS: Final = 300
@@ -19,21 +19,14 @@ class ProbeFailed(Exception):
 
 async def probe(module: str, *arguments: str) -> dict[str, Any]:
     """What `python -m module` answers. Raises `ProbeFailed`."""
-    process = await asyncio.create_subprocess_exec(
-        *PYTHON, module, *arguments,
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
     try:
-        async with asyncio.timeout(TIMEOUT_S):
-            out, problem = await process.communicate()
+        returncode, out, problem = await outcome_of((*PYTHON, module, *arguments), TIMEOUT_S)
     except TimeoutError:
-        process.kill()
-        await process.wait()
         raise ProbeFailed(f"no end after {TIMEOUT_S:g} s") from None
     try:
         answer = json.loads(out.splitlines()[-1])
     except (IndexError, ValueError):
-        raise ProbeFailed(_why(process.returncode or 0, problem)) from None
+        raise ProbeFailed(_why(returncode, problem)) from None
     if not isinstance(answer, dict):
         raise ProbeFailed("it answers nothing that can be used")
     return answer

@@ -12,12 +12,11 @@ import httpx
 from rich.console import Console
 from rich.text import Text
 
-from kvferry.config import load_settings
 from kvferry.errors import KvferryError
 from kvferry.runfile import RunFile, default_run_file
 from kvferry.scaling import DecodeScaling
 from kvferry.text.model_dir import ModelDir
-from kvferry_local.client import Target
+from kvferry_local.client import Target, client_settings
 from kvferry_local.cluster import Worker, workers_of
 from kvferry_local.doctor.bus import bus
 from kvferry_local.doctor.clock import clock, peers_of
@@ -26,7 +25,7 @@ from kvferry_local.doctor.engine import engine
 from kvferry_local.doctor.finding import Finding
 from kvferry_local.doctor.machine import ports, shared_memory
 from kvferry_local.doctor.model import find_model, memory
-from kvferry_local.settings import ClientSettings, DoctorSettings
+from kvferry_local.settings import DoctorSettings
 
 UNKNOWN_CONTEXT = 8192  # tokens, where there is no model to ask
 SIGNS = {"ok": ("ok  ", "green"), "warning": ("warn", "yellow"), "failed": ("FAIL", "bold red")}
@@ -57,7 +56,7 @@ def peers(run_file: RunFile | None, settings: DoctorSettings) -> dict[str, str]:
     gateways = settings.peers or (() if run_file is None else run_file.gateways)
     found = {url: url for url in gateways}
     for url in gateways:
-        client = load_settings(ClientSettings, config_file=None, environ=os.environ, flags={"url": url})
+        client = client_settings(None, {"url": url})
         try:
             workers: list[Worker] = workers_of(Target(url.rstrip("/"), None, ""), client)
         except (KvferryError, httpx.HTTPError, ValueError, KeyError):

@@ -38,7 +38,6 @@ class Pages {
            ((block * block_pages_ + page % block_pages_) * heads_ + static_cast<size_t>(head)) * page_values_;
   }
   // Of keys and values of one page.
-  size_t page_bytes() const { return page_values_ * sizeof(bf16); }
   bf16* values_of(bf16* keys) const { return keys + page_values_ / 2; }
   const bf16* values_of(const bf16* keys) const { return keys + page_values_ / 2; }
 
