@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: help run setup check test simulate simulate-plants mutate bench chaos fuzz compose-up compose-down clean FORCE
+.PHONY: help run setup check test simulate simulate-plants mutate bench chaos fuzz degrees compose-up compose-down clean FORCE
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -37,9 +37,16 @@ check: $(VENV)/.dev ## Lint, types, layer contracts: seconds, no network
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# These tests leave each other alone, so that they share the machine's cores. The others start whole stacks and
+# judge how long they take: one at a time.
+TOGETHER := tests/unit/ tests/contract/ tests/fuzz/ tests/simulation/ tests/native/
+APART    := $(filter-out $(TOGETHER),$(wildcard tests/*/))
+
 test: check ## Everything: check, then unit, contract, integration and end-to-end tests
-	@model=$$($(BIN)/kvferry model fetch smollm2) && \
-		KVFERRY_TEST_MODEL="$$model" $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@model=$$($(BIN)/kvferry model fetch smollm2) && export KVFERRY_TEST_MODEL="$$model" || exit 1; \
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile $(APART:%=--ignore=%) $(PYTEST_ARGS); first=$$?; \
+	$(BIN)/python -m pytest $(TOGETHER:%=--ignore=%) $(PYTEST_ARGS); \
+	case "$$first $$?" in "0 0" | "0 5" | "5 0") ;; *) exit 1 ;; esac  # 5: PYTEST_ARGS chose none of these
 
 SEEDS     ?= 500
 FIRST     ?= 0
@@ -64,6 +71,10 @@ chaos: $(VENV)/.dev ## Kill, freeze and restart parts of a real stack under load
 
 fuzz: $(VENV)/.dev ## 100,000 random and mutated bodies, messages and frames (ARGS="--plane http --batch 7" repeats one)
 	@PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
+
+degrees: $(VENV)/.dev ## Whole stacks whose prefill and decode workers have 1, 2 and 4 ranks, all pairs
+	@model=$$($(BIN)/kvferry model fetch smollm2) && KVFERRY_ALL_DEGREES=1 KVFERRY_TEST_MODEL="$$model" \
+		$(BIN)/python -m pytest tests/e2e/test_tensor_parallel.py $(ARGS)
 
 compose-up: ## The stack in containers, built if need be (ARGS="--scale prefill=2 --scale decode=3")
 	docker compose up --build --detach --wait $(ARGS)

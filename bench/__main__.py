@@ -31,6 +31,12 @@ APART: Final[Mapping[str, Benchmark]] = {"chaos": chaos.measure}
 # Programs of their own, so that nothing of this process shares their cores' caches or their UCX settings.
 PROGRAMS: Final[Mapping[str, Callable[[Options], list[str]]]] = {
     "engine": lambda options: ["-m", "bench.engine", str(options.model_dir)],
+    "ranks": lambda options: [
+        "-m",
+        "bench.ranks",
+        str(options.model_dir),
+        *(["--rounds", "1"] if options.quick else []),
+    ],
     "chunks": lambda options: ["-m", "bench.chunks", str(options.model_dir)],
     "accuracy": lambda options: ["-m", "bench.accuracy", str(options.model_dir)],
     "grammar": lambda options: [

@@ -50,8 +50,8 @@ class CountedPrefillWorker(PrefillWorker):
 
     gone: asyncio.Event
 
-    def forget(self, work: Work) -> None:
-        super().forget(work)
+    def forget(self, sequence: Sequence, outcome: str) -> None:
+        super().forget(sequence, outcome)
         self.gone.set()
 
 

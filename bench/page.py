@@ -1,4 +1,5 @@
-"""`python -m bench page`: writes `docs/performance.md` and its pictures from the results of the benchmarks.
+"""`python -m bench page`: writes `docs/performance.md`, its pictures, and the tables of
+`docs/when-not-to-disaggregate.md` from the results of the benchmarks.
 
 Nothing is measured and nothing is typed in by hand: what no benchmark has written is "not yet measured".
 """
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from bench.page_choice import CHOICE, filled
 from bench.page_pictures import PICTURES, shown
 from bench.page_targets import SECTIONS, Section, Target
 from bench.report import RESULTS, Figure
@@ -32,15 +34,18 @@ def read_results(folder: Path = RESULTS) -> Results:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
-def files(results: Results) -> dict[str, str]:
-    """Path below `docs/` -> content, of the page and of every picture that there are results for."""
+def files(results: Results, docs: Path = DOCS) -> dict[str, str]:
+    """Path below `docs/` -> content: the page, every picture that there are results for, and the other page with
+    tables if it is there."""
     made = {f"{FOLDER}/{name}.svg": draw(results[name]) for name, draw in PICTURES.items() if name in results}
+    if (docs / CHOICE).exists():
+        made[CHOICE] = filled((docs / CHOICE).read_text(encoding="utf-8"), results)
     return {PAGE: page(results), **made}
 
 
 def write(docs: Path = DOCS, results: Results | None = None) -> list[Path]:
     """Writes the files, and removes pictures that are no longer made."""
-    made = files(read_results() if results is None else results)
+    made = files(read_results() if results is None else results, docs)
     for old in docs.glob(f"{FOLDER}/*.svg"):
         if f"{FOLDER}/{old.name}" not in made:
             old.unlink()

@@ -41,7 +41,6 @@ class Ours:
     def choose(self, request: TraceRequest, snapshot: Snapshot, seed: int, now: float) -> Choice:
         decision = place(
             Request(
-                MODEL,
                 request.prompt_tokens,
                 request.prompt_tokens + request.output_tokens,
                 seed=seed,

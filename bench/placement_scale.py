@@ -102,7 +102,7 @@ def measure(report: Report, quick: bool) -> None:
 
 
 def _request(keys: tuple[int, ...], seed: int) -> Request:
-    return Request(MODEL, len(keys) * BLOCK_SIZE, len(keys) * BLOCK_SIZE + 64, seed=seed, keys=keys)
+    return Request(len(keys) * BLOCK_SIZE, len(keys) * BLOCK_SIZE + 64, seed=seed, keys=keys)
 
 
 def _decisions(report: Report, snapshot: Snapshot, chains: Chains, count: int) -> None:
@@ -156,7 +156,7 @@ def _memory(report: Report, records: list[WorkerRecord]) -> None:
 def _heartbeats(report: Report, records: list[WorkerRecord], rounds: int) -> None:
     """Cores that a gateway spends on hearing 1,000 workers four times a second: decode, registry, columns, index."""
     codec = Codecs().beat
-    registry, snapshot = Registry(0.0), Snapshot.empty(Targets())
+    registry, snapshot = Registry(0.0, {MODEL: ""}), Snapshot.empty(Targets())
     seconds = []
     for beat in range(1, rounds + 1):
         payloads = [

@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Final
 
-from kvferry.bus.base import Bus, BusMessage, BusSettings
+from kvferry.bus.base import Bus, BusMessage
+from kvferry.bus.login import stack_login
 from kvferry.bus.nats import NatsBus
+from kvferry.bus.rights import BusRole
 from kvferry.errors import WireError
 from kvferry.runfile import RunFile
 from kvferry.runtime import SystemRuntime, blocking_clock
@@ -27,9 +28,7 @@ from kvferry.wire.messages import (
     TokenBatch,
     unpack_tokens,
 )
-from kvferry.wire.subjects import ROOT, inbox_prefix
-
-ROLE: Final = "observer"
+from kvferry.wire.subjects import ROOT
 
 
 class Inconsistent(Exception):
@@ -144,7 +143,7 @@ class Tap:
             self._tickets[work.key] = attempt
             if isinstance(asked, DecodeRequest) and asked.prefill is not None:
                 attempt.workers["prefill"] = asked.prefill.incarnation  # so that D alone is not taken for the pair
-        _, _, role, _, incarnation = message.subject.split(".")
+        _, _, role, _, incarnation, _ = message.subject.split(".")
         attempt.workers[role] = int(incarnation, 16)
 
     def _on_answer(self, message: BusMessage) -> None:
@@ -167,20 +166,9 @@ class Tap:
 
 
 @asynccontextmanager
-async def bus_of(run_file: RunFile) -> AsyncIterator[NatsBus]:
-    """A connection with the credentials of a stack."""
-    bus = NatsBus(
-        BusSettings(
-            url=run_file.nats_url,
-            name="kvferry-observer",
-            inbox_prefix=inbox_prefix(run_file.cluster, ROLE),
-            user=run_file.nats_user,
-            password=run_file.nats_password.get_secret_value(),
-            token=run_file.nats_token.get_secret_value(),
-            tls_ca=run_file.nats_tls_ca,
-        ),
-        SystemRuntime(),
-    )
+async def bus_of(run_file: RunFile, role: BusRole = "observer") -> AsyncIterator[NatsBus]:
+    """A connection with the rights of a role of the stack; an observer's hears everything."""
+    bus = NatsBus(stack_login(run_file, role, f"kvferry-{role}"), SystemRuntime())
     await bus.start()
     try:
         yield bus

@@ -15,6 +15,7 @@ from scripted_worker import EOS, VOCAB_SIZE, write_model
 from virtual_loop import VirtualLoop
 
 from kvferry.engine.memory import MemorySettings
+from kvferry.trace.span import MemoryExporter
 from kvferry_gateway.service import Gateway
 from kvferry_gateway.settings import GatewaySettings
 from kvferry_gateway.streams import TokenStream
@@ -32,14 +33,15 @@ class ApiCluster(Cluster):
     """`disaggregated`: one prefill and one decode worker, nothing prefilled locally; else one decode worker alone."""
 
     async def open(self, folder: Path, *, disaggregated: bool, spares: int = 0, **settings: Any) -> None:
-        made = {"name": "gateway-0", "served_model_name": "memory", "local_prefill_threshold": 0, **settings}
+        made = {"name": "gateway-0", "local_prefill_threshold": 0, **settings}
         self.bus_of_gateway = self.bus("gateway-0", "gateway")
         await self.bus_of_gateway.start()
         model = write_model(folder / "memory", max_context=1024)
         self.tokenizer_path = model.tokenizer_path
         self.api = await Gateway.start(
-            GatewaySettings(**made), self.runtime, self.bus_of_gateway, model, pid=7, created=1
-        )
+            GatewaySettings(**made), self.runtime, self.bus_of_gateway, {"memory": model}, pid=7, created=1,
+            spans=self.spans,
+        )  # fmt: skip
         if disaggregated:
             await self.prefill(model=BYTES)
         for number in range(1 + spares):
@@ -60,7 +62,8 @@ class ApiCluster(Cluster):
     @property
     def streams(self) -> list[TokenStream]:
         """Of the choices that run now."""
-        return list(self.api.fleet.table.streams.values())
+        table = self.api.fleet.table
+        return list({a.stream_id: a.stream for w in self.workers for a in table.of_worker(w.incarnation)}.values())
 
     async def ask(self, path: str, body: dict[str, Any]) -> Any:
         """The answer's JSON, or the events of its stream."""
@@ -80,13 +83,18 @@ class ApiCluster(Cluster):
 
 
 def api(
-    scenario: Callable[[ApiCluster], Awaitable[None]], *, disaggregated: bool = True, spares: int = 0, **settings: Any
+    scenario: Callable[[ApiCluster], Awaitable[None]],
+    *,
+    disaggregated: bool = True,
+    spares: int = 0,
+    spans: MemoryExporter | None = None,
+    **settings: Any,
 ) -> None:
     """Run a scenario; afterwards nothing is left on any worker, in any table, or as a task."""
 
     async def body() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            cluster = ApiCluster()
+            cluster = ApiCluster(spans=spans)
             await cluster.open(Path(folder), disaggregated=disaggregated, spares=spares, **settings)
             await scenario(cluster)
             await cluster.stop()

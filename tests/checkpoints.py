@@ -70,21 +70,22 @@ SHAPES = (
 
 
 def config_of(shape: Shape) -> PretrainedConfig:
-    return CONFIGS[shape.family](
-        vocab_size=VOCAB_SIZE,
-        hidden_size=shape.hidden_size,
-        intermediate_size=112,
-        num_hidden_layers=3,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=MAX_POSITION,
-        rms_norm_eps=1e-5,
-        pad_token_id=None,
-        bos_token_id=1,
-        eos_token_id=2,
-        **{"tie_word_embeddings": False, **shape.fields},
-    )
+    fields: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": 112,
+        "num_hidden_layers": 3,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": MAX_POSITION,
+        "rms_norm_eps": 1e-5,
+        "pad_token_id": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    return CONFIGS[shape.family](**(fields | shape.fields))
 
 
 def build(shape: Shape, directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **save: Any) -> Path:

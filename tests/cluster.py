@@ -23,6 +23,7 @@ from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.lane import InlineLane, Lane
 from kvferry.runtime import SeededRuntime, TaskSet, now
 from kvferry.schedule.step import StepResult
+from kvferry.trace.span import MemoryExporter
 from kvferry.transport.base import TransportSettings
 from kvferry.transport.memory import MemoryNetwork, MemoryTransport
 from kvferry.transport.slots import SlotPool
@@ -46,7 +47,7 @@ from kvferry.wire.messages import (
     pack_tokens,
     unpack_tokens,
 )
-from kvferry.wire.subjects import beat_subject, inbox_prefix, process_subject
+from kvferry.wire.subjects import beat_subject, inbox_prefix, mail_subject, process_subject
 from kvferry.worker.worker import Parts, Worker
 from kvferry_decode.settings import DecodeSettings
 from kvferry_decode.worker import DecodeWorker
@@ -93,6 +94,7 @@ class Cluster:
     workers: list[Worker[Any]] = field(default_factory=list)
     gateways: list[ScriptedGateway] = field(default_factory=list)
     tokenizer_path: Path | None = None  # with it, workers follow grammars
+    spans: MemoryExporter | None = None  # of all processes; None: nothing is traced
 
     def __post_init__(self) -> None:
         self.broker = MemoryBroker(self.runtime)
@@ -161,9 +163,10 @@ class Cluster:
             slots=self._slots(),
             runner=MemoryRunner(model),
             incarnation=incarnation,
-            model_name="memory",
+            model_name=settings.source.served_name,
             pid=len(self.workers) + 1,
             grammars=self._grammars(model),
+            spans=self.spans,
         )
 
     def _slots(self) -> SlotPool:
@@ -185,7 +188,7 @@ class ScriptedGateway:
 
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.incarnation = cluster.runtime.random_u64()
-        self.subject = process_subject("dev", "gateway", name, self.incarnation)
+        self.subject = mail_subject(process_subject("dev", "gateway", name, self.incarnation), "decode")
         self.tokens: dict[int, dict[int, int]] = {}  # stream_id -> index -> token
         self.logprobs: dict[int, dict[int, TokenLogprobs]] = {}  # the same
         self.ends: dict[int, End] = {}

@@ -4,17 +4,20 @@
   `pytestmark = pytest.mark.usefixtures("no_leaks")`.
 - `nats`: a real nats-server of the test's own.
 - `model_dir`: the real default model, from KVFERRY_TEST_MODEL (`make test` sets it).
+- `setup_logging` configures a whole process: after each test it is undone.
 - With KVFERRY_ALLOWED_SKIPS (CI sets it) a skip that the named list does not allow fails the run.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from leaks import Holdings, leaks_since
 from nats_server import NatsServer, running_nats
 
@@ -22,6 +25,17 @@ pytest_plugins = ("pytester",)  # the rules below are tested, too
 
 TEST_MODEL = "KVFERRY_TEST_MODEL"
 ALLOWED_SKIPS = "KVFERRY_ALLOWED_SKIPS"
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    if structlog.is_configured():
+        structlog.reset_defaults()
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Final
 
 from api_reference import api_tables
 from prometheus_client.metrics import MetricWrapperBase
+from sizing_tables import fleet_table, kv_table
 
 from kvferry.config import Settings, env_name, flag_name, is_secret, shown_default
 from kvferry.worker.metrics import WorkerMetrics
@@ -20,10 +21,10 @@ from kvferry_prefill.settings import PrefillSettings
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS: Final = (
-    ROOT / "README.md",
     ROOT / "docs" / "api.md",
     ROOT / "docs" / "architecture.md",
     ROOT / "docs" / "configuration.md",
+    ROOT / "docs" / "operations.md",
     ROOT / "docs" / "protocol.md",
 )
 
@@ -52,7 +53,11 @@ CONSTANTS: Final = (
     ("kvferry.worker.outbox", "MAX_BATCH_LOGPROBS", "rows of one TokenBatch with log-probabilities"),
     ("kvferry.worker.outbox", "MAX_BATCH_ENDS", "ends of one TokenBatch"),
     ("kvferry.worker.worker", "HAND_OVER_S", "seconds of the drain grace kept for ends to be confirmed"),
+    ("kvferry.engine.shard", "MAX_RANKS", "ranks of one worker"),
+    ("kvferry.engine.ranks", "MAX_CHANNEL_BYTES", "bytes of a message between ranks"),
+    ("kvferry.engine.columns", "MAX_STEP_ROWS", "rows of a step of several ranks"),
     ("kvferry.worker.debug", "MAX_CONNECTIONS", "connections of a debug port"),
+    ("kvferry.worker.debug", "RECEIVE_TIMEOUT", "seconds within which a request of a debug port must have arrived"),
     ("kvferry.worker.gateways", "MISSING_BEATS", "heartbeats without a stream: cancelled"),
     ("kvferry.schedule.chunk", "STEP_TARGET_S", "seconds that a step is sized for"),
     ("kvferry.schedule.chunk", "FIRST_TOKENS", "prefill tokens of a step before the speed is measured"),
@@ -66,19 +71,28 @@ CONSTANTS: Final = (
     ("kvferry_decode.puller", "ABORT_TIMEOUT", "seconds that P has to answer an Abort"),
     ("kvferry_decode.puller", "MAX_TRIES", "tries of a pull before it is a failure"),
     ("kvferry_decode.incoming", "MAX_AGAIN", "bad frames of one pull that are asked for again"),
-    ("kvferry_gateway.http", "MAX_HEAD_BYTES", "bytes of a request's line and headers"),
-    ("kvferry_gateway.http", "MAX_DISCARDED_BYTES", "bytes of a body that goes on after its answer"),
+    ("kvferry.http_port", "MAX_HEAD_BYTES", "bytes of a request's line and headers"),
+    ("kvferry.http_port", "MAX_DISCARDED_BYTES", "bytes of a body that goes on after its answer"),
     ("kvferry_gateway.registry", "MAX_WORKERS", "worker incarnations known at once"),
     ("kvferry_gateway.attempt", "MAX_REMEMBERED", "attempts that are over and remembered"),
     ("kvferry_gateway.flight", "CRASHES_TO_ISOLATE", "crashed workers before a request runs alone"),
     ("kvferry.wire.messages", "MAX_LOGPROBS", "best tokens told beside a drawn one"),
+    ("kvferry.wire.messages", "MAX_SCORED_ROWS", "tokens of prompts with log-probabilities in one TokenBatch"),
+    ("kvferry.engine.scoring", "MAX_LOGITS_BYTES", "bytes of logits at once, of rows that are scored"),
+    ("kvferry_gateway.prompt_logprobs", "MAX_TOLD", "log-probabilities of prompts in one answer"),
+    ("kvferry_gateway.prompt_logprobs", "TOKENS_PER_TURN", "tokens of a prompt that are told in one turn of the loop"),
     ("kvferry.wire.messages", "MAX_LOGIT_BIAS", "entries of `logit_bias`"),
     ("kvferry.wire.messages", "MAX_TOKEN_LIST", "stop tokens, or banned ones, of a request"),
     ("kvferry.wire.messages", "MAX_GRAMMAR_CHARS", "characters of a grammar's source"),
+    ("kvferry.wire.messages", "MAX_TRACE_STATE_CHARS", "characters of a `tracestate` that is passed on"),
+    ("kvferry.trace.tracer", "MAX_WAITING_SPANS", "spans that wait for the collector before one is dropped"),
+    ("kvferry.trace.journal", "MAX_CHUNK_SPANS", "spans of prefill chunks of one attempt; more are counted alone"),
     ("kvferry.grammar.compiler", "MAX_PATTERN_CHARS", "characters of a regular expression in one"),
     ("kvferry.grammar.compiler", "MAX_LARK_CHARS", "characters of a context-free grammar"),
     ("kvferry.grammar.compiler", "MAX_COMPILED", "compiled grammars that a process keeps"),
     ("kvferry_gateway.structured", "MAX_CHOICE_TEXTS", "texts of `choice`"),
+    ("kvferry_gateway.structural_tag", "MAX_TAGS", "tags, and triggers, of a `structural_tag`"),
+    ("kvferry_gateway.structural_tag", "MAX_TAG_CHARS", "characters of what begins or ends a tag"),
     ("kvferry_gateway.tools", "MAX_TOOLS", "tools of a request, calls of a message"),
     ("kvferry_gateway.tools", "MAX_SCHEMA_DEPTH", "levels of a tool's schema"),
     ("kvferry_gateway.responses.items", "MAX_ITEMS", "items of a response's input"),
@@ -138,6 +152,8 @@ def tables() -> dict[str, str]:
         "decode": settings_table(DecodeSettings),
         "limits": limits_table(),
         "metrics": metrics_table(),
+        "sizing": kv_table(),
+        "fleet": fleet_table(),
         **api_tables(),
     }
 

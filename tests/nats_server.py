@@ -9,15 +9,19 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from kvferry.bus.base import BusSettings
+from kvferry.bus.rights import BusUser
 from kvferry.bus.server import MAX_PAYLOAD, EmbeddedNats
-from kvferry.runtime import SystemRuntime
 
 
 class NatsServer:
-    """The embedded server, and what a test may do to it."""
+    """The embedded server with one user who may do everything, and what a test may do to it."""
 
-    def __init__(self, embedded: EmbeddedNats) -> None:
-        self.embedded = embedded
+    user = "anybody"
+
+    def __init__(self, *, max_payload: int = MAX_PAYLOAD, options: dict[str, Any] | None = None) -> None:
+        self.password = os.urandom(24).hex()
+        users = [BusUser(self.user, self.password)]
+        self.embedded = EmbeddedNats(users, max_payload=max_payload, options=options)
 
     def settings(self, name: str, **changes: Any) -> BusSettings:
         """Settings of a client with the right credentials."""
@@ -25,8 +29,8 @@ class NatsServer:
             "url": self.embedded.url,
             "name": name,
             "inbox_prefix": f"kvferry.test.inbox.{name}",
-            "user": self.embedded.user,
-            "password": self.embedded.password,
+            "user": self.user,
+            "password": self.password,
         }
         return BusSettings(**(fields | changes))
 
@@ -48,9 +52,9 @@ class NatsServer:
 
 @asynccontextmanager
 async def running_nats(*, max_payload: int = MAX_PAYLOAD) -> AsyncIterator[NatsServer]:
-    embedded = EmbeddedNats(SystemRuntime(), max_payload=max_payload)
-    await embedded.start()
+    server = NatsServer(max_payload=max_payload)
+    await server.embedded.start()
     try:
-        yield NatsServer(embedded)
+        yield server
     finally:
-        await embedded.stop()
+        await server.embedded.stop()

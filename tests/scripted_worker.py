@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from kvferry.bus.base import BusMessage, BusSettings, Subscription
 from kvferry.bus.memory import MemoryBroker, MemoryBus
+from kvferry.certificate import pinned_context
 from kvferry.runtime import SeededRuntime, SystemRuntime
 from kvferry.text.detokenizer import byte_level_alphabet
 from kvferry.text.model_dir import ModelDir
@@ -44,7 +45,7 @@ from kvferry.wire.messages import (
     WorkerState,
     pack_tokens,
 )
-from kvferry.wire.subjects import beat_subject, process_subject
+from kvferry.wire.subjects import beat_subject, exit_subject, mail_subject, process_subject
 from kvferry_gateway.service import Gateway, HttpServer, listen
 from kvferry_gateway.settings import GatewaySettings
 
@@ -60,10 +61,17 @@ Row = tuple[int, int, int]  # stream_id, index, token
 
 
 def write_model(
-    path: Path, *, max_context: int = 256, chat: bool = True, template: str = TEMPLATE, special: Sequence[str] = ()
+    path: Path,
+    *,
+    max_context: int = 256,
+    chat: bool = True,
+    template: str = TEMPLATE,
+    special: Sequence[str] = (),
+    backwards: bool = False,
 ) -> ModelDir:
-    """A model directory without weights. Token 0 is EOS, token 1 + b is byte b; `special` tokens follow."""
-    vocab = {"<|end|>": EOS, **{char: 1 + byte for byte, char in enumerate(byte_level_alphabet())}}
+    """A model directory without weights. Token 0 is EOS, token 1 + b is byte b, or 256 - b; `special` tokens follow."""
+    alphabet = enumerate(byte_level_alphabet())
+    vocab = {"<|end|>": EOS, **{char: 256 - byte if backwards else 1 + byte for byte, char in alphabet}}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -76,7 +84,7 @@ def write_model(
         },
         "tokenizer_config": {"chat_template": template} if chat else {},
     }
-    path.mkdir(exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
     for file, content in files.items():
         (path / f"{file}.json").write_text(json.dumps(content))
@@ -98,7 +106,7 @@ class ScriptedWorker:
         self.bus = bus
         self.role = role
         self.incarnation = incarnation
-        self.subject = process_subject(CLUSTER, role, name, incarnation)
+        self.subject = mail_subject(process_subject(CLUSTER, role, name, incarnation), "gateway")
         fields: dict[str, Any] = {
             "role": role, "name": name, "incarnation": incarnation, "pid": 1, "subject": self.subject,
             "model": MODEL, "transport": "memory", "address": WorkerAddress(incarnation, (f"memory:{name}",)),
@@ -155,7 +163,8 @@ class ScriptedWorker:
         )
         self.seq += 1
         if not lose:
-            self.send(work.gateway, self._codecs.to_gateway.encode(batch))
+            gateway = work.gateway.rpartition(".")[0]  # a test may give D's work to P
+            self.send(mail_subject(gateway, self.role), self._codecs.to_gateway.encode(batch))
 
     def say(self, work: Work, tokens: Sequence[int], *, reason: EndReason = "stop") -> None:
         """All of `tokens` that the gateway does not have yet, one batch each, and the end."""
@@ -180,7 +189,7 @@ class ScriptedWorker:
         self.freeze()
         assert self._subscription is not None
         await self._subscription.close()
-        subject = beat_subject(CLUSTER, self.role, self.record.name, self.incarnation)
+        subject = exit_subject(CLUSTER, self.role, self.record.name, self.incarnation)
         await self.bus.publish(subject, self._codecs.beat.encode(ExitNotice(self.incarnation, cause)))  # type: ignore[arg-type]
 
     def freeze(self) -> None:
@@ -258,6 +267,8 @@ class Cluster:
 
     def __init__(self, path: Path, **settings: Any) -> None:
         self.model_options: dict[str, Any] = settings.pop("model_options", {})
+        self._model_name: str = settings.pop("model_name", MODEL)
+        self._others: dict[str, dict[str, Any]] = settings.pop("other_models", {})  # name -> options
         self.settings = GatewaySettings(**({"cluster": CLUSTER, "port": 0, "local_prefill_threshold": 0} | settings))
         self.broker = MemoryBroker(SeededRuntime(1))
         self.workers: dict[str, ScriptedWorker] = {}
@@ -265,21 +276,24 @@ class Cluster:
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Cluster:
-        model = write_model(self._path / MODEL, **self.model_options)
+        models = {self._model_name: write_model(self._path / MODEL, **self.model_options)}
+        models |= {name: write_model(self._path / name, **options) for name, options in self._others.items()}
         runtime = SystemRuntime()
         self.bus = MemoryBus(self.broker, BusSettings("memory", "gateway", "inbox.gateway"), runtime)
         await self.bus.start()
         self._stack.push_async_callback(self.bus.close)
-        self.gateway = await Gateway.start(self.settings, runtime, self.bus, model, pid=7, created=1)
+        self.gateway = await Gateway.start(self.settings, runtime, self.bus, models, pid=7, created=1)
         self._stack.push_async_callback(self.gateway.stop)
         listener = self._stack.enter_context(contextlib.closing(listen("127.0.0.1", 0)))
         self.http = HttpServer(self.gateway.app, listener, self.settings, 5.0)
         await self.http.start()
         self._stack.push_async_callback(self._stop_http)
-        self.url = f"http://127.0.0.1:{self.http.address[1]}"
+        certificate = self.settings.tls_cert
+        self.url = f"{'https' if certificate else 'http'}://127.0.0.1:{self.http.address[1]}"
+        verify = pinned_context(certificate, "tls_cert") if certificate else True
         # Connections of a test are its own: none is taken over with what an earlier answer left in it.
         self.client = await self._stack.enter_async_context(
-            httpx.AsyncClient(base_url=self.url, timeout=PATIENCE_S, trust_env=False)
+            httpx.AsyncClient(base_url=self.url, timeout=PATIENCE_S, trust_env=False, verify=verify)
         )
         return self
 

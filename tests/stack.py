@@ -26,12 +26,15 @@ KVFERRY = str(Path(sys.executable).with_name("kvferry"))
 class Stack:
     """Start it, use it, stop it. `folder` holds the run file and the log."""
 
-    def __init__(self, folder: Path, *flags: str, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, *flags: str, environ: Mapping[str, str] | None = None, program: str = KVFERRY
+    ) -> None:
         self.run_file = folder / "run.json"
         self.log = folder / "up.log"
         self.output = ""
         self._mark = os.urandom(16).hex()
         self._flags = flags
+        self._program = program
         self._environ = {**os.environ, "OMP_NUM_THREADS": "1", **(environ or {}), MARK: self._mark}
         self._process: subprocess.Popen[str] | None = None
 
@@ -44,7 +47,7 @@ class Stack:
         """Returns once the stack has said that it is ready; fails the test with the log otherwise."""
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [KVFERRY, "up", "--port", "0", "--run-file", str(self.run_file), *self._flags],
+                [self._program, "up", "--port", "0", "--run-file", str(self.run_file), *self._flags],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -95,16 +98,7 @@ class Stack:
 
     def processes(self) -> dict[int, str]:
         """Every living process of this stack, whoever its parent is by now."""
-        mark = f"{MARK}={self._mark}".encode()
-        found = {}
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdecimal():
-                try:
-                    if mark in (entry / "environ").read_bytes().split(b"\0"):
-                        found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                except OSError:
-                    continue  # it ended, or is not ours
-        return found
+        return marked_processes(self._mark)
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         """Send a signal to `kvferry up` alone, as a terminal would, and wait for its end. Returns its code."""
@@ -129,6 +123,20 @@ class Stack:
             self.output += self._process.stdout.read()
             self._process.stdout.close()
         return code
+
+
+def marked_processes(mark: str) -> dict[int, str]:
+    """Every living process with this value of MARK in its environment: pid to command line."""
+    wanted = f"{MARK}={mark}".encode()
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue  # it ended, or is not ours
+    return found
 
 
 def kvferry(*arguments: str, environ: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,7 @@
     defaults  <  scaling.yaml  <  run file  <  YAML file  <  environment (KVFERRY_<FIELD>)  <  flags (--field)
 
 A field is written once, in its settings class: its description is the flag's `--help` text and its row in
-the README's table, its type and bounds are what every layer is checked against. A wrong value raises
+the documents' table, its type and bounds are what every layer is checked against. A wrong value raises
 `SettingError` with the setting's name as the user wrote it: flag, variable or YAML key.
 
 Secrets (`SecretStr`) have no flag, because a command line is visible to every user of the machine. KVFERRY_<FIELD>_FILE
@@ -12,6 +12,7 @@ names a file that holds one, as containers mount them.
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -31,12 +32,14 @@ ENV_PREFIX: Final = "KVFERRY_"
 FILE_SUFFIX: Final = "_FILE"
 DATA_KEY_BYTES: Final = 32
 MAX_SECRET_CHARS: Final = 4096
+_SECRET_NAME: Final = re.compile(rf"{ENV_PREFIX}\w+_(PASSWORD|TOKEN|KEY)({FILE_SUFFIX})?")
 JOIN_FLAG: Final = "--join"
 # What tells one process from another has no place in a file that all replicas share.
 NOT_OF_SCALE: Final = frozenset({"name", "cluster", "run_file", "scaling_file"})
 
 SubjectName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Port = Annotated[int, Field(ge=0, le=65535)]
+OtlpEndpoint = Annotated[str, StringConstraints(pattern=r"^(https?://\S+)?$")]
 LogFormat = Literal["auto", "console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -72,6 +75,8 @@ class ServiceSettings(Settings):
     nats_password: SecretStr = Field(SecretStr(""), description="NATS password.")
     nats_token: SecretStr = Field(SecretStr(""), description="NATS token, instead of user and password.")
     nats_tls_ca: str = Field("", description="PEM file of the authority that signed the NATS server's certificate.")
+    nats_tls_cert: str = Field("", description="PEM file of our own certificate, for a NATS server that asks for one.")
+    nats_tls_key: str = Field("", description="PEM file of its private key.")
     data_key: SecretStr = Field(
         SecretStr(""), description="The cluster's data-plane key: 64 hexadecimal digits, the same on all workers."
     )
@@ -79,6 +84,12 @@ class ServiceSettings(Settings):
     advertise_host: str = Field(
         "127.0.0.1",
         description="Address that others are told to connect to; auto: the one from which NATS is reached.",
+    )
+    otlp_endpoint: OtlpEndpoint = Field(
+        "",
+        description="OpenTelemetry collector that traces go to, by OTLP over HTTP, as http://127.0.0.1:4318; without "
+        "one, OTEL_EXPORTER_OTLP_ENDPOINT; without either nothing is traced. Needs kvferry[otel].",
+        json_schema_extra={"variable": "OTEL_EXPORTER_OTLP_ENDPOINT"},
     )
     log_level: LogLevel = Field("info", description="Least severe log lines to write.")
     log_format: LogFormat = Field("auto", description="Log lines: console on a terminal, else JSON.")
@@ -128,6 +139,12 @@ class ServiceSettings(Settings):
         return key
 
 
+def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without settings that are secret or name a secret's file: for children that need none of them, or
+    get them otherwise."""
+    return {name: value for name, value in environ.items() if not _SECRET_NAME.fullmatch(name)}
+
+
 def env_name(field: str) -> str:
     return ENV_PREFIX + field.upper()
 
@@ -151,13 +168,14 @@ def load_settings(
     layers: list[Layer] = [
         (_from_run_file(cls, run_file), lambda field: f"run file's {field}"),
         (_from_yaml(cls, config_file), lambda field: f"{field} in {config_file}"),
+        _from_standard_variables(cls, environ),
         (
             {field: environ[env_name(field)] for field in cls.model_fields if env_name(field) in environ},
             env_name,
         ),
         (_from_secret_files(cls, environ), lambda field: env_name(field) + FILE_SUFFIX),
         (
-            {field: value for field, value in flags.items() if value is not None},
+            {field: _joined(value) for field, value in flags.items() if value is not None and value != ()},
             lambda field: flag_name(cls, field),
         ),
     ]
@@ -178,11 +196,24 @@ def load_settings(
 def _from_run_file(cls: type[Settings], run_file: RunFile | None) -> dict[str, object]:
     if run_file is None:
         return {}
-    return {
-        field: getattr(run_file, field)
-        for field in RunFile.model_fields
-        if field in cls.model_fields and getattr(run_file, field)
+    login = run_file.login(cls.role)
+    facts = {field: getattr(run_file, field) for field in RunFile.model_fields}
+    facts |= {"nats_user": login.user, "nats_password": login.password}
+    if "model" in cls.model_fields and not _is_list(cls.model_fields["model"]):
+        # Of several a worker must be told its own.
+        facts["model"] = run_file.model[0] if len(run_file.model) == 1 else ""
+    return {field: value for field, value in facts.items() if field in cls.model_fields and value}
+
+
+def _from_standard_variables(cls: type[Settings], environ: Mapping[str, str]) -> Layer:
+    """What variables say that other programs know, too."""
+    variables = {
+        field: str(extra["variable"])
+        for field, spec in cls.model_fields.items()
+        if isinstance(extra := spec.json_schema_extra, dict) and "variable" in extra
     }
+    given = {field: environ[name] for field, name in variables.items() if environ.get(name)}
+    return given, variables.__getitem__
 
 
 def _from_secret_files(cls: type[Settings], environ: Mapping[str, str]) -> dict[str, object]:
@@ -219,10 +250,19 @@ def _from_yaml(cls: type[Settings], path: Path | None) -> dict[str, object]:
 
 
 def _listed(field: FieldInfo, value: object) -> object:
-    """Flags and variables write a list with commas."""
-    if isinstance(value, str) and typing.get_origin(_plain(field.annotation)) in (tuple, list, frozenset):
+    """Flags and variables write a list with commas; a flag may stand there several times, too."""
+    if isinstance(value, str) and _is_list(field):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
+
+
+def _joined(value: object) -> object:
+    """A flag of a list may be given again and again."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def _is_list(field: FieldInfo) -> bool:
+    return typing.get_origin(_plain(field.annotation)) in (tuple, list, frozenset)
 
 
 def _plain(annotation: Any) -> Any:
@@ -303,4 +343,5 @@ def _option(flag: str, field: str, spec: FieldInfo) -> Callable[[F], F]:
         return click.option(flag, field, is_flag=False, flag_value="", default=None, metavar="[RUNFILE]", help=text)
     if _plain(spec.annotation) is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", field, default=None, help=text)
-    return click.option(flag, field, type=str, default=None, metavar=metavar(spec), help=text)
+    several = _is_list(spec)
+    return click.option(flag, field, type=str, default=None, multiple=several, metavar=metavar(spec), help=text)

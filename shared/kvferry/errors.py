@@ -5,6 +5,7 @@
     ├── WireError               bytes from another process that cannot be used
     │   ├── UnknownVersion      spoken in a wire version that this process lacks
     │   ├── MalformedMessage    not a message of this wire version
+    │   ├── Impostor            a message that claims another sender than its subject shows
     │   └── CorruptFrame        a KV frame that fails its own header or checksum
     ├── BusError                control plane
     │   ├── BusUnavailable      not connected: nothing is queued for later
@@ -15,7 +16,8 @@
     │   ├── HandshakeRefused    the hello does not prove the cluster's data key
     │   └── TransportUnavailable  the backend cannot run here (names the setting)
     ├── PoolExhausted           the KV block pool has too few free blocks
-    └── CheckpointError         a model directory that cannot be loaded; names file and tensor
+    ├── CheckpointError         a model directory that cannot be loaded; names file and tensor
+    └── RankLost                a rank of a tensor-parallel worker has ended, and with it the worker
 
 Errors carry fields, so that callers decide by type and field, never by text.
 """
@@ -56,6 +58,12 @@ class MalformedMessage(WireError):
     """Not a message of this wire version: empty, cut, of a wrong type or over a limit."""
 
     kind = "malformed"
+
+
+class Impostor(WireError):
+    """A message that claims another sender than its subject shows, or that its sender's role has no right to send."""
+
+    kind = "impostor"
 
 
 class CorruptFrame(WireError):
@@ -129,4 +137,13 @@ class CheckpointError(KvferryError):
     def __init__(self, path: str, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
         self.path = path
+        self.problem = problem
+
+
+class RankLost(KvferryError):
+    """A rank of a tensor-parallel worker has ended or failed. The worker can compute nothing any more."""
+
+    def __init__(self, rank: int, problem: str) -> None:
+        super().__init__(f"rank {rank}: {problem}")
+        self.rank = rank
         self.problem = problem

@@ -1,5 +1,7 @@
 """Structured logs: JSON lines when not on a terminal, readable lines on one; always on stderr.
 
+Tracebacks are without the values of local variables, which may be secrets or prompts.
+
 `request_id` and `attempt` are bound with `structlog.contextvars.bound_contextvars` where a request is
 handled. Prompts and outputs are never logged.
 """
@@ -11,6 +13,7 @@ import sys
 from typing import TextIO, cast
 
 import structlog
+from structlog.dev import plain_traceback
 from structlog.typing import FilteringBoundLogger, Processor
 
 
@@ -35,7 +38,7 @@ def setup_logging(level: str, log_format: str, *, service: str, stream: TextIO |
         name_service,
     ]
     renderers: list[Processor] = (
-        [structlog.dev.ConsoleRenderer(colors=on_terminal, pad_event_to=0)]
+        [structlog.dev.ConsoleRenderer(colors=on_terminal, pad_event_to=0, exception_formatter=plain_traceback)]
         if console
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )

@@ -41,8 +41,9 @@ class Metrics:
         return Histogram(_checked(name), description, labels, registry=self.registry, buckets=buckets)
 
     def value(self, name: str, **labels: str) -> float:
-        """The present value of one sample, by its exposed name (`…_total` for a counter); 0 if not there yet."""
-        return self.registry.get_sample_value(name, labels) or 0.0
+        """Of the samples of this exposed name (`…_total` for a counter) that have these labels: their sum."""
+        samples = (sample for metric in self.registry.collect() for sample in metric.samples if sample.name == name)
+        return sum((sample.value for sample in samples if labels.items() <= sample.labels.items()), 0.0)
 
     def render(self) -> bytes:
         """Prometheus' text format. Cheap enough for the event loop: a few hundred samples."""

@@ -20,6 +20,19 @@ from kvferry.errors import SettingError
 MAX_RUN_FILE_BYTES: Final = 64 * 1024
 
 
+class NatsLogin(BaseModel):
+    """A user of the NATS server."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    user: str
+    password: SecretStr
+
+    @field_serializer("password", when_used="json")
+    def _reveal(self, secret: SecretStr) -> str:
+        return secret.get_secret_value()
+
+
 class RunFile(BaseModel):
     """Written once when the stack starts, removed when it has stopped."""
 
@@ -28,18 +41,30 @@ class RunFile(BaseModel):
     cluster: str
     pid: int  # of the supervisor
     nats_url: str
+    nats_logins: dict[str, NatsLogin] = {}  # by role; empty where one user serves for all
     nats_user: str = ""
     nats_password: SecretStr = SecretStr("")
     nats_token: SecretStr = SecretStr("")
     nats_tls_ca: str = ""
-    data_key: SecretStr
+    nats_tls_cert: str = ""
+    nats_tls_key: str = ""
+    data_key: SecretStr = SecretStr("")  # the workers'
     gateways: tuple[str, ...] = ()  # base URLs
-    model_dir: str = ""
-    served_model_name: str = ""
+    gateway_certificate: str = ""  # PEM file, where they speak HTTPS
+    model: tuple[str, ...] = ()  # NAME=DIRECTORY of each
 
     @field_serializer("nats_password", "nats_token", "data_key", when_used="json")
     def _reveal(self, secret: SecretStr) -> str:
         return secret.get_secret_value()
+
+    @property
+    def first_model(self) -> str:
+        """Its name in requests; empty where the file tells no model."""
+        return self.model[0].partition("=")[0] if self.model else ""
+
+    def login(self, role: str) -> NatsLogin:
+        """The NATS user of a role."""
+        return self.nats_logins.get(role) or NatsLogin(user=self.nats_user, password=self.nats_password)
 
     def write(self, path: Path) -> None:
         """Atomic: a reader sees the old file or the new one, never a part. Raises OSError."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import mmap
+import os
 import random
 import secrets
 import signal
@@ -39,7 +40,8 @@ class Runtime(ABC):
 
     @abstractmethod
     def wall_clock(self) -> float:
-        """Unix seconds: the `created` field of API objects, the arrival order of requests, nothing else."""
+        """Unix seconds: the `created` field of API objects, the arrival order of requests, instants of traces; nothing
+        else."""
 
     def random_u64(self) -> int:
         return int.from_bytes(self.random_bytes(8), "little")
@@ -114,6 +116,17 @@ def mapped_memory(num_bytes: int) -> mmap.mmap:
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def shared_memory(descriptor: int, num_bytes: int) -> mmap.mmap:
+    """A memory file, made so long and mapped: what one process writes the others see. Zero at first, takes no RAM until
+    it is written."""
+    os.ftruncate(descriptor, num_bytes)
+    memory = mmap.mmap(descriptor, num_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # most kernels keep the pages of files small
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 

@@ -4,6 +4,7 @@
     resources    of one replica: cores and memory
     settings     the service's own settings that decide its size: batch and token budgets, bounds of queues
     targets      gateway: what placement aims at, in seconds
+    models       gateway: targets of single models, over those
     autoscale    workers: between which bounds, and by what, replicas are added and drained
 
 Each service's file lies beside its package, and inside it in a wheel. `--scaling-file` names another one, or a
@@ -98,7 +99,8 @@ class ServiceScaling(_Section):
 class GatewayScaling(ServiceScaling):
     role: ClassVar[Role] = "gateway"
 
-    targets: dict[str, Any] = {}  # checked by `kvferry_gateway.targets`
+    targets: dict[str, Any] = {}  # checked by `kvferry_gateway.scaling`
+    models: dict[str, dict[str, Any]] = {}  # targets of single models, over those
 
 
 class PrefillScaling(ServiceScaling):

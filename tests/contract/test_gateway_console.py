@@ -50,7 +50,7 @@ async def test_the_page_and_all_it_asks_for_come_from_the_gateway_under_a_strict
             texts[path] = response.text
     assert {name for name, _ in PAGES.values()} == {file.name for file in PAGE.iterdir()}
     told = re.findall(r'(?:href|src)="(console/[^"]+)"', texts["/console"])
-    told += [f"console/{name}" for text in texts.values() for name in re.findall(r'from "\./([\w.]+)"', text)]
+    told += [f"console/{name}" for text in texts.values() for name in re.findall(r'import [^"]*"\./([\w.]+)"', text)]
     assert {f"/{name}" for name in told} == set(PAGES) - {"/console"}
     assert not any("http" in text.replace("HTTP", "") for text in texts.values()), "no outside host"
 
@@ -80,7 +80,7 @@ async def test_a_request_is_seen_on_its_way_and_its_timeline_tells_of_the_worker
         assert events[5]["decode"] == second.record.name
         assert events[1]["why"]
         assert [event["at_s"] for event in events] == sorted(event["at_s"] for event in events)
-        assert sum(count for _, count in shown["ttft"]) == 1
+        assert sum(count for _, count in shown["models"][0]["ttft"]) == 1
         assert "secret" not in str(shown)
 
 

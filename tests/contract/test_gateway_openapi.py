@@ -49,7 +49,7 @@ def draw(document: dict[str, Any], url: str, num_examples: int) -> dict[str, set
 
 
 async def test_requests_drawn_from_the_document_are_answered_as_it_says(no_leaks: None, tmp_path: Path) -> None:
-    async with Cluster(tmp_path, model_options={"max_context": 2048}, served_model_name="string") as cluster:
+    async with Cluster(tmp_path, model_options={"max_context": 2048}, model_name="string") as cluster:
         await cluster.speaker("Grüße.", model="string", max_model_len=2048, num_blocks=256)
         document = (await cluster.client.get("/openapi.json")).json()
         # Names of models that are drawn are none of ours: nothing would come of it but 404.

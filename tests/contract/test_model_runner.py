@@ -12,10 +12,16 @@ from checkpoints import SHAPES, build
 from masks import FixedMask, mask_of
 from runners import NATIVE, runner_of
 
-from kvferry.engine.memory import MemoryRunner, MemorySettings
+from kvferry.engine import scoring
+from kvferry.engine.memory import MemoryRunner, MemorySettings, scored_prompt
+from kvferry.engine.native.runner import NativeRunner
+from kvferry.engine.sampler import find_logprobs
+from kvferry.engine.scoring import joined
 from kvferry.engine.settings import EngineSettings
-from kvferry.schedule.step import Draw, ModelRunner, SequenceStep, StepPlan
+from kvferry.engine.torch_runner import TorchRunner
+from kvferry.schedule.step import Draw, ModelRunner, Score, SequenceStep, StepPlan
 from kvferry.wire.frame import Piece
+from kvferry.wire.logprobs import PromptLogprobs
 from kvferry.wire.messages import Sampling
 
 GREEDY = Sampling(temperature=0)
@@ -165,6 +171,74 @@ def test_log_probabilities_come_back_where_they_were_asked_for(runner: ModelRunn
     assert (found.rank, found.top_tokens[0], found.top_logprobs[0]) == (1, result.tokens[0], found.logprob)
     assert 0 > found.logprob > found.top_logprobs[1] > found.top_logprobs[2]
     assert runner.execute(StepPlan(plan.steps[1:])).logprobs == ()
+
+
+def scores(runner: ModelRunner, size: int, num_top: int, blocks: np.ndarray, first: int = 1) -> PromptLogprobs:
+    """Of PROMPT from position `first` on, in chunks of `size` rows, beside another sequence that draws."""
+    beside = SequenceStep(9, PROMPT[:5], 0, table(31), Draw(GREEDY, 0, 0))
+    found: list[PromptLogprobs] = []
+    for start in range(0, len(PROMPT), size):
+        targets = PROMPT[max(first, start + 1) : start + size + 1]
+        row = max(first - 1 - start, 0)
+        score = Score(row, targets, num_top) if len(targets) and row < size else None
+        draw = Draw(GREEDY, 0, 0) if start + size >= len(PROMPT) else None
+        step = SequenceStep(0, PROMPT[start : start + size], start, blocks, draw, score)
+        result = runner.execute(StepPlan((beside, step) if start % 2 else (step, beside)))
+        part = result.scores_of(1 if start % 2 else 0)
+        assert (part is None) == (score is None)
+        if part is not None:
+            assert part.start == max(first, start + 1)
+            found.append(part)
+    assert [part.start for part in found[1:]] == [part.end for part in found[:-1]]
+    return joined(found)
+
+
+def test_known_tokens_are_scored_by_the_logits_before_them(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = table(7, 1, 9, 2, 4)
+    whole = scores(runner, len(PROMPT), 20, blocks)
+    assert (whole.start, whole.end) == (1, len(PROMPT))
+    if isinstance(runner, MemoryRunner):
+        settings = MemorySettings(num_blocks=32, vocab_size=199, max_model_len=256)
+        wanted = scored_prompt(settings, PROMPT.tolist(), 20)
+    else:
+        assert isinstance(runner, (TorchRunner, NativeRunner))
+        (logits,) = runner.logits(StepPlan((SequenceStep(0, PROMPT, 0, blocks),)))
+        wanted = [find_logprobs(row, int(token), 20) for row, token in zip(logits, PROMPT[1:], strict=False)]
+    assert whole.ranks.tolist() == [row.rank for row in wanted]
+    assert whole.top_tokens.tolist() == [list(row.top_tokens) for row in wanted]
+    expected = np.array([(row.logprob, *row.top_logprobs) for row in wanted], np.float32)
+    np.testing.assert_allclose(whole.logprobs, expected, rtol=0, atol=0 if runner.exact else 2e-6)
+    # In chunks, with logits of three rows at a time, from somewhere in the middle of a chunk.
+    monkeypatch.setattr(scoring, "MAX_LOGITS_BYTES", 3 * 4 * runner.vocab_size)
+    for size, num_top, first in ((75, 20, 1), (16, 2, 1), (11, 0, 30)):
+        part, rows = scores(runner, size, num_top, table(3, 8, 5, 6, 0), first), slice(first - 1, None)
+        np.testing.assert_allclose(
+            part.logprobs, whole.logprobs[rows, : num_top + 1], rtol=0, atol=0 if runner.exact else 1e-5
+        )
+        if runner.exact:
+            assert np.array_equal(part.ranks, whole.ranks[rows])
+            assert np.array_equal(part.top_tokens, whole.top_tokens[rows, :num_top])
+
+
+def test_a_scored_step_draws_what_it_draws_without(runner: ModelRunner) -> None:
+    draws = [Draw(SEEDED, 0, index, num_logprobs=2) for index in range(4)]
+    plain = [SequenceStep(n, PROMPT[: 20 + n], 0, table(4 * n, 4 * n + 1), draw) for n, draw in enumerate(draws)]
+    scored = list(plain)
+    scored[1] = replace(plain[1], score=Score(2, PROMPT[3:21], 1))
+    with_scores, without = runner.execute(StepPlan(tuple(scored))), runner.execute(StepPlan(tuple(plain)))
+    assert with_scores.tokens == without.tokens
+    assert with_scores.logprobs == without.logprobs or not runner.exact
+    assert [found is not None for found in with_scores.scores] == [False, True, False, False]
+    assert without.scores == ()
+
+
+@pytest.mark.parametrize("score", [Score(0, PROMPT[:6], 1), Score(5, PROMPT[:1], 1), Score(0, PROMPT[:1], 21),
+                                   Score(0, np.asarray([199], np.uint32), 1)])  # fmt: skip
+def test_rows_and_tokens_that_are_not_there_are_not_scored(runner: ModelRunner, score: Score) -> None:
+    with pytest.raises(RuntimeError):
+        runner.execute(StepPlan((SequenceStep(0, PROMPT[:5], 0, table(0), score=score),)))
 
 
 def test_tokens_do_not_depend_on_the_batch(runner: ModelRunner) -> None:

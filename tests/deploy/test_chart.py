@@ -25,7 +25,7 @@ SETTINGS: dict[str, type[Settings]] = {"gateway": GatewaySettings, "prefill": Pr
 ROLES: tuple[Role, ...] = ("gateway", "prefill", "decode")
 WORKERS: tuple[Role, ...] = ("prefill", "decode")
 KUBERNETES = ("1.29", "1.37")
-UNKNOWN_TO_KUBERNETES = {"ServiceMonitor", "ScaledObject"}  # of other projects
+UNKNOWN_TO_KUBERNETES = {"ServiceMonitor", "PrometheusRule", "ScaledObject"}  # of other projects
 LEAST: dict[str, Any] = {
     "nats": {"urls": ["nats://nats:4222"]},
     "secret": {"name": "kvferry"},
@@ -33,13 +33,18 @@ LEAST: dict[str, Any] = {
 }
 FULL: dict[str, Any] = {
     "image": {"registry": "registry.example/team", "tag": "1.2", "pullSecrets": [{"name": "pull"}]},
-    "nats": {"urls": ["tls://nats-0:4222", "tls://nats-1:4222"], "user": "kv", "tls": {"caSecret": "nats-ca"}},
+    "nats": {
+        "urls": ["tls://nats-0:4222", "tls://nats-1:4222"], "user": "kv",
+        "tls": {"caSecret": "nats-ca", "clientSecret": "nats-client"},
+    },
     "secret": {"name": "kvferry", "apiKeys": True},
     "model": {"claim": "models", "subPath": "smollm2", "servedName": "smollm2", "maxModelLen": 4096},
     "gateway": {
         "scaling": {"replicas": 3, "targets": {"ttft_s": 0.5}, "settings": {"max_backlog_bytes": 2097152}},
         "environment": {"KVFERRY_CORS_ORIGINS": "*"},
         "service": {"type": "LoadBalancer", "port": 80, "annotations": {"a": "b"}},
+        "tls": {"secret": "https"},
+        "otherModels": [{"name": "qwen/3", "claim": "models", "subPath": "qwen3"}, {"name": "m", "claim": "more"}],
     },
     "prefill": {
         "scaling": {"replicas": 2, "resources": {"cpus": 8, "memory": "64Gi"}, "settings": {"drain_grace": 60.0}},
@@ -52,7 +57,8 @@ FULL: dict[str, Any] = {
         "affinity": {"nodeAffinity": {}},
     },
     "autoscaling": {"enabled": True, "prometheusUrl": "http://prometheus:9090", "triggerAuthentication": "prometheus"},
-    "monitoring": {"serviceMonitor": True, "labels": {"release": "prometheus"}},
+    "monitoring": {"serviceMonitor": True, "prometheusRule": True, "labels": {"release": "prometheus"}},
+    "tracing": {"otlpEndpoint": "http://otel:4318", "sampleRatio": 0.25},
 }  # fmt: skip
 VALUES = {"least": LEAST, "full": FULL}
 
@@ -130,6 +136,8 @@ def test_a_field_that_kubernetes_does_not_know_would_be_found() -> None:
         ({"nats": {"urls": ["nats://user:hush@nats:4222"]}}, "urls"),  # a secret in a manifest
         ({"secret": {"name": ""}}, "name"),
         ({"model": {"claim": "", "servedName": "m"}}, "claim"),
+        ({"model": {"claim": "c", "servedName": "a,b"}}, "servedName"),
+        ({"gateway": {"otherModels": [{"name": "a=b", "claim": "c"}]}}, "otherModels"),
         ({"prefil": {}}, "prefil"),
         ({"decode": {"environment": {"KVFERRY_NATS_PASSWORD": "hush"}}}, "KVFERRY_NATS_PASSWORD"),
         ({"autoscaling": {"enabled": True}}, "prometheusUrl"),
@@ -194,13 +202,54 @@ def test_a_service_starts_with_exactly_the_environment_of_its_pod(
         assert settings.transport == "tcp"
 
 
+def test_the_gateway_is_told_of_every_model_and_sees_its_directory_and_a_worker_of_its_own_alone() -> None:
+    manifests = _rendered("full")
+    told, directories = {}, {}
+    for role in ROLES:
+        (container,) = pod_of(manifests, role)["spec"]["containers"]
+        environ = {entry["name"]: entry.get("value", "x") for entry in container["env"]}
+        settings = load_settings(
+            SETTINGS[role], config_file=None, environ={"KVFERRY_MODEL": environ["KVFERRY_MODEL"]}, flags={}
+        )
+        if isinstance(settings, GatewaySettings):
+            told[role] = {source.name: source.where for source in settings.sources}
+        elif isinstance(settings, PrefillSettings | DecodeSettings):
+            told[role] = {settings.source.name: settings.source.where}
+        mounts = [mount for mount in container["volumeMounts"] if mount["mountPath"].startswith("/models")]
+        claims = {
+            volume["name"]: volume["persistentVolumeClaim"]["claimName"]
+            for volume in pod_of(manifests, role)["spec"]["volumes"]
+            if "persistentVolumeClaim" in volume
+        }
+        directories[role] = {m["mountPath"]: (claims[m["name"]], m.get("subPath")) for m in mounts}
+        assert {m["readOnly"] for m in mounts} == {True}
+    one = {"smollm2": "/models/served"}
+    assert told == {
+        "gateway": {**one, "qwen/3": "/models/other-0", "m": "/models/other-1"}, "prefill": one, "decode": one,
+    }  # fmt: skip
+    served = {"/models/served": ("models", "smollm2")}
+    assert directories["gateway"] == {
+        **served, "/models/other-0": ("models", "qwen3"), "/models/other-1": ("more", None),
+    }  # fmt: skip
+    assert directories["prefill"] == directories["decode"] == served
+
+
+def test_a_release_without_a_gateway_is_the_workers_of_one_more_model() -> None:
+    manifests = render(LEAST | {"gateway": {"enabled": False}, "monitoring": {"serviceMonitor": True}})
+    roles = {manifest["metadata"]["labels"]["app.kubernetes.io/component"] for manifest in manifests}
+    assert roles == {"prefill", "decode", "workers"}
+    assert not any(manifest["kind"] == "Deployment" for manifest in manifests)
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_probes_and_ports_are_those_of_the_image(manifests: list[dict[str, Any]], role: Role) -> None:
     (container,) = pod_of(manifests, role)["spec"]["containers"]
     (exposed,) = re.findall(r"^EXPOSE (.+)$", (ROOT / "services" / role / "Dockerfile").read_text(), re.MULTILINE)
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert sorted(ports.values()) == sorted(map(int, exposed.split()))
+    https = role == "gateway" and manifests is _rendered("full")
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert container[probe]["httpGet"].get("scheme", "HTTP") == ("HTTPS" if https else "HTTP")
         assert container[probe]["httpGet"]["port"] in ports
     assert container["readinessProbe"]["httpGet"]["path"] == "/ready"
 
@@ -223,7 +272,12 @@ def test_every_pod_is_confined_and_sees_only_the_secrets_that_it_needs(
     (secret,) = (volume["secret"] for volume in pod["volumes"] if volume["name"] == "secret")
     keys = {item["key"] for item in secret["items"]}
     assert ("data-key" in keys) == (role != "gateway")
-    assert ("api-keys" in keys) == (role == "gateway" and manifests is _rendered("full"))
+    full = manifests is _rendered("full")
+    assert ("api-keys" in keys) == (role == "gateway" and full)
+    assert {key for key in keys if key.startswith("nats-")} == {"nats-password" if full else f"nats-password-{role}"}
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    assert ("https" in volumes) == (role == "gateway" and full)
+    assert {"nats-ca", "nats-client"} <= volumes or not full
     assert not any(manifest["kind"] == "Secret" for manifest in manifests)
 
 

@@ -54,6 +54,29 @@ def test_log_probabilities_of_a_completion(client: OpenAI) -> None:
     assert all(top[name] == p for top, name, p in zip(told.top_logprobs, told.tokens, told.token_logprobs, strict=True))
 
 
+def test_a_text_is_scored_as_evaluation_harnesses_ask_and_as_it_was_generated(stack: Stack, client: OpenAI) -> None:
+    """What decoding told of its own tokens is, to the bit, what a prefill says of them as a prompt."""
+    drawn = complete(client, logprobs=2, max_tokens=24, temperature=1.0, seed=8, extra_body={"return_token_ids": True})
+    choice = drawn.choices[0]
+    ids = [*choice.prompt_token_ids, *choice.token_ids]
+    asked = {"prompt": [ids, ids[:50]], "logprobs": 2, "echo": True}
+    for limit in (0, 1):
+        told = complete(client, max_tokens=limit, **asked)
+        assert told.usage.completion_tokens == 2 * limit
+        columns = told.choices[0].logprobs
+        assert len(columns.tokens) == len(ids) + limit
+        assert columns.token_logprobs[0] is None
+        size = len(choice.token_ids)
+        scored = columns.token_logprobs[len(ids) - size : len(ids)]
+        assert scored == choice.logprobs.token_logprobs
+        assert columns.top_logprobs[len(ids) - size : len(ids)] == choice.logprobs.top_logprobs
+        assert told.choices[1].logprobs.token_logprobs[:50] == columns.token_logprobs[:50]
+    entries = complete(client, prompt=ids, extra_body={"prompt_logprobs": 1}).choices[0].prompt_logprobs
+    assert [entry and entry[str(token)]["logprob"] for token, entry in zip(ids, entries, strict=True)] == (
+        columns.token_logprobs[: len(ids)]
+    )
+
+
 def test_choices_streamed_and_not(client: OpenAI) -> None:
     drawn = {"n": 3, "temperature": 1.0, "seed": 4}
     complete(client, **drawn)  # from here on the prompt is in every cache

@@ -24,9 +24,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from stack import KVFERRY, Stack
 
 from kvferry.bus.nats import NatsBus
+from kvferry.bus.rights import BusRole
 from kvferry.runtime import blocking_clock
 from kvferry.wire.messages import Codecs, Ping
-from kvferry.wire.subjects import beat_subject, process_subject
+from kvferry.wire.subjects import beat_subject, mail_subject, process_subject
 
 SETTLE_S = 15.0  # at most, until connections that a test made are closed on the other side, too
 MAX_BODY_BYTES = 4 << 20
@@ -44,10 +45,10 @@ def num_descriptors(stack: Stack) -> dict[int, int]:
 
 
 async def sample(port: int, name: str, **labels: str) -> float:
-    """One sample of a /metrics; 0 if it has not been counted yet."""
+    """The sum of a /metrics' samples with these labels; 0 if there are none yet."""
     text = (await request_bytes(HOST, port, "/metrics")).decode()
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
-    return next((s.value for s in samples if s.name == name and s.labels == labels), 0.0)
+    return sum((s.value for s in samples if s.name == name and labels.items() <= s.labels.items()), 0.0)
 
 
 @pytest.fixture
@@ -138,6 +139,7 @@ REFUSED: dict[str, tuple[str, Any, int, str | None]] = {
 async def test_a_bad_request_is_refused_by_name_and_reaches_no_worker(stack: Stack, rows: list[Row]) -> None:
     """All in one test: what follows each is the same, and the fixture's checks cost more than the requests."""
     placed = await sample(port_of(stack), "kvferry_prompt_token_total")
+    assert placed > 0, "the fixture's own chat"
     async with httpx.AsyncClient(base_url=stack.url, timeout=90, trust_env=False) as http:
         for name, (path, body, status, param) in REFUSED.items():
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -251,11 +253,12 @@ async def test_a_bad_message_on_the_bus_is_dropped_and_counted(stack: Stack, row
     cluster_name = stack.facts.cluster
     targets = [(row["debug_port"], row["role"], row["name"], row["incarnation"]) for row in rows]
     targets.append((port_of(stack), "gateway", gateway["name"], gateway["incarnation"]))
-    async with bus_of(stack.facts) as bus:
-        for port, role, name, incarnation in targets:
-            own = process_subject(cluster_name, role, name, int(incarnation, 16))
-            # What this role listens to besides: a stranger's heartbeats.
-            beats = beat_subject(cluster_name, "decode" if role == "gateway" else "gateway", "stranger", 1)
+    for port, role, name, incarnation in targets:
+        sender: BusRole = "decode" if role == "gateway" else "gateway"
+        own = mail_subject(process_subject(cluster_name, role, name, int(incarnation, 16)), sender)
+        # What this role listens to besides: a stranger's heartbeats.
+        beats = beat_subject(cluster_name, sender, "stranger", 1)
+        async with bus_of(stack.facts, sender) as bus:
             for subject in (own, beats):
                 await counts_each_bad_message(bus, subject, port)
 
@@ -304,8 +307,8 @@ async def test_a_server_whose_max_payload_is_too_small_is_named(model_dir: Path,
     async with running_nats(max_payload=4096) as server:
         code, line = await up_fails(
             tmp_path, "--model", str(model_dir),
-            KVFERRY_NATS_URL=server.embedded.url, KVFERRY_NATS_USER=server.embedded.user,
-            KVFERRY_NATS_PASSWORD=server.embedded.password,
+            KVFERRY_NATS_URL=server.embedded.url, KVFERRY_NATS_USER=server.user,
+            KVFERRY_NATS_PASSWORD=server.password,
         )  # fmt: skip
     assert code == 2, line
     assert "max_payload" in line

@@ -13,7 +13,7 @@ from stack import kvferry
 
 COMMANDS = [
     [], ["up"], ["gateway"], ["prefill"], ["decode"], ["chat"], ["status"], ["drain"], ["scale"],
-    ["autoscale"], ["bench"], ["doctor"],
+    ["autoscale"], ["bench"], ["doctor"], ["credentials"],
     ["model"], ["model", "fetch"], ["model", "import"], ["model", "list"],
 ]  # fmt: skip
 

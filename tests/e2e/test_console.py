@@ -117,7 +117,7 @@ async def test_an_update_with_200_streams_costs_the_page_no_more_than_8_ms(tmp_p
         await page.start_trace()
         for index in range(2, 2 + NUM_UPDATES):
             publish_all(decode, works, index)
-            shown = f"document.querySelector('#requests tr:last-child td:nth-child(5)').textContent === '{index + 1}'"
+            shown = f"document.querySelector('#requests tr:last-child td:nth-child(6)').textContent === '{index + 1}'"
             await page.until(shown)
         num_updates = await page.value(UPDATES) - before
         updates_ms, longest_ms = main_thread_ms(await page.end_trace())

@@ -18,7 +18,7 @@ def test_the_doctor_finds_a_running_stack_healthy(stack: Stack) -> None:
     assert set(found) >= {"model", "engine", "processor", "tcp transfer", "nats", "nats max_payload", "ports", "clock"}
     assert stack.url in found["ports"]["detail"]
     assert "3 peers" in found["clock"]["detail"]  # a gateway and two workers, of one machine
-    secrets = (stack.facts.nats_password, stack.facts.data_key)
+    secrets = (*(login.password for login in stack.facts.nats_logins.values()), stack.facts.data_key)
     assert not any(secret.get_secret_value() in done.stdout for secret in secrets)
 
 

@@ -29,7 +29,7 @@ def test_requests_with_a_shared_long_prefix_go_where_it_is_cached(two_prefills: 
     with two_prefills.http() as http:
 
         def placement() -> dict[str, Any]:
-            report: dict[str, Any] = http.get("/v1/cluster").json()["gateway"]["placement"]
+            report: dict[str, Any] = http.get("/v1/cluster").json()["gateway"]["placement"]["smollm2"]
             return report
 
         def ask(family: int, turn: int) -> tuple[dict[str, Any], dict[str, Any]]:

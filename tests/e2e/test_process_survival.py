@@ -223,7 +223,9 @@ async def set_scene(
             await asyncio.gather(sampling, *(running.task for running in scene.started), return_exceptions=True)
     rows = await whole(stack, num_workers)
     await seconds_until_clean(rows, blocking_clock(), lambda: SETTLE_S)
-    assert "Traceback" not in stack.log.read_text()
+    log = stack.log.read_text()
+    assert "Traceback" not in log
+    assert "Violation" not in log, "each role does with its rights"
 
 
 @pytest.fixture

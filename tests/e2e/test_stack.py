@@ -99,7 +99,7 @@ def test_chat_and_status_find_the_stack_by_its_run_file(stack: Stack) -> None:
 
 
 def test_a_second_stack_on_the_same_run_file_is_refused(stack: Stack) -> None:
-    other = stack.command("up", "--port", "0", "--model", stack.facts.model_dir)
+    other = stack.command("up", "--port", "0", "--model", stack.facts.model[0])
     assert (other.returncode, other.stderr.count("\n")) == (2, 1)
     assert "--run-file" in other.stderr
 

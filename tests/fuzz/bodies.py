@@ -53,16 +53,26 @@ def _prompt(chance: random.Random) -> Any:
             return junk.text(chance, chance.randint(1, 80))
 
 
+def _structural_tag(chance: random.Random) -> Any:
+    mark = chance.choice(("<", "<|end|>", junk.text(chance, 3) or "a"))
+    schema = chance.choice(({"type": "integer"}, {}, {"enum": ["a", 1]}, junk.value(chance, 2)))
+    return {
+        "structures": [{"begin": mark + junk.text(chance, 2), "schema": schema, "end": junk.text(chance, 2)}],
+        "triggers": [chance.choice((mark, "<", junk.text(chance, 2)))],
+    }
+
+
 KNOWN: Final[Mapping[str, Make]] = {
     "model": lambda chance: MODEL,
     "prompt": _prompt,
-    "max_tokens": lambda chance: chance.randint(1, 12),
+    "max_tokens": lambda chance: chance.randint(0, 12),
     "max_completion_tokens": lambda chance: chance.randint(1, 12),
     "max_output_tokens": lambda chance: chance.randint(1, 12),
     "input": lambda chance: junk.text(chance, chance.randint(1, 40)),
     "min_tokens": lambda chance: chance.randint(0, 4),
     "n": lambda chance: chance.choice((1, 1, 1, 2, 3)),
     "best_of": lambda chance: chance.randint(1, 4),
+    "structural_tag": _structural_tag,
     "stop_token_ids": lambda chance: _tokens(chance)[:3],
     "tokens": _tokens,
     "logit_bias": lambda chance: {str(chance.randrange(VOCAB_SIZE)): chance.uniform(-100, 100) for _ in range(2)},

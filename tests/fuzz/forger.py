@@ -18,6 +18,7 @@ from kvferry.bus.base import BusMessage
 from kvferry.errors import BusError, WireError
 from kvferry.wire.codec import Codec
 from kvferry.wire.messages import (
+    WORKER_ROLES,
     Answer,
     Beat,
     CacheNews,
@@ -29,7 +30,7 @@ from kvferry.wire.messages import (
     ToWorker,
     unpack_tokens,
 )
-from kvferry.wire.subjects import beat_subject, cache_subject
+from kvferry.wire.subjects import beat_subject, cache_subject, exit_subject
 
 CLUSTER: Final = "dev"
 RANDOM: Final = 0.1  # share of payloads that were never valid
@@ -52,17 +53,22 @@ class Forger:
         self._ids.note("incarnation", api.incarnation, *(worker.incarnation for worker in workers))
         self._ids.note("worker_incarnation", *(worker.incarnation for worker in workers))
         self._ids.note("gateway_incarnation", api.incarnation)
-        self._ids.note("gateway", api.subject)
+        mailboxes = [api.mail_from(role) for role in WORKER_ROLES]
+        self._ids.note("gateway", *mailboxes)
         self._ids.note("model", "memory")
         self._ids.note("token", *range(1, 257))
         self._ids.note("index", *range(8))
         self._ids.note("max_tokens", 1, 9, 40)
         targets: list[tuple[str, Codec[Any], Any]] = [
             *((worker.subject, self._codecs.to_worker, ToWorker) for worker in workers),
-            (api.subject, self._codecs.to_gateway, ToGateway),
+            *((mailbox, self._codecs.to_gateway, ToGateway) for mailbox in mailboxes),
             (beat_subject(CLUSTER, "gateway", "gateway-0", api.incarnation), self._codecs.beat, Beat),
             *(
                 (beat_subject(CLUSTER, worker.role, worker.settings.name, worker.incarnation), self._codecs.beat, Beat)
+                for worker in workers
+            ),
+            *(
+                (exit_subject(CLUSTER, worker.role, worker.settings.name, worker.incarnation), self._codecs.beat, Beat)
                 for worker in workers
             ),
             *(

@@ -16,12 +16,13 @@ from fuzz import junk
 from msgspec import inspect
 
 from kvferry.wire.codec import Message
-from kvferry.wire.messages import pack_tokens
+from kvferry.wire.messages import PromptLogprobColumns, pack_tokens
 
 LIVE: Final = 0.7  # probability that an id is a live one
 ODD: Final = 0.15  # that a number is at a bound of its type
 NAMES_OF_ITEMS: Final = {
     "indices": "index", "streams": "stream_id", "prompt": "token", "generated": "token", "live": "incarnation",
+    "scored": "stream_id",
 }  # fmt: skip
 U64: Final = (1 << 64) - 1
 COLUMNS: Final = ("stream_ids", "indices", "tokens", "prompt", "generated", "rows", "counts", "top_tokens")
@@ -63,6 +64,10 @@ class Messages:
             case inspect.StructType():
                 fields = {made.name: self._of(made.type, made.name) for made in kind.fields if self._given(made)}
                 size = chance.randrange(4)
+                if kind.cls is PromptLogprobColumns and chance.random() < 0.9:
+                    num_top = chance.randrange(3)
+                    for column, width in (("ranks", 1), ("top_tokens", num_top), ("logprobs", 1 + num_top)):
+                        fields[column] = chance.randbytes(4 * width * (1 + size))
                 for column in ("stream_ids", "indices", "tokens"):  # of one length, or nothing is taken
                     if column in fields and len(fields) > 3 and chance.random() < 0.9:
                         fields[column] = self._column(column, size)

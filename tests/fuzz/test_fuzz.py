@@ -80,7 +80,7 @@ def test_a_gateway_that_answers_500_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_request_that_is_never_let_go_of_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Admission, "release", lambda self, count: None)
+    monkeypatch.setattr(Admission, "release", lambda self, model, count: None)
     assert "not within" in found("http")
 
 

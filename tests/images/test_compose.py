@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 from collections.abc import Iterator
 from itertools import product
@@ -149,11 +150,22 @@ def test_only_the_workers_images_have_torch(compose: ComposeStack) -> None:
 WHICH = "import shutil, sys; print(shutil.which(sys.argv[1]))"
 
 
+RUN_FILE = "print(open('/run/kvferry/run.json').read())"
+ROLES_OF = {"gateway": {"gateway", "operator"}, "prefill": {"prefill"}, "decode": {"decode"}}
+
+
 def test_nats_lets_nobody_in_without_the_credentials(compose: ComposeStack) -> None:
     gateway = compose.one("gateway")
-    secrets = json.loads(gateway.python("print(open('/run/kvferry/run.json').read())"))
-    assert "+OK" in gateway.python(NATS_LOGIN, secrets["nats_user"], secrets["nats_password"])
-    assert "Authorization Violation" in gateway.python(NATS_LOGIN, secrets["nats_user"], "guess")
+    login = json.loads(gateway.python(RUN_FILE))["nats_logins"]["gateway"]
+    assert "+OK" in gateway.python(NATS_LOGIN, login["user"], login["password"])
+    assert "Authorization Violation" in gateway.python(NATS_LOGIN, login["user"], "guess")
+
+
+@pytest.mark.parametrize("service", ROLES_OF)
+def test_a_container_has_the_secrets_of_its_own_role_alone(compose: ComposeStack, service: str) -> None:
+    facts = json.loads(compose.one(service).python(RUN_FILE))
+    assert set(facts["nats_logins"]) == ROLES_OF[service]
+    assert bool(facts["data_key"]) == (service != "gateway")
 
 
 NATS_LOGIN = """
@@ -168,14 +180,16 @@ with socket.create_connection(("nats", 4222), 5) as connection:
 
 
 def test_no_secret_is_in_an_image_an_environment_a_command_line_or_a_log(compose: ComposeStack) -> None:
-    secrets = json.loads(compose.one("gateway").python("print(open('/run/kvferry/run.json').read())"))
+    facts = [json.loads(compose.one(service).python(RUN_FILE)) for service in ROLES_OF]
+    secrets = {login["password"] for fact in facts for login in fact["nats_logins"].values()}
+    secrets |= {fact["data_key"] for fact in facts} - {""}
+    assert len(secrets) == 5  # four users, one key
     containers = compose.containers(stopped=True)
     assert {container.service for container in containers} == {*SERVICES, "credentials", "model"}
     seen = json.dumps([container.facts for container in containers]) + compose.compose("logs")
-    assert secrets["nats_url"] in seen  # what is no secret would be found
-    for name in ("nats_password", "data_key"):
-        assert len(secrets[name]) >= 32
-        assert secrets[name] not in seen
+    assert facts[0]["nats_url"] in seen  # what is no secret would be found
+    assert min(map(len, secrets)) >= 32
+    assert [secret for secret in secrets if secret in seen] == []
 
 
 def test_every_container_is_bounded_restarted_and_given_time_to_drain(compose: ComposeStack) -> None:
@@ -254,14 +268,14 @@ async def test_autoscale_orders_replicas_through_compose_and_they_drain(
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(ROOT)
     target, seen = ComposeTarget(), {"prefill": 0, "decode": 0}  # what the gateway sees is not asked
-    before = await target.replicas(seen)
+    before = await target.replicas("smollm2", seen)
     assert before == {role: len(compose.containers(role)) for role in ROLES}
-    await target.scale("decode", before["decode"] + 1)
-    assert (await target.replicas(seen))["decode"] == before["decode"] + 1
+    await target.scale("smollm2", "decode", before["decode"] + 1)
+    assert (await target.replicas("smollm2", seen))["decode"] == before["decode"] + 1
     rows = await all_ready(compose, sum(before.values()) + 1)
     ends = [compose.worker_of(row).id for row in rows if row["role"] == "decode"]
-    await target.scale("decode", before["decode"])
-    assert await target.replicas(seen) == before
+    await target.scale("smollm2", "decode", before["decode"])
+    assert await target.replicas("smollm2", seen) == before
     await all_ready(compose, sum(before.values()))
     stopped = [c for c in compose.containers("decode", stopped=True) if c.id in ends]
     assert {container.facts["State"]["ExitCode"] for container in stopped} <= {0}  # one that is removed drained, too
@@ -330,3 +344,17 @@ def test_the_gpu_profile_reserves_a_device_and_builds_with_cuda(role: str) -> No
     for same in ("user", "read_only", "cap_drop", "stop_grace_period", "networks", "volumes", "configs", "depends_on"):
         assert worker[same] == cpu_worker[same]
     assert f"{role}-gpu" not in yaml.safe_load(docker("compose", "config"))["services"]
+
+
+def test_compose_makes_workers_of_a_second_model_like_those_of_the_first() -> None:
+    require_docker()
+    environ = {**os.environ, "KVFERRY_SECOND_MODEL": "/models/qwen", "KVFERRY_SECOND_NAME": "qwen"}
+    files = ("-f", "docker-compose.yml", "-f", "deploy/compose/second-model.yml")
+    services = yaml.safe_load(docker("compose", *files, "config", env=environ))["services"]
+    assert services["gateway"]["environment"]["KVFERRY_MODEL"] == "smollm2=/models/served,qwen=/models/second"
+    for role in ROLES:
+        first, second = services[role], services[f"second-{role}"]
+        different = {key for key in first | second if first.get(key) != second.get(key)}
+        assert different == {"environment", "depends_on", "networks"}
+        assert second["depends_on"].keys() - first["depends_on"].keys() == {"second-model"}
+    assert services["second-model"]["command"] == ["fill-model", "/models/qwen", "second"]

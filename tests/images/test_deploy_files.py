@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,12 @@ import yaml
 from compose_stack import ROOT
 from prometheus_server import documented_metrics, panel_expressions
 
-from kvferry.config import env_name
+from kvferry.config import env_name, load_settings
+from kvferry.model_source import ModelSource
 from kvferry.scaling import SERVICES, Role, scaling_path
+from kvferry_decode.settings import DecodeSettings
+from kvferry_gateway.settings import GatewaySettings
+from kvferry_prefill.settings import PrefillSettings
 
 ROLES = ("prefill", "decode")
 DEPLOY = ROOT / "deploy"
@@ -113,3 +118,45 @@ def test_every_panel_asks_for_metrics_that_exist(expression: str) -> None:
 
 def test_a_metric_that_does_not_exist_would_be_found() -> None:
     assert unknown_metrics("rate(kvferry_ttft_seconds_bucket[1m]) + kvferry_ttft") == {"kvferry_ttft"}
+
+
+def test_compose_calls_a_second_model_the_same_on_its_workers_and_at_the_gateway() -> None:
+    chosen = {"KVFERRY_SECOND_MODEL": "/models/qwen", "KVFERRY_SECOND_NAME": "qwen/3"}
+    text = (DEPLOY / "compose" / "second-model.yml").read_text()
+    overlay = yaml.safe_load(
+        re.sub(r"\$\{(KVFERRY_SECOND_(?:MODEL|NAME))[^}]*\}", lambda found: chosen[found[1]], text)
+    )
+    base = with_defaults(yaml.safe_load((ROOT / "docker-compose.yml").read_text()))["services"]
+    added = with_defaults(overlay)["services"]
+    for name, service in added.items():
+        if name != "gateway":
+            assert service["extends"]["file"] == "docker-compose.yml", "from the folder of the first file"
+            assert name == f"second-{service['extends']['service']}"
+
+    def environ(extended: str, name: str) -> dict[str, str]:
+        merged = base[extended]["environment"] | added[name]["environment"]
+        return {
+            key: value for key, value in merged.items() if value is not None and key.startswith("KVFERRY_MODEL")
+        } | {"KVFERRY_SERVED_MODEL_NAME": merged["KVFERRY_SERVED_MODEL_NAME"]}
+
+    _, model, link = added["second-model"]["command"]
+    assert model == "/models/qwen"
+    second = ModelSource("qwen/3", f"/models/{link}")
+    for role, kind in (("prefill", PrefillSettings), ("decode", DecodeSettings)):
+        settings = load_settings(kind, config_file=None, environ=environ(role, f"second-{role}"), flags={})
+        assert settings.source == second
+        assert set(added[f"second-{role}"]["networks"]["cluster"]["aliases"]) == {role}, "Prometheus looks for it there"
+    gateway = load_settings(GatewaySettings, config_file=None, environ=environ("gateway", "gateway"), flags={})
+    assert gateway.sources == (ModelSource("smollm2", "/models/served"), second)
+
+
+def test_each_model_of_the_volume_has_a_link_of_its_own(tmp_path: Path) -> None:
+    script = (DEPLOY / "compose" / "fill-model").read_text().replace("/models", str(tmp_path))
+    for name, *link in (("a",), ("b", "second")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        subprocess.run(["sh", "-c", script, "fill-model", str(tmp_path / name), *link], check=True)
+    assert (tmp_path / "served").readlink() == Path("a")
+    assert (tmp_path / "second").readlink() == Path("b")
+    wrong = ["sh", "-c", script, "fill-model", str(tmp_path / "none")]
+    assert subprocess.run(wrong, check=False, capture_output=True).returncode == 1

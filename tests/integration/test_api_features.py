@@ -202,7 +202,7 @@ async def test_n_choices_differ_by_their_counter_and_share_one_prompt(cluster: A
     assert len({choice["text"] for choice in answer["choices"]}) == 4
     assert answer["usage"]["prompt_tokens"] == len(PROMPT)
     assert answer["usage"]["completion_tokens"] == sum(len(choice["token_ids"]) for choice in answer["choices"])
-    cached = cluster.api.fleet.metrics.cached_tokens._value.get()
+    cached = cluster.api.fleet.metrics.value("kvferry_cached_token_total")
     assert cached >= 3 * (len(PROMPT) // BYTES.block_size - 1) * BYTES.block_size, "the others found the prompt"
 
 

@@ -114,7 +114,7 @@ async def test_a_grammar_that_fails_on_a_worker_ends_the_request_with_an_error(c
         assert error["code"] == "grammar_failed"
         assert "secret" not in repr(logs), "a grammar is a part of the request"
         worker.grammars._compiler = usual
-    assert cluster.api.fleet.metrics.replacements.labels("grammar")._value.get() == len(cluster.workers)
+    assert cluster.api.fleet.metrics.value("kvferry_replacement_total", reason="grammar") == len(cluster.workers)
 
 
 @pytest.mark.parametrize("place", [0, 1, 5])

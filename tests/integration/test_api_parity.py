@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pytest
 from api_cluster import ApiCluster, api, joined, timeless
@@ -23,6 +23,8 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 PROMPT = "A prompt that is longer than some blocks of the cache are, so that the hand-off has frames to send. "
 MAX_TOKENS = 24
 Row = dict[str, Any]
+Way = Literal["single worker", "pair", "pair with a prefix hit", "local prefill"]
+WAYS: tuple[Way, ...] = get_args(Way)[1:]
 
 SCHEMA = {
     "name": "reading",
@@ -41,6 +43,8 @@ TOOLS = [
     {"type": "function", "function": {"name": "stop"}},
 ]
 NAMED = {"type": "function", "function": {"name": "set"}}
+STRICT = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}, TOOLS[1]]
+TAG = {"schema": LEVEL, "end": "</f>"}
 
 # One field at least in each row; together they are all fields that change what is generated or told.
 BOTH: dict[str, Row] = {
@@ -56,9 +60,9 @@ BOTH: dict[str, Row] = {
     "logit_bias": {"logit_bias": {"66": 100, "70": -100}},
     "min_tokens": {"min_tokens": 9, "stop_token_ids": list(range(1, 200))},
     "stop_token_ids": {"stop_token_ids": list(range(1, 30))},
-    "stop": {"stop": ["e", "\u00e9", "a", "3"]},
-    "include_stop_str_in_output": {"stop": ["e", "a", "3"], "include_stop_str_in_output": True},
-    "bad_words": {"bad_words": ["a", "!"]},
+    "stop": {"stop": ["y", "gn"]},
+    "include_stop_str_in_output": {"stop": ["y", "gn"], "include_stop_str_in_output": True},
+    "bad_words": {"bad_words": ["y", "!"]},
     "ignore_eos": {"ignore_eos": True, "logit_bias": {str(EOS): 100}},
     "skip_special_tokens": {"ignore_eos": True, "logit_bias": {str(EOS): 100}, "skip_special_tokens": False},
     "add_special_tokens": {"add_special_tokens": True},
@@ -82,7 +86,16 @@ BOTH: dict[str, Row] = {
         "ignore_eos": True,
         "presence_penalty": 1.0,
     },
+    "structured_outputs with a structural_tag": {
+        "structured_outputs": {"structural_tag": {"structures": [{**TAG, "begin": "<f=a>"}], "triggers": ["<"]}},
+        "logit_bias": {str(ord("<") + 1): 6},
+        "temperature": 1.0,
+        "seed": 18,
+        "max_tokens": 96,
+    },
+    "prompt_logprobs": {"prompt_logprobs": 3, "n": 2, "temperature": 1.0, "seed": 19},
     "max_tokens": {"max_tokens": 1},
+    "max_tokens 0": {"max_tokens": 0, "prompt_logprobs": 0},
 }
 ROWS: dict[str, tuple[str, Row]] = {
     **{f"chat {name}": (CHAT, row) for name, row in BOTH.items()},
@@ -92,7 +105,7 @@ ROWS: dict[str, tuple[str, Row]] = {
     "chat top_logprobs of n choices": (
         CHAT, {"logprobs": True, "top_logprobs": 2, "n": 2, "temperature": 1.0, "seed": 3},
     ),
-    "chat top_logprobs and stop": (CHAT, {"logprobs": True, "top_logprobs": 2, "stop": ["e", "a", "3"]}),
+    "chat top_logprobs and stop": (CHAT, {"logprobs": True, "top_logprobs": 2, "stop": ["y", "gn"]}),
     "chat logprobs of one token": (CHAT, {"logprobs": True, "top_logprobs": 20, "max_tokens": 1}),
     "chat max_completion_tokens": (CHAT, {"max_completion_tokens": 5}),
     "chat add_generation_prompt": (CHAT, {"add_generation_prompt": False}),
@@ -104,9 +117,19 @@ ROWS: dict[str, tuple[str, Row]] = {
     "chat parallel_tool_calls": (
         CHAT, {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 96},
     ),
+    "chat tools that are strict": (
+        CHAT, {"tools": STRICT, "temperature": 1.0, "seed": 20},
+    ),
     "text logprobs": (TEXT, {"logprobs": 4}),
     "text logprobs and token ids": (TEXT, {"logprobs": 0, "return_token_ids": True}),
     "text echo": (TEXT, {"echo": True}),
+    "text echo and logprobs": (TEXT, {"echo": True, "logprobs": 2, "return_token_ids": True}),
+    "text echo and logprobs of a batch": (
+        TEXT, {"echo": True, "logprobs": 1, "n": 2, "temperature": 1.0, "seed": 21, "prompt": [PROMPT, "b", PROMPT]},
+    ),
+    "text echo of prompts that are only scored": (
+        TEXT, {"echo": True, "logprobs": 0, "max_tokens": 0, "prompt": [PROMPT, "b"], "truncate_prompt_tokens": 70},
+    ),
     "text best_of": (TEXT, {"best_of": 4, "n": 2, "temperature": 1.0, "seed": 16}),
     "chat top_logprobs and response_format": (
         CHAT, {"logprobs": True, "top_logprobs": 2, "response_format": {"type": "json_object"}},
@@ -114,12 +137,15 @@ ROWS: dict[str, tuple[str, Row]] = {
     "text prompt batch": (TEXT, {"prompt": [PROMPT, PROMPT + "b", "c"], "n": 2, "temperature": 1.0, "seed": 2}),
     "text prompt ids": (TEXT, {"prompt": [5, 6, 7] * 15}),
 }  # fmt: skip
-NOT_STREAMED = ("text best_of",)  # it chooses among whole answers
+NOT_STREAMED = (  # it chooses among whole answers; as in vLLM
+    "text best_of", *(f"{route} {name}" for route in ("chat", "text") for name in ("prompt_logprobs", "max_tokens 0")),
+)  # fmt: skip
 CELLS = [(name, stream) for name in ROWS for stream in (False, True) if not (stream and name in NOT_STREAMED)]
 # Fields without a row, and why.
 NO_ROW = {
-    "model": "there is one", "messages": "in every row", "prompt": "in every row", "stream": "a column",
-    "stream_options": "in every streamed row", "user": "a label", "safety_identifier": "a label", "metadata": "a label",
+    "model": "there is one", "priority": "says when, not what", "messages": "in every row", "prompt": "in every row",
+    "stream": "a column", "stream_options": "in every streamed row", "user": "a label",
+    "safety_identifier": "a label", "metadata": "a label",
 }  # fmt: skip
 
 
@@ -138,18 +164,27 @@ async def run(cluster: ApiCluster, name: str, *, stream: bool) -> Any:
 
 
 @functools.cache
-def answers(*, disaggregated: bool) -> dict[tuple[str, bool], Any]:
-    """Every row, streamed and not, from one cluster: later rows find earlier prompts in its prefix caches."""
+def answers(way: Way) -> dict[tuple[str, bool], Any]:
+    """Every row, streamed and not, from one cluster."""
     found: dict[tuple[str, bool], Any] = {}
+    disaggregated = way in ("pair", "pair with a prefix hit")
 
     async def scenario(cluster: ApiCluster) -> None:
         for name, stream in CELLS:
+            if way == "pair with a prefix hit":
+                await run(cluster, name, stream=stream)  # leaves its prompt in both workers' caches
+            else:
+                for worker in cluster.workers:
+                    worker.scheduler.memory.pool.drop_cache()
             found[name, stream] = await run(cluster, name, stream=stream)
-        kinds = {kind: cluster.api.fleet.metrics.placements.labels(kind)._value.get() for kind in ("pair", "local")}
+        kinds = {
+            kind: cluster.api.fleet.metrics.value("kvferry_placement_total", kind=kind) for kind in ("pair", "local")
+        }
         assert kinds["local" if disaggregated else "pair"] == 0, kinds
         assert kinds["pair" if disaggregated else "local"] >= len(CELLS), kinds
 
-    api(scenario, disaggregated=disaggregated)
+    threshold = 100_000 if way == "local prefill" else 0
+    api(scenario, disaggregated=way != "single worker", local_prefill_threshold=threshold)
     return found
 
 
@@ -159,21 +194,35 @@ def texts(answer: Any) -> dict[int, str]:
     return {c["index"]: (c["message"]["content"] or "") if "message" in c else c["text"] for c in answer["choices"]}
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("name", "stream"), CELLS, ids=[f"{name}-{'stream' if stream else 'whole'}" for name, stream in CELLS]
 )
-def test_disaggregated_equals_a_single_worker(name: str, stream: bool) -> None:
-    single, pair = (answers(disaggregated=way)[name, stream] for way in (False, True))
+def test_every_way_equals_a_single_worker(name: str, stream: bool, way: Way) -> None:
+    single, other = answers("single worker")[name, stream], answers(way)[name, stream]
     if stream and len(texts(single)) > 1:  # choices take turns as they come
-        assert joined(pair) == joined(single)
-        assert timeless(pair[-1]) == timeless(single[-1]), "usage"
+        assert joined(other) == joined(single)
+        assert timeless(other[-1]) == timeless(single[-1]), "usage"
     else:
-        assert timeless(pair) == timeless(single)
+        assert timeless(other) == timeless(single)
+
+
+def test_the_columns_are_what_they_are_called() -> None:
+    def cached(way: Way) -> dict[str, int]:
+        usages = {name: answers(way)[name, False]["usage"] for name in ROWS}
+        return {name: usage["prompt_tokens_details"]["cached_tokens"] for name, usage in usages.items()}
+
+    scored = {name for name, (_, row) in ROWS.items() if "prompt_logprobs" in row or {"echo", "logprobs"} <= row.keys()}
+    for way in ("single worker", "pair", "local prefill"):
+        assert not any(cached(way).values()), way
+    hits = cached("pair with a prefix hit")
+    # What is scored P computes anew; D may have its KV all the same.
+    assert {name for name, count in hits.items() if not count} <= scored
 
 
 @pytest.mark.parametrize("name", [name for name, stream in CELLS if stream])
 def test_a_stream_adds_up_to_the_whole_answer(name: str) -> None:
-    whole, events = (answers(disaggregated=True)[name, stream] for stream in (False, True))
+    whole, events = (answers("pair")[name, stream] for stream in (False, True))
     parts = joined(events)
     assert texts(events) == texts(whole)
     for choice in whole["choices"]:
@@ -191,15 +240,17 @@ def test_a_stream_adds_up_to_the_whole_answer(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in ROWS if name not in ("chat greedy", "text greedy")])
 def test_a_row_shows_its_feature(name: str) -> None:
     """A field that changed nothing would pass every comparison."""
-    same = {"chat max_completion_tokens", "chat chat_template_kwargs", "chat add_special_tokens",
-            "text add_special_tokens"}  # fmt: skip
-    base = answers(disaggregated=False)["chat greedy" if name.startswith("chat") else "text greedy", False]
+    same = {"chat add_generation_prompt", "chat max_completion_tokens", "chat chat_template_kwargs",
+            "chat add_special_tokens", "text add_special_tokens"}  # fmt: skip
+    base = answers("single worker")["chat greedy" if name.startswith("chat") else "text greedy", False]
     if name not in same:
         fields = ("choices", "usage")
-        assert {f: answers(disaggregated=False)[name, False][f] for f in fields} != {f: base[f] for f in fields}
+        assert {f: answers("single worker")[name, False][f] for f in fields} != {f: base[f] for f in fields}
 
 
-RESUMED = ["chat top_logprobs", "text logprobs and token ids", "chat presence_penalty", "text min_tokens",
+RESUMED = ["text echo and logprobs", "chat tools that are strict",
+           "text structured_outputs with a structural_tag", "chat top_logprobs", "text logprobs and token ids",
+           "chat presence_penalty", "text min_tokens",
            "text logit_bias", "chat temperature", "chat n", "text skip_special_tokens",
            "chat response_format with a schema", "text structured_outputs",
            "text structured_outputs and all that bans and biases", "chat tool_choice"]  # fmt: skip
@@ -216,8 +267,8 @@ def test_an_answer_is_the_same_after_its_decode_worker_was_killed(name: str) -> 
         assert isinstance(victim, DecodeWorker)
         await cluster.kill(victim)
         found = await asking
-        assert joined(found) == joined(answers(disaggregated=True)[name, True])
-        lost = cluster.api.fleet.metrics.replacements.labels("decode_gone")._value.get()
+        assert joined(found) == joined(answers("pair")[name, True])
+        lost = cluster.api.fleet.metrics.value("kvferry_replacement_total", reason="decode_gone")
         assert lost >= 1, "the kill cost nobody anything"
 
     api(scenario, spares=1)
@@ -231,7 +282,7 @@ def test_the_comparison_finds_one_wrong_byte_in_what_is_handed_over(monkeypatch:
         out[7] ^= 1
 
     async def scenario(cluster: ApiCluster) -> None:
-        right = answers(disaggregated=True)["text logprobs", False]
+        right = answers("pair")["text logprobs", False]
         monkeypatch.setattr(MemoryRunner, "gather", wrong)
         found = await run(cluster, "text logprobs", stream=False)
         monkeypatch.setattr(MemoryRunner, "gather", gather)
@@ -240,7 +291,7 @@ def test_the_comparison_finds_one_wrong_byte_in_what_is_handed_over(monkeypatch:
         assert told["token_logprobs"][0] == wanted["token_logprobs"][0]
         assert timeless(found) != timeless(right)
 
-    answers(disaggregated=True)
+    answers("pair")
     api(scenario)
 
 

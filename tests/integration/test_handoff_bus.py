@@ -8,7 +8,13 @@ from cluster import GREEDY, Cluster, expected, prompt_of, settled, virtual
 from kvferry.bus.memory import Faults
 from kvferry.wire.messages import (
     Accepted,
+    Cancel,
+    Codecs,
     DecodeRequest,
+    Drain,
+    EndAck,
+    Fence,
+    GatewayHeartbeat,
     Ping,
     Pong,
     PrefillRequest,
@@ -17,7 +23,10 @@ from kvferry.wire.messages import (
     WorkerAddress,
     pack_tokens,
 )
+from kvferry.wire.subjects import beat_subject, mail_subject
 from kvferry.worker.report import load
+
+LONG = Sampling(temperature=0.0, max_tokens=300)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -97,6 +106,36 @@ def test_a_repeated_request_gets_the_first_answer_and_changes_nothing_also_after
         assert len(decode.outbox) == 1, "the repeat did not cost the end that waits for its confirmation"
         gateway.acks = True
         await settled(lambda: len(decode.outbox) == 0, within=1.0)
+
+    virtual(scenario)
+
+
+def test_an_operator_may_ping_and_drain_and_says_nothing_in_a_gateways_name() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        prefill, decode = await cluster.prefill(), await cluster.decode()
+        gateway = await cluster.gateway()
+        operator, codec = cluster.bus("drain", "operator"), Codecs().to_worker
+        await operator.start()
+        work = gateway.work(prompt_of(60), sampling=LONG)
+        await gateway.accepted(work, decode, prefill)
+        await gateway.until(lambda: len(gateway.tokens.get(work.stream_id, {})) >= 3)
+        mail = mail_subject(decode.process, "operator")
+        for message in (
+            Cancel(work.ticket, work.attempt), Fence(decode.incarnation, gateway.incarnation, 1 << 20),
+            EndAck(gateway.incarnation, (work.stream_id,)), DecodeRequest(work, None),
+        ):  # fmt: skip
+            await operator.publish(mail, codec.encode(message))
+        beat = GatewayHeartbeat(1 << 20, "gateway-0", gateway.incarnation, gateway.subject, 1)  # wants no stream
+        for _ in range(3):
+            await operator.publish(beat_subject("dev", "gateway", "another", 1), Codecs().beat.encode(beat))
+        pong = Codecs().answer.decode(await operator.request(mail, codec.encode(Ping(7)), 0.3))
+        assert pong == Pong(7, decode.incarnation)
+        assert decode.metrics.value("kvferry_wire_error_total", plane="bus", kind="impostor") == 7
+        assert work.key in decode.scheduler.sequences
+        await operator.publish(mail, codec.encode(Drain(decode.incarnation)))
+        await decode.draining.wait()
+        await gateway.cancel(work, decode, prefill)
+        await operator.close()
 
     virtual(scenario)
 

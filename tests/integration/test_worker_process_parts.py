@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx
 import pytest
-from cluster import GREEDY, Cluster, expected, prompt_of
+from cluster import GREEDY, Cluster, expected, prompt_of, settled
 
 from kvferry.engine.memory import MemoryRunner, MemorySettings
 from kvferry.errors import SettingError
@@ -16,6 +17,7 @@ from kvferry.transport.base import TransportSettings
 from kvferry.transport.slots import SlotPool
 from kvferry.transport.tcp import TcpTransport
 from kvferry.wire.messages import DecodeRequest, Sampling, WorkerAddress
+from kvferry.worker import debug
 from kvferry.worker.debug import DebugServer
 from kvferry.worker.worker import Parts
 from kvferry_decode.settings import DecodeSettings
@@ -25,6 +27,7 @@ from kvferry_prefill.worker import PrefillWorker
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 MODEL = MemorySettings(num_blocks=64, num_layers=4)
+PATIENCE_S = 60.0
 
 
 @asynccontextmanager
@@ -102,6 +105,10 @@ async def test_the_debug_port_shows_health_readiness_metrics_blocks_and_digests(
             assert (ready.status_code, ready.json()) == (200, {"state": "ready"})
             metrics = (await client.get("/metrics")).text
             assert 'kvferry_kv_token_total{direction="received"} 100.0' in metrics
+            decode.transport.counters.refused_handshakes += 2
+            for _ in range(2):
+                metrics = (await client.get("/metrics")).text
+            assert 'kvferry_wire_error_total{kind="handshake",plane="data"} 2.0' in metrics
             blocks = (await client.get("/debug/blocks")).json()
             assert sum(blocks["counts"].values()) == blocks["num_blocks"] == 64
             assert blocks["slots"] == {"free": 8}
@@ -118,6 +125,41 @@ async def test_the_debug_port_shows_health_readiness_metrics_blocks_and_digests(
             wedged = await client.get("/ready")
             assert (wedged.status_code, wedged.json()) == (503, {"state": "wedged"})
             decode.state = "ready"
+        await server.stop()
+
+
+async def test_a_client_of_the_debug_port_that_says_nothing_or_too_much_or_comes_too_often_is_shown_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(debug, "RECEIVE_TIMEOUT", 0.4)
+    monkeypatch.setattr(debug, "MAX_CONNECTIONS", 8)
+    cluster = Cluster()
+    async with threaded(cluster) as (prefill, _):
+        server = DebugServer("127.0.0.1", 0)
+        await server.start(prefill)
+        await settled(lambda: server._server is not None and server._server.started, within=PATIENCE_S)
+
+        async def hears(request: bytes) -> bytes:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(request)
+            try:
+                async with asyncio.timeout(PATIENCE_S):
+                    return await reader.read()
+            except ConnectionResetError:
+                return b""
+            finally:
+                writer.close()
+
+        assert await hears(b"") == b""
+        assert (await hears(b"GET /health HTTP/1.1\r\n")).startswith(b"HTTP/1.1 408 ")
+        assert (await hears(b"GET / HTTP/1.1\r\nx: " + bytes(70_000))).startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 "))
+        assert (await hears(b"GET / HTTP/1.1\r\nx: " + b"y" * 70_000)).startswith(b"HTTP/1.1 431 ")
+        endless = b"POST /health HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n"
+        assert (await hears(endless)).startswith(b"HTTP/1.1 405 ")  # and is shown out, though its body goes on
+        crowd = await asyncio.gather(*(hears(b"") for _ in range(30)))
+        assert set(crowd) == {b""}
+        health = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+        assert b'"ok"' in await hears(health)
         await server.stop()
 
 

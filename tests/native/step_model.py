@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvferry.engine.native.library import SEQUENCE, Library, Piece, Shape, Wanted, Weight
+from kvferry.engine.native.library import SEQUENCE, Cache, Library, Piece, Shape, Wanted, Weight
 
 Floats = npt.NDArray[np.float64]
 Words = npt.NDArray[np.uint16]
@@ -235,6 +235,7 @@ class NativeModel:
     num_blocks: int = 64
     poison: int = 0xFFFF  # a NaN in every half-word
     cache: npt.NDArray[np.uint8] = field(init=False)
+    blocks: Cache = field(init=False)  # the cache, as copies take it
     handle: ctypes.c_void_p = field(init=False)
 
     def __post_init__(self) -> None:
@@ -257,6 +258,7 @@ class NativeModel:
         room = np.full(size + 64, 0xFF if self.poison else 0, np.uint8)
         self.cache = room[-room.ctypes.data % 64 :][:size]
         library.call(library.c.kvf_model_set_cache, self.handle, self.cache.ctypes.data, self.num_blocks)
+        self.blocks = Cache(ctypes.pointer(shape), self.cache.ctypes.data, self.num_blocks)
 
     def close(self) -> None:
         self.library.c.kvf_model_free(self.handle)
@@ -294,7 +296,7 @@ class NativeModel:
     def transfer(self, name: str, piece: Piece, table: npt.NDArray[np.int32], frame: npt.NDArray[Any]) -> None:
         function = getattr(self.library.c, name)
         arguments = (table.ctypes.data, len(table), frame.ctypes.data, frame.nbytes)
-        self.library.call(function, self.handle, ctypes.byref(piece), *arguments)
+        self.library.call(function, ctypes.byref(self.blocks), ctypes.byref(piece), *arguments)
 
 
 def placed_words(shape: tuple[int, ...], offset: int) -> tuple[Words, Words]:

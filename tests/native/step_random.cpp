@@ -123,6 +123,7 @@ void run_model() {
   const std::unique_ptr<void, Free> cache(std::aligned_alloc(64, bytes));
   std::fill_n(static_cast<uint8_t*>(cache.get()), bytes, uint8_t{0xff});  // NaN
   CHECK(kvf_model_set_cache(model.get(), cache.get(), blocks) == KVF_OK);
+  const kvf_cache all{&shape, cache.get(), blocks};
 
   std::vector<int32_t> order(static_cast<size_t>(blocks));
   std::iota(order.begin(), order.end(), 0);
@@ -161,17 +162,17 @@ void run_model() {
     const Sequence& moved = sequences[static_cast<size_t>(pick(0, kSequences - 1))];
     if (moved.length == 0) continue;
     kvf_piece piece{pick(0, 1), 2, pick(0, moved.length - 1), moved.length, pick(0, shape.num_kv_heads - 1),
-                    shape.num_kv_heads};
+                    shape.num_kv_heads, 0, 0};
     const size_t size = 4 * static_cast<size_t>((piece.layer_end - piece.layer_start) *
                                                 (piece.token_end - piece.token_start) *
                                                 (piece.head_end - piece.head_start) * shape.head_dim);
     std::vector<uint8_t> frame(size + 1);
     uint8_t* unaligned = frame.data() + 1;
-    CHECK(kvf_gather(model.get(), &piece, moved.table.data(), per_sequence, unaligned, size) == KVF_OK);
-    CHECK(kvf_scatter(model.get(), &piece, moved.table.data(), per_sequence, unaligned, size) == KVF_OK);
+    CHECK(kvf_gather(&all, &piece, moved.table.data(), per_sequence, unaligned, size) == KVF_OK);
+    CHECK(kvf_scatter(&all, &piece, moved.table.data(), per_sequence, unaligned, size) == KVF_OK);
   }
   const int32_t pair[2] = {order.front(), order.back()};
-  CHECK(kvf_copy_blocks(model.get(), pair, 1) == KVF_OK);
+  CHECK(kvf_copy_blocks(&all, pair, 1) == KVF_OK);
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native.compiling import COMPILER, HERE, ISAS, LIBRARY, SANITIZED, Compiled, product, run
+from native.compiling import COMPILER, HERE, ISAS, LIBRARY, RACES, SANITIZED, Compiled, product, run
 from native.step_model import (
     Config,
     NativeModel,
@@ -222,7 +222,7 @@ def test_copied_blocks_can_be_continued_apart(model: Callable[..., NativeModel])
     (whole,) = native.step(Rows(tokens, 0, table))
     copy = table + 20
     pairs = np.stack((table, copy), 1)
-    native.library.call(native.library.c.kvf_copy_blocks, native.handle, pairs.ctypes.data, len(pairs))
+    native.library.call(native.library.c.kvf_copy_blocks, ctypes.byref(native.blocks), pairs.ctypes.data, len(pairs))
     native.step(Rows(tokens[::-1][:100].copy(), 100, table))  # the original goes another way
     (rest,) = native.step(Rows(tokens[100:].copy(), 100, copy))
     assert bits(rest) == bits(whole[100:])
@@ -299,11 +299,28 @@ def test_steps_that_can_not_be_run_are_refused_and_write_nothing(model: Callable
     for message, rows in refused.items():
         with pytest.raises(RuntimeError, match=message.strip()):
             native.step(Rows(np.zeros(5, np.uint32), 0, np.array([7], np.int32)), rows)
-    pointer, count = native.columns([Rows(token, 0, good)])
-    with pytest.raises(RuntimeError, match="argument"):
-        native.library.call(native.library.c.kvf_step, native.handle, pointer, count, None)
     assert np.array_equal(native.cache, before)
     assert not any(part.size for part in native.step())  # a step of nothing is one
+
+
+def test_logits_can_be_had_in_parts_after_the_step(model: Callable[..., NativeModel]) -> None:
+    config = Config()
+    native = model(config, num_blocks=8)
+    tokens = np.arange(20, dtype=np.uint32) % config.vocab_size
+    rows = Rows(tokens, 0, np.arange(2, dtype=np.int32)), Rows(tokens[:9], 0, np.array([5], np.int32), Wanted.LAST)
+    whole = np.concatenate(native.step(*rows))
+    call, c, part = native.library.call, native.library.c, np.empty((7, config.vocab_size), np.float32)
+    call(c.kvf_step, native.handle, *native.columns(rows), None)
+    for first in (0, 5, 14):
+        call(c.kvf_logits, native.handle, first, 7, part.ctypes.data)
+        assert np.array_equal(part, whole[first : first + 7])
+    for first, count, out in ((15, 7, part), (-1, 2, part), (0, -1, part), (0, 1, None)):
+        with pytest.raises(RuntimeError):
+            call(c.kvf_logits, native.handle, first, count, None if out is None else out.ctypes.data)
+    with pytest.raises(RuntimeError):  # a step that is refused leaves nothing to have
+        native.step(Rows(tokens, 0, np.array([8, 9], np.int32)))
+    with pytest.raises(RuntimeError, match="order"):
+        call(c.kvf_logits, native.handle, 0, 1, part.ctypes.data)
 
 
 def test_shapes_and_loads_that_do_not_fit_are_refused(library: Library) -> None:
@@ -540,3 +557,10 @@ def test_sanitizers_find_nothing_in_random_steps_but_a_planted_overrun(compiled:
     assert run([compiled.program(SANITIZED, sources)]) == "25 models\n"
     planted = compiled.program(SANITIZED, sources, own={"step_random.cpp": ("-DKVF_PLANT_OVERRUN",)})
     assert "AddressSanitizer: heap-buffer-overflow" in run([planted], fails=True)
+
+
+def test_ranks_on_threads_have_the_bits_of_one_and_no_race_unless_they_do_not_wait(compiled: Compiled) -> None:
+    sources = (*LIBRARY, HERE / "ranks_races.cpp")
+    assert run([compiled.program(RACES, sources)]) == "12 models\n"
+    planted = compiled.program(RACES, sources, own={"group.cpp": ("-DKVF_SKIP_BARRIER",)})
+    assert "ThreadSanitizer: data race" in run([planted], fails=True)

@@ -10,15 +10,16 @@ from typing import Any, Protocol
 
 import numpy as np
 from scripted_worker import EOS, text_of
+from tiny import mask_of
 
 from kvferry.engine.memory import (
     Lanes,
     MemorySettings,
     chain,
+    drawn_tokens,
     expand,
     pick,
     root_state,
-    scored_continuation,
 )
 from kvferry.schedule.step import Draw, Logprobs
 from kvferry.wire.messages import Sampling
@@ -44,7 +45,12 @@ class Expected:
 def _continued(
     model: MemorySettings, prompt: tuple[int, ...], sampling: Sampling, choice: int
 ) -> tuple[tuple[int, Logprobs | None], ...]:
-    return tuple(scored_continuation(model, prompt, sampling, choice, sampling.max_tokens))
+    found = []
+    for drawn in drawn_tokens(model, prompt, sampling, choice, sampling.max_tokens, mask_of(sampling.grammar)):
+        found.append(drawn)
+        if sampling.is_end(drawn[0], model.eos_token_ids):
+            break
+    return tuple(found)
 
 
 def expected_of(
@@ -56,7 +62,7 @@ def expected_of(
     unsearched = 0  # characters in which no stop string is looked for
     for token, _ in scored:
         tokens.append(token)
-        text += "" if token == EOS else utf8.decode(bytes([token - 1]))
+        text += "" if token == EOS or token in sampling.stop_token_ids else utf8.decode(bytes([token - 1]))
         if len(tokens) <= sampling.min_tokens:
             unsearched = len(text)
         found = [(text.find(stop, unsearched), -len(stop)) for stop in stops if stop in text[unsearched:]]
@@ -65,8 +71,9 @@ def expected_of(
             logprobs = tuple(row for _, row in scored[: len(tokens)])
             assert end - length >= 0
             return Expected(tuple(tokens), text[:end], "stop", logprobs)
-        if token == EOS and not sampling.ignore_eos:
-            if len(tokens) <= sampling.min_tokens:  # the twin shares its rules of what may be drawn with the product
+        if sampling.is_end(token, model.eos_token_ids):
+            # The twin shares its rules of what may be drawn with the product. A grammar may leave nothing but the end.
+            if len(tokens) <= sampling.min_tokens and sampling.grammar is None:
                 raise WrongAnswer(f"an end after {len(tokens)} of at least {sampling.min_tokens} tokens")
             reason = "stop"
             break

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from answers import Check, WrongAnswer
+from answers import LOGPROB_TOLERANCE, Check, WrongAnswer
 from processes import acting_as
 from workload import ClientRequest
 
@@ -173,6 +173,7 @@ class Call:
     _buffer: bytearray = field(default_factory=bytearray)
     _error: str = ""
     _done: bool = False
+    _echoed: set[int] = field(default_factory=set)  # choices that have begun with their prompt
 
     @property
     def tokens(self) -> list[int]:
@@ -227,6 +228,7 @@ class Call:
         self.reasons.clear()
         self._buffer.clear()
         self._error, self._done, self.usage = "", False, None
+        self._echoed.clear()
 
     def _came(self, body: bytes) -> None:
         """Bytes of the answer. What is wrong is kept: it must not be raised inside the gateway."""
@@ -270,11 +272,19 @@ class Call:
         self.usage = answer.get("usage") or self.usage
 
     def _choice(self, choice: dict[str, Any], text: str) -> None:
-        index = choice["index"]
+        index, logprobs = choice["index"], _logprobs(choice)
         if index in self.reasons:
             raise WrongAnswer(f"choice {index} goes on after its end")
         check = self.checks[index]
-        check.take(text, choice.get("token_ids") if self.request.wants_ids else None, _logprobs(choice))
+        if self.request.echo and index not in self._echoed:
+            self._echoed.add(index)
+            if not text.startswith(self.request.echoed):
+                raise WrongAnswer(f"an answer that begins with {text!r} instead of {self.request.echoed!r}")
+            text = text.removeprefix(self.request.echoed)
+            size = len(self.request.prompt)
+            check_prompt([entry["logprob"] for entry in logprobs[:size]], self.request)
+            logprobs = logprobs[size:]
+        check.take(text, choice.get("token_ids") if self.request.wants_ids else None, logprobs)
         if choice["finish_reason"] is not None:
             self.reasons[index] = choice["finish_reason"]
             check.end(choice["finish_reason"])
@@ -305,12 +315,31 @@ class Call:
     def _whole_answer(self, answer: dict[str, Any]) -> None:
         for choice in answer["choices"]:
             self._choice(choice, choice["message"]["content"] if "message" in choice else choice["text"])
+            if self.request.num_prompt_top is not None:
+                told = answer["prompt_logprobs"] if "message" in choice else choice["prompt_logprobs"]
+                check_entries(told, self.request)
         self.usage = answer["usage"]
 
 
 def replace_pause(request: ClientRequest) -> ClientRequest:
     """The same request, of a client that does not stop again."""
     return replace(request, stops_reading_at=None)
+
+
+def check_entries(told: list[dict[str, Any] | None], request: ClientRequest) -> None:
+    """vLLM's form of a prompt's log-probabilities. Raises `WrongAnswer`."""
+    tokens = [str(token) for token in request.prompt]
+    if len(told) != len(tokens):
+        raise WrongAnswer(f"{len(told)} entries of a prompt of {len(tokens)} tokens")
+    check_prompt([entry and entry[token]["logprob"] for token, entry in zip(tokens, told, strict=True)], request)
+
+
+def check_prompt(found: list[float | None], request: ClientRequest) -> None:
+    """Raises `WrongAnswer`."""
+    wanted = (None, *request.prompt_logprobs)
+    for place, (told, right) in enumerate(zip(found, wanted, strict=True)):
+        if (told is None) != (right is None) or (told and right and abs(told - right) > LOGPROB_TOLERANCE):
+            raise WrongAnswer(f"log-probability {told} of the prompt's token {place} instead of {right}")
 
 
 def _logprobs(choice: dict[str, Any]) -> list[dict[str, Any]]:

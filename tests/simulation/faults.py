@@ -25,7 +25,7 @@ from world import World
 from kvferry.runtime import now
 from kvferry.wire.flow import Open
 from kvferry.wire.messages import Codecs, ExitNotice
-from kvferry.wire.subjects import beat_subject
+from kvferry.wire.subjects import exit_subject
 from kvferry.worker.worker import Worker
 
 Kind = Literal[
@@ -187,7 +187,7 @@ class Saboteur:
         name, incarnation = victim.settings.name, victim.incarnation
         notice = self._codecs.beat.encode(ExitNotice(incarnation, "killed"))
         if self._world.broker.running:
-            self._world.broker.send(0, beat_subject("dev", victim.role, name, incarnation), notice, "")
+            self._world.broker.send(0, exit_subject("dev", victim.role, name, incarnation), notice, "")
 
     async def _wedge(self, fault: Fault) -> bool:
         """A step does not end; the worker notices, says so, and its process ends."""

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
-import tempfile
 from collections.abc import Coroutine, Iterator
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from processes import acting_as
-from scripted_worker import write_model
-from workload import MODEL_NAME
+from tiny import model_dir
 
 from kvferry.runtime import TaskSet
-from kvferry.text.model_dir import ModelDir
 from kvferry_gateway.app import GatewayApp
 from kvferry_gateway.fleet import Fleet
 from kvferry_gateway.flight import Flight
@@ -35,15 +29,15 @@ class SimulatedGateway:
         self.alive = True
         self.settings = settings
         self._world = world
-        self._gateway_settings = GatewaySettings(name=name, served_model_name=MODEL_NAME, **settings)
+        self._gateway_settings = GatewaySettings(name=name, **settings)
         self._tasks = TaskSet(lambda task, error: world.failures.append(f"{name}/{task}: {error!r}"))
 
     async def start(self) -> None:
         world = self._world
         self.bus = world.bus(self.name, "gateway")
         await self.bus.start()
-        model = model_dir()
-        self.gateway = await Gateway.start(self._gateway_settings, world.runtime, self.bus, model, pid=1, created=0)
+        models = {name: model_dir() for name in world.model_names}
+        self.gateway = await Gateway.start(self._gateway_settings, world.runtime, self.bus, models, pid=1, created=0)
 
     @property
     def app(self) -> GatewayApp:
@@ -91,11 +85,3 @@ class SimulatedGateway:
         await self.fleet.tasks.cancel()
         await self._tasks.cancel()
         await self.bus.close()
-
-
-@cache
-def model_dir() -> ModelDir:
-    """The tiny model's tokenizer and template. Its files are read when a gateway starts."""
-    directory = tempfile.TemporaryDirectory(prefix="kvferry-simulation-")
-    atexit.register(directory.cleanup)
-    return write_model(Path(directory.name), max_context=1024)

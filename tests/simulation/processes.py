@@ -72,8 +72,9 @@ class ProcessLoop(VirtualLoop):
         self._parked: dict[str, tuple[list[asyncio.Handle], list[asyncio.TimerHandle]]] = {}
 
     def time(self) -> float:
+        now = self._selector.now
         clock = self.clocks.get(process_name.get()) if self.clocks else None
-        return super().time() if clock is None else clock.local(super().time())
+        return now if clock is None else clock.offset + now * clock.rate
 
     def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> asyncio.TimerHandle:
         clock = self.clocks.get(process_name.get()) if self.clocks else None

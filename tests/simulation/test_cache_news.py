@@ -9,7 +9,7 @@ import pytest
 from cluster import settled
 from gateways import SimulatedGateway
 from scripted_worker import VOCAB_SIZE
-from workload import ClientRequest, requests
+from workload import MODEL_NAME, ClientRequest, requests
 from world import World, check_answered, informed, simulate
 
 from kvferry.kv.events import pack_keys, unpack_keys
@@ -38,7 +38,7 @@ def knows(world: World) -> bool:
 
 def prefills(core: SimulatedGateway) -> list[str | None]:
     """Who prefilled, the latest first."""
-    return [placing["prefill"] for placing in core.fleet.placer.report(now())["latest"]]
+    return [placing["prefill"] for placing in core.fleet.placers[MODEL_NAME].report(now())["latest"]]
 
 
 def cached(worker: Worker[object]) -> int:
@@ -55,7 +55,7 @@ def test_requests_with_a_shared_prefix_go_where_it_is_cached() -> None:
         check_answered(world.calls)
         home: dict[int, set[str | None]] = {}
         for core in world.cores:
-            for placing in core.fleet.placer.report(now())["latest"]:
+            for placing in core.fleet.placers[MODEL_NAME].report(now())["latest"]:
                 home.setdefault(int(placing["request_id"][1:]) % 3, set()).add(placing["prefill"])
         assert all(len(workers) == 1 for workers in home.values()), home
         hits = [call.usage["prompt_tokens_details"]["cached_tokens"] for call in world.calls if call.usage is not None]
@@ -70,12 +70,12 @@ def test_without_cache_news_they_are_spread_over_all() -> None:
     async def scenario(world: World) -> None:
         await world.start(prefill=3, decode=1, **ALWAYS_A_PAIR)
         (core,) = world.cores
-        hear = core.fleet.placer.hear
-        core.fleet.placer.hear = lambda news: Heard.OLD  # type: ignore[method-assign]
+        hear = core.fleet.placers[MODEL_NAME].hear
+        core.fleet.placers[MODEL_NAME].hear = lambda news: Heard.OLD  # type: ignore[method-assign]
         await world.offer(asks(0, [text(0, 320) + text(100 + i, 40) for i in range(12)], apart=0.6))
         await world.all_over()
         assert len(set(prefills(core))) > 1
-        core.fleet.placer.hear = hear  # type: ignore[method-assign]
+        core.fleet.placers[MODEL_NAME].hear = hear  # type: ignore[method-assign]
 
     simulate(1, scenario)
 
@@ -84,7 +84,7 @@ def test_without_cache_news_they_are_spread_over_all() -> None:
 def test_batches_that_were_lost_on_the_way_are_noticed_by_their_numbers_and_made_good(share: int) -> None:
     async def scenario(world: World) -> None:
         await world.start(prefill=1, decode=1, gateways=2, **ALWAYS_A_PAIR)
-        placer = world.cores[0].fleet.placer
+        placer = world.cores[0].fleet.placers[MODEL_NAME]
         hear, batches, snapshots = placer.hear, list[CacheNews](), list[CacheNews]()
 
         def lossy(news: CacheNews) -> Heard:
@@ -122,7 +122,8 @@ def test_a_restarted_worker_s_cache_is_forgotten_and_its_new_one_is_learned() ->
         before = world.workers[0]
         await world.kill(before)
         await world.prefill("prefill-0")
-        index, roster = core.fleet.placer.snapshot.index, core.fleet.placer.snapshot.roster
+        snapshot = core.fleet.placers[MODEL_NAME].snapshot
+        index, roster = snapshot.index, snapshot.roster
         await settled(lambda: before.incarnation not in roster and len(roster) == 2, within=2.0)
         assert index.num_blocks(before.incarnation) == 0
         await world.offer(asks(1, [text(0, 320)], apart=0.1))
@@ -157,14 +158,14 @@ def test_many_gateways_that_ask_at_once_get_one_snapshot_in_parts() -> None:
         worker.scheduler.memory.pool.findable = lambda: many  # type: ignore[method-assign]
         for core in world.cores:
             fleet = core.fleet
-            hear = fleet.placer.hear
+            hear = fleet.placers[MODEL_NAME].hear
 
             def listen(news: CacheNews, hear: object = hear, first: bool = core is world.cores[0]) -> Heard:
                 if first and isinstance(news, CacheSnapshot):
                     parts.append(news)
                 return hear(news)  # type: ignore[operator]
 
-            fleet.placer.hear = listen  # type: ignore[method-assign]
+            fleet.placers[MODEL_NAME].hear = listen  # type: ignore[method-assign]
             fleet._send(worker.subject, CacheResync(worker.incarnation))
             asked += 1
         await settled(lambda: len(parts) == 2, within=1.0)
@@ -183,9 +184,9 @@ def test_the_world_s_end_notices_a_gateway_that_missed_something() -> None:
     async def scenario(world: World) -> None:
         await world.start(prefill=1, decode=1, **ALWAYS_A_PAIR)
         fleet = world.cores[0].fleet
-        hear = fleet.placer.hear
-        fleet.placer.hear = lambda news: Heard.OLD if isinstance(news, CacheEvents) else hear(news)  # type: ignore[method-assign]
-        fleet.placer.heartbeat = lambda beat, moment: False  # type: ignore[method-assign]
+        hear = fleet.placers[MODEL_NAME].hear
+        fleet.placers[MODEL_NAME].hear = lambda news: Heard.OLD if isinstance(news, CacheEvents) else hear(news)  # type: ignore[method-assign]
+        fleet.placers[MODEL_NAME].heartbeat = lambda beat, moment: False  # type: ignore[method-assign]
         await world.offer(asks(0, [text(0, 100)], apart=0.1))
         await world.all_over()
 

@@ -13,8 +13,8 @@ from answers import Expected, expected_of
 from lanes import SECONDS_PER_STEP, SECONDS_PER_TOKEN
 from scripted_worker import EOS, VOCAB_SIZE, text_of, tokens_of
 
-from kvferry.engine.memory import MemorySettings
-from kvferry.wire.messages import Sampling
+from kvferry.engine.memory import MemorySettings, scored_prompt
+from kvferry.wire.messages import Grammar, Sampling
 
 MODEL = MemorySettings(
     num_blocks=128,
@@ -29,6 +29,11 @@ MAX_PROMPT = 400
 MAX_TOKENS = 56
 LONG_TOKENS = 300  # of a few
 NUM_SHARED = 3
+STRUCTURED: dict[Grammar, dict[str, Any]] = {
+    Grammar("regex", "(ab|cd?){4,9}!"): {"regex": "(ab|cd?){4,9}!"},
+    Grammar("choice", '["left","right","straight on"]'): {"choice": ["left", "right", "straight on"]},
+    Grammar("json", '{"type":"object"}'): {"json_object": True},
+}
 # Many prompts have just this length: only their hashes tell two hand-offs of them apart.
 COMMON_LENGTH = 96
 
@@ -49,6 +54,9 @@ class ClientRequest:
     n: int = 1
     stops: tuple[str, ...] = ()
     wants_ids: bool = False  # tells token ids
+    echo: bool = False  # begins with its prompt, and tells how likely that is
+    num_prompt_top: int | None = None  # best tokens told beside each one of the prompt
+    model: str = MODEL_NAME
     direct: bool = True  # the server hands its socket to the route; else plain ASGI
     leaves_after: float | None = None  # seconds; then the client closes its connection
     stops_reading_at: int | None = None  # events; then it reads nothing for `pause_s`
@@ -65,12 +73,16 @@ class ClientRequest:
     def body(self) -> bytes:
         sampling = self.sampling
         fields: dict[str, Any] = {
-            "model": MODEL_NAME,
+            "model": self.model,
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "seed": sampling.seed,
             "ignore_eos": sampling.ignore_eos,
             "presence_penalty": sampling.presence_penalty,
+            "frequency_penalty": sampling.frequency_penalty,
+            "repetition_penalty": sampling.repetition_penalty,
+            "logit_bias": {str(token): bias for token, bias in sampling.logit_bias},
+            "stop_token_ids": list(sampling.stop_token_ids),
             "min_tokens": sampling.min_tokens,
             "stream": self.stream,
             "n": self.n,
@@ -80,6 +92,12 @@ class ClientRequest:
             fields["stream_options"] = {"include_usage": True}
         if self.stops:
             fields["stop"] = list(self.stops)
+        if sampling.grammar is not None:
+            fields["structured_outputs"] = STRUCTURED[sampling.grammar]
+        if self.echo:
+            fields["echo"] = True
+        if self.num_prompt_top is not None:
+            fields["prompt_logprobs"] = self.num_prompt_top
         if self.form == "chat":
             fields["messages"] = [{"role": "user", "content": self.text}]
             if sampling.num_logprobs is not None:
@@ -97,6 +115,16 @@ class ClientRequest:
 
     def expected_on(self, model: MemorySettings) -> tuple[Expected, ...]:
         return tuple(expected_of(model, self.prompt, self.sampling, choice, self.stops) for choice in range(self.n))
+
+    @property
+    def echoed(self) -> str:
+        """What its answers begin with."""
+        return text_of(self.prompt) if self.echo else ""
+
+    @cached_property
+    def prompt_logprobs(self) -> tuple[float, ...]:
+        """Of all tokens of its prompt but the first, on any worker: all models here have equal KV."""
+        return tuple(row.logprob for row in scored_prompt(MODEL, self.prompt, 0))
 
     def answer(self, model: MemorySettings = MODEL) -> list[int]:
         """The tokens of its first choice."""
@@ -160,6 +188,22 @@ def _formed(chance: random.Random, plain: ClientRequest, *, forced: bool) -> Cli
         sampling = replace_sampling(sampling, min_tokens=chance.randint(0, sampling.max_tokens))
     if chance.random() < 0.15:
         made = replace(made, n=chance.randint(2, 3))
+    if chance.random() < 0.15:
+        penalties = {"frequency_penalty": chance.uniform(-1, 2), "repetition_penalty": chance.uniform(0.5, 2)}
+        sampling = replace_sampling(sampling, **penalties)
+    if chance.random() < 0.15:
+        bias = tuple((token, chance.uniform(-100, 8)) for token in sorted(chance.sample(range(VOCAB_SIZE), 5)))
+        sampling = replace_sampling(sampling, logit_bias=bias)
+    if chance.random() < 0.15:
+        sampling = replace_sampling(sampling, stop_token_ids=tuple(chance.sample(range(1, VOCAB_SIZE), 4)))
+    if chance.random() < 0.12:
+        sampling = replace_sampling(sampling, grammar=chance.choice(list(STRUCTURED)))
+    if chance.random() < 0.12:
+        if not made.stream:
+            made = replace(made, num_prompt_top=chance.randrange(3))
+        elif made.form != "chat" and text_of(made.prompt).isascii():
+            made = replace(made, echo=True)
+            sampling = replace_sampling(sampling, num_logprobs=chance.randrange(2))
     made = replace(made, sampling=sampling)
     if chance.random() < 0.2:
         text = text_of(made.expected[0].tokens)

@@ -17,11 +17,13 @@ from gateways import SimulatedGateway
 from lanes import ProcessRuntime
 from planes import SimulatedBroker, SimulatedBus, SimulatedNetwork
 from processes import MachineClock, ProcessLoop, acting_as, run_as
+from tiny import compiler
 from virtual_loop import Deadlock, EventLog, VirtualTimeout
-from workload import MODEL, ClientRequest
+from workload import MODEL, MODEL_NAME, ClientRequest
 
 from kvferry.bus.base import BusSettings
 from kvferry.engine.memory import MemorySettings
+from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.runtime import TaskSet, now
 from kvferry.wire.subjects import inbox_prefix
 from kvferry.worker.worker import Worker
@@ -46,6 +48,7 @@ class World(Cluster):
         self.cores: list[SimulatedGateway] = []
         self.calls: list[Call] = []
         self.num_slots = 8
+        self.model_names = (MODEL_NAME,)  # that the gateways serve
         self.make_checks: Callable[[ClientRequest], list[Check]] = exact_checks
         self._num_begun = 0  # exchanges, to give the gateways turns
         self._progress = asyncio.Event()
@@ -106,6 +109,9 @@ class World(Cluster):
         """Without the bus a process ends at its start, and its supervisor starts it again."""
         while not self.broker.running:
             await asyncio.sleep(RESTART_S)
+
+    def _grammars(self, model: MemorySettings) -> GrammarCompiler:
+        return compiler()
 
     def _slots(self) -> CheckedSlots:
         return CheckedSlots(self.num_slots, SLOT_PAYLOAD_BYTES, self.referee)
@@ -168,7 +174,8 @@ class World(Cluster):
     async def stop(self) -> None:
         await settled(lambda: all(informed(core, w) for core in self.cores for w in self.workers), END_CONFIRMED_S)
         for core in self.cores:
-            core.fleet.placer.snapshot.index.check_integrity()
+            for placer in core.fleet.placers.values():
+                placer.snapshot.index.check_integrity()
             await core.stop()
         await super().stop()
         assert not self.network.links, "connections left"
@@ -265,7 +272,7 @@ def remembers(worker: Worker[Any]) -> bool:
 
 def informed(core: SimulatedGateway, worker: Worker[Any]) -> bool:
     """Whether a gateway knows just what a worker's prefix cache has."""
-    known = core.fleet.placer.snapshot.index.num_blocks(worker.incarnation)
+    known = core.fleet.placers[worker.model_name].snapshot.index.num_blocks(worker.incarnation)
     return known == len(worker.scheduler.memory.pool.findable())
 
 

@@ -12,9 +12,13 @@ from click.testing import CliRunner
 from pydantic import Field, SecretStr
 
 from kvferry.command import service_command
-from kvferry.config import Port, ServiceSettings, env_name, load_settings
+from kvferry.config import Port, ServiceSettings, env_name, is_secret, load_settings, without_secrets
 from kvferry.errors import SettingError
-from kvferry.runfile import MAX_RUN_FILE_BYTES, RunFile, default_run_file
+from kvferry.runfile import MAX_RUN_FILE_BYTES, NatsLogin, RunFile, default_run_file
+from kvferry_decode.settings import DecodeSettings
+from kvferry_gateway.settings import GatewaySettings
+from kvferry_local.settings import BenchSettings, DoctorSettings, UpSettings
+from kvferry_prefill.settings import PrefillSettings
 
 KEY = "ab" * 32
 
@@ -62,6 +66,19 @@ def test_each_layer_wins_over_the_one_below(tmp_path: Path) -> None:
     merged = load({"nats_url": "nats://flag:1", "port": None}, environ, config, run_file)
     assert merged.nats_url == "nats://flag:1"
     assert (merged.port, merged.cluster, merged.nats_user) == (2, "lake", "kvferry")
+
+
+def test_a_variable_that_other_programs_know_is_read_too_and_yields_to_our_own(tmp_path: Path) -> None:
+    known, own = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://known:4318"}, {"KVFERRY_OTLP_ENDPOINT": "http://own:4318"}
+    config = write_yaml(tmp_path, "otlp_endpoint: http://yaml:4318\n")
+    assert load().otlp_endpoint == ""
+    assert load(config=config).otlp_endpoint == "http://yaml:4318"
+    assert load(config=config, environ=known).otlp_endpoint == "http://known:4318"
+    assert load(environ=known | own).otlp_endpoint == "http://own:4318"
+    assert load(environ={**known, "KVFERRY_OTLP_ENDPOINT": ""}).otlp_endpoint == ""
+    with pytest.raises(SettingError) as caught:
+        load(environ={"OTEL_EXPORTER_OTLP_ENDPOINT": "localhost:4317"})
+    assert caught.value.setting == "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 
 def test_a_wrong_value_is_named_as_the_user_wrote_it(tmp_path: Path) -> None:
@@ -225,6 +242,24 @@ def test_a_service_joins_the_stack_of_the_run_file(tmp_path: Path) -> None:
     assert [settings.cluster for settings in seen] == ["river", "river"]
     assert [settings.lights for settings in seen] == [True, False]
     assert seen[0].data_key_bytes == bytes.fromhex(KEY)
+
+
+def test_a_service_joins_as_the_nats_user_of_its_role() -> None:
+    logins = {role: NatsLogin(user=f"river-{role}", password=SecretStr(f"of {role}")) for role in ("boat", "ship")}
+    joined = load(run_file=a_run_file(nats_user="", nats_password=SecretStr(""), nats_logins=logins))
+    assert (joined.nats_user, joined.nats_password.get_secret_value()) == ("river-boat", "of boat")
+    assert load(run_file=a_run_file()).nats_user == "kvferry", "one user for all"
+
+
+SETTINGS = (GatewaySettings, PrefillSettings, DecodeSettings, UpSettings, BenchSettings, DoctorSettings)
+
+
+def test_no_secret_of_any_settings_is_left_in_a_childs_environment() -> None:
+    secrets = {env_name(f) for cls in SETTINGS for f, spec in cls.model_fields.items() if is_secret(spec)}
+    assert len(secrets) >= 5
+    files = {f"{name}_FILE" for name in secrets}
+    others = {"KVFERRY_PORT", "KVFERRY_TOKENS_PER_MINUTE", "KVFERRY_TOOL_CALL_PARSER", "PATH", "MY_KEY"}
+    assert set(without_secrets(dict.fromkeys(secrets | files | others, "x"))) == others
 
 
 def test_expected_failures_are_one_line_and_bugs_keep_their_traceback() -> None:

@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator
 
 import pytest
 import structlog
@@ -18,16 +17,11 @@ from kvferry.ready import MAX_REPORT_BYTES, READY_FD, report
 
 
 @pytest.fixture
-def logged() -> Iterator[io.StringIO]:
-    """What a process that logs at info writes. The configuration is the process's own: it is put back."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+def logged() -> io.StringIO:
+    """What a process that logs at info writes."""
     stream = io.StringIO()
     setup_logging("info", "auto", service="decode-0", stream=stream)
-    yield stream
-    structlog.reset_defaults()
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    return stream
 
 
 def test_lines_are_json_off_a_terminal_and_carry_service_and_context(logged: io.StringIO) -> None:
@@ -54,6 +48,25 @@ def test_a_secret_is_not_written(logged: io.StringIO) -> None:
     get_logger("x").info("settings", key=SecretStr("hush"))
     assert "hush" not in logged.getvalue()
     assert "key" in logged.getvalue()
+
+
+@pytest.mark.parametrize("log_format", ["console", "json"])
+def test_a_traceback_shows_no_local_variable(log_format: str, logged: io.StringIO) -> None:
+    stream = io.StringIO()
+    setup_logging("debug", log_format, service="x", stream=stream)
+
+    def fail(password: str) -> None:
+        raise ValueError(f"{len(password)} characters")
+
+    for logger in (get_logger("x"), logging.getLogger("library")):
+        try:
+            fail("".join(("hu", "sh")))  # so that no line of source shows it either
+        except ValueError:
+            logger.exception("failed")
+    text = stream.getvalue()
+    assert text.count("4 characters") == 2, "the traceback is there"
+    assert text.count("in fail") == 2
+    assert "hush" not in text
 
 
 @pytest.mark.parametrize("name", ["kvferry_kv_bytes", "kvferry_time_to_first_token_seconds"])

@@ -234,6 +234,9 @@ class Puller:
         if pull is None or pull.link is None:
             return  # its open failed meanwhile and tells the scheduler by itself
         pull.began = pull.heard = now()
+        if sequence.journal is not None:
+            sequence.journal.end("queue", pull.began)
+            sequence.journal.begin("KV fetch", pull.began, first_token=sequence.cached_tokens, tries=pull.tries)
         pull.landing = Landing(
             self._dock,
             pull.link.connection,
@@ -285,6 +288,11 @@ class Puller:
             self._times.append((pull.address.incarnation, num_bytes, seconds))
         self._metrics.pulls.labels("received").inc()
         self._metrics.pull_seconds.observe(seconds)
+        if sequence.journal is not None:
+            sequence.journal.end(
+                "KV fetch", now(), bytes=num_bytes, num_frames=incoming.num_posted, num_bad_frames=incoming.num_bad,
+                held_back=landing.held_back,
+            )  # fmt: skip
         link.pulls.pop(pull.pull_id, None)
         del self._pulls[pull.key]
         if self._digests.enabled:
@@ -340,6 +348,8 @@ class Puller:
     def _retry(self, pull: _Pull, reason: EndReason, detail: str) -> None:
         """A pull has failed: open it anew once, then give up."""
         self._abort(pull)
+        if (journal := pull.sequence.journal) is not None:
+            journal.end("KV fetch", now(), detail)
         if pull.tries >= MAX_TRIES:
             self._give_up(pull, reason, detail)
             return

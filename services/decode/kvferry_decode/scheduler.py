@@ -15,9 +15,9 @@ from kvferry.kv.ledger import BlockState
 from kvferry.schedule.chunk import ChunkBudget
 from kvferry.schedule.memory import KVMemory
 from kvferry.schedule.queue import AdmissionQueue
-from kvferry.schedule.sequence import Dropped, Emission, Key, ModelLimits, Sequence, pick_alone
+from kvferry.schedule.sequence import Dropped, Emission, Key, ModelLimits, Sequence, pick_alone, put_in_order
 from kvferry.schedule.step import SequenceStep, StepPlan, StepResult
-from kvferry.wire.logprobs import TokenLogprobs
+from kvferry.wire.logprobs import PromptLogprobs, TokenLogprobs
 from kvferry.wire.messages import RejectReason
 
 
@@ -91,12 +91,13 @@ class DecodeScheduler:
             self._waiting.add(sequence)
         return None
 
-    def due(self, key: Key) -> None:
-        """P holds memory and the time has come to reserve."""
+    def due(self, key: Key) -> Sequence | None:
+        """P holds memory and the time has come to reserve. The sequence if that is news."""
         sequence = self._opening.pop(key, None)
         if sequence is not None:
             self._pulls[key] = None
             self._waiting.add(sequence)
+        return sequence
 
     def cancel(self, key: Key) -> Sequence | None:
         """Forget a sequence in any state. Its blocks are free at once, or when the running step and copies end."""
@@ -159,10 +160,17 @@ class DecodeScheduler:
             if not sequence.doomed:
                 self.memory.publish(sequence, sequence.num_computed)
             self.memory.unpin(sequence)
-            if token is None or self.sequences.get(sequence.key) is not sequence:
+            if self.sequences.get(sequence.key) is not sequence:
                 continue
-            self._computing.pop(sequence.key, None)
-            emissions.append(self._started(sequence, token, now, result.logprobs_of(place)))
+            scores = result.scores_of(place)
+            if token is not None:
+                self._computing.pop(sequence.key, None)
+                emissions.append(self._started(sequence, token, now, result.logprobs_of(place), scores))
+            elif sequence.is_scored:
+                self.cancel(sequence.key)
+                emissions.append(Emission(sequence, sequence.next_index, None, "length", scores=scores))
+            elif scores is not None:
+                emissions.append(Emission(sequence, sequence.next_index, None, None, scores=scores))
         return emissions
 
     def abandon_step(self, detail: str) -> list[Dropped]:
@@ -196,7 +204,14 @@ class DecodeScheduler:
         late = [s for s in queued if s.deadline is not None and now >= s.deadline]
         return [Dropped(s, "deadline") for s in late if self.cancel(s.key) is not None]
 
-    def _started(self, sequence: Sequence, token: int, now: float, logprobs: TokenLogprobs | None) -> Emission:
+    def _started(
+        self,
+        sequence: Sequence,
+        token: int,
+        now: float,
+        logprobs: TokenLogprobs | None,
+        scores: PromptLogprobs | None = None,
+    ) -> Emission:
         """Append a drawn token to a sequence whose context is computed."""
         index = sequence.next_index
         sequence.append_token(token)
@@ -207,7 +222,7 @@ class DecodeScheduler:
             sequence.state = "running"
             self._running[sequence.key] = sequence
             self.memory.move(sequence, BlockState.RUNNING, now)
-        return Emission(sequence, index, token, reason, logprobs)
+        return Emission(sequence, index, token, reason, logprobs, scores)
 
     def _grow_running(self, dropped: list[Dropped]) -> list[Sequence]:
         """A block for every running sequence's next row, oldest first; the sequences that may step."""
@@ -248,7 +263,7 @@ class DecodeScheduler:
             fetch.append(sequence)
         else:
             sequence.state = "computing"
-            self._computing[sequence.key] = sequence
+            put_in_order(self._computing, sequence)
         return True
 
     @property
@@ -261,8 +276,7 @@ class DecodeScheduler:
         return self._policy.watermark_blocks if self._num_holders else 0
 
     def _max_hit(self, sequence: Sequence) -> int:
-        # A local prefill computes at least the last token: its logits give the next one.
-        return sequence.num_context if sequence.key in self._pulls else sequence.num_context - 1
+        return sequence.num_context if sequence.key in self._pulls else sequence.max_hit
 
     def _victim(self, sequence: Sequence) -> Sequence | None:
         """Whose memory an older `sequence` may take to grow: the youngest that fetches or computes, else that runs."""

@@ -88,13 +88,17 @@ class DecodeWorker(Worker[DecodeScheduler]):
         self._puller.tick(moment)
 
     def _due(self, key: Key) -> None:
-        self.scheduler.due(key)
+        sequence = self.scheduler.due(key)
+        if sequence is not None and sequence.journal is not None:
+            sequence.journal.turn("prefill wait", "queue", now())
         self.wake()
 
     def _fetched(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, cached_tokens: int) -> None:
         emission = self.scheduler.fetched(sequence.key, token, now(), logprobs)
         if emission is not None:
             self.outbox.cached(sequence.work, max(cached_tokens, sequence.cached_tokens))
+            if sequence.journal is not None:
+                sequence.journal.begin("generation", now())
             self.emit(emission)
             self.wake()
 
@@ -104,7 +108,7 @@ class DecodeWorker(Worker[DecodeScheduler]):
         if sequence is None:
             return
         if reason is None:
-            self.forget(sequence.work)
+            self.forget(sequence, detail)
         else:
             self.drop(Dropped(sequence, reason, detail))
         self.wake()

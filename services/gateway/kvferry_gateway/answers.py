@@ -12,6 +12,7 @@ from kvferry.text.detokenizer import TokenTexts
 from kvferry_gateway.errors import ApiError
 from kvferry_gateway.logprobs import ToldToken
 from kvferry_gateway.parsing.parts import Part
+from kvferry_gateway.prompt_logprobs import NOTHING_TOLD, PromptTold
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -59,8 +60,11 @@ class Details:
 
     logprobs: bool = False
     token_ids: bool = False
+    num_prompt_top: int | None = None  # best tokens beside each one of the prompt; None: `prompt_logprobs` has none
+    num_echoed_top: int | None = None  # the same, of a prompt that is echoed with `logprobs`
 
     def __bool__(self) -> bool:
+        """Whether events tell more than text."""
         return self.logprobs or self.token_ids
 
 
@@ -72,6 +76,7 @@ class WholeChoice:
     reason: FinishReason
     told: Sequence[ToldToken] = ()
     prompt_ids: Sequence[int] = ()
+    prompt: PromptTold = NOTHING_TOLD
 
 
 class Answer(ABC):
@@ -104,7 +109,7 @@ class Answer(ABC):
         return b"", b""
 
     @abstractmethod
-    def first_event(self, index: int, echo: str, prompt_ids: Sequence[int]) -> bytes:
+    def first_event(self, index: int, echo: str, prompt_ids: Sequence[int], prompt: PromptTold = NOTHING_TOLD) -> bytes:
         """What a choice's stream begins with; may be empty."""
 
     @abstractmethod

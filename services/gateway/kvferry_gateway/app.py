@@ -32,15 +32,16 @@ from kvferry_gateway.errors import (
     internal_error,
     invalid_api_key,
     method_not_allowed,
-    model_not_found,
     not_found,
     not_served,
     only_local,
 )
 from kvferry_gateway.fleet import Fleet
+from kvferry_gateway.models import Models, ServedModel
 from kvferry_gateway.openai import ChatRequest, CompletionRequest
 from kvferry_gateway.openapi import document
 from kvferry_gateway.responses.route import read_response, renamed_for_responses
+from kvferry_gateway.spans import begin_request, end_request
 from kvferry_gateway.text_answer import TextAnswer
 from kvferry_gateway.tokenize import TokenService
 
@@ -67,6 +68,7 @@ class _Route:
     method: str
     handler: Handler
     access: str  # "open", "key" (when keys are on), "operator" (a key, or this machine), "bearer" (a key, always)
+    traced: bool = False
 
 
 def _document() -> bytes:
@@ -80,27 +82,26 @@ class GatewayApp:
         self,
         fleet: Fleet,
         completions: Completions,
-        tokens: TokenService,
+        models: Models,
         keys: ApiKeys | None,
-        model_name: str,
         created: int,
     ) -> None:
         self._fleet = fleet
         self._completions = completions
-        self._tokens = tokens
+        self._models = models
+        self._tokens = TokenService(models, completions.max_model_len)
         self._keys = keys
-        self._model_name = model_name
         self._created = created
         self._cors = Cors(fleet.settings.cors_origins)
         self._metrics: Metrics = fleet.metrics
         self._max_body = fleet.settings.max_body_bytes
-        self._console = Console(fleet, model_name)
+        self._console = Console(fleet)
         self._document: bytes | None = None  # made when it is first asked for
         self._routes = {
-            "/v1/chat/completions": _Route("POST", self._chat, "key"),
-            "/v1/completions": _Route("POST", self._text, "key"),
-            "/v1/responses": _Route("POST", self._responses, "key"),
-            MODELS: _Route("GET", self._models, "key"),
+            "/v1/chat/completions": _Route("POST", self._chat, "key", traced=True),
+            "/v1/completions": _Route("POST", self._text, "key", traced=True),
+            "/v1/responses": _Route("POST", self._responses, "key", traced=True),
+            MODELS: _Route("GET", self._list_models, "key"),
             "/tokenize": _Route("POST", self._tokenize, "key"),
             "/detokenize": _Route("POST", self._detokenize, "key"),
             "/v1/cluster": _Route("GET", self._cluster, "operator"),
@@ -124,11 +125,11 @@ class GatewayApp:
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = self._fleet.runtime.random_bytes(8).hex().encode()
         headers: list[Header] = [(b"x-request-id", request_id), *self._cors.headers(given.get(b"origin"))]
-        begun = False
+        status: int | None = None  # of the answer that has begun
 
         async def sending(message: Any) -> None:
-            nonlocal begun
-            begun = True
+            nonlocal status
+            status = message.get("status", status)
             await send(message)
 
         exchange = Exchange(scope, receive, sending, Caller(request_id.decode(), b"", headers))
@@ -137,20 +138,23 @@ class GatewayApp:
         except ClientGone:
             return
         except ApiError as error:
-            await respond(send, error.status, error.body, [*exchange.caller.headers, *error.headers])
+            await respond(sending, error.status, error.body, [*exchange.caller.headers, *error.headers])
         except Exception:
             log.exception("request failed", request_id=request_id.decode(), path=scope["path"][:128])
-            if begun:
+            if status is not None:
                 raise  # the server closes the connection: the client must not take it for a whole answer
             failure = internal_error()
-            await respond(send, failure.status, failure.body, exchange.caller.headers)
+            await respond(sending, failure.status, failure.body, exchange.caller.headers)
+        finally:
+            if (span := exchange.caller.span) is not None:
+                end_request(span, status, now())
 
     async def _dispatch(self, exchange: Exchange, given: dict[bytes, bytes]) -> None:
         scope = exchange.scope
         path, method = scope["path"], scope["method"]
         route = self._routes.get(path)
         if route is None and path.startswith(MODELS + "/"):
-            route = _Route("GET", self._model, "key")
+            route = _Route("GET", self._show_model, "key")
         if route is None:
             raise not_served(path) if path.startswith(NOT_SERVED) else not_found(path)
         allowed = "GET, HEAD, OPTIONS" if route.method == "GET" else "POST, OPTIONS"
@@ -164,6 +168,9 @@ class GatewayApp:
         key = self._check_access(route, scope, given)
         if key is not None:
             exchange.caller = replace(exchange.caller, salt=key.salt, allowance=key.allowance)
+        if route.traced and (tracer := self._fleet.tracer) is not None:
+            span = begin_request(tracer, scope, exchange.caller.request_id, now())
+            exchange.caller = replace(exchange.caller, span=span)
         await route.handler(exchange)
 
     def _check_access(self, route: _Route, scope: Scope, given: dict[bytes, bytes]) -> ApiKey | None:
@@ -219,24 +226,21 @@ class GatewayApp:
 
     async def _tokenize(self, exchange: Exchange) -> None:
         body = await self._body(exchange)
-        await exchange.json(await self._tokens.tokenize(body, self._completions.max_model_len))
+        await exchange.json(await self._tokens.tokenize(body))
 
     async def _detokenize(self, exchange: Exchange) -> None:
         await exchange.json(self._tokens.detokenize(await self._body(exchange)))
 
-    def _model_entry(self) -> dict[str, Any]:
-        entry = {"id": self._model_name, "object": "model", "created": self._created, "owned_by": "kvferry"}
-        max_model_len = self._fleet.registry.max_model_len(self._model_name)
-        return {**entry, "max_model_len": max_model_len}
+    def _model_entry(self, model: ServedModel) -> dict[str, Any]:
+        entry = {"id": model.name, "object": "model", "created": self._created, "owned_by": "kvferry"}
+        return {**entry, "max_model_len": self._fleet.registry.max_model_len(model.name)}
 
-    async def _models(self, exchange: Exchange) -> None:
-        await exchange.json({"object": "list", "data": [self._model_entry()]})
+    async def _list_models(self, exchange: Exchange) -> None:
+        await exchange.json({"object": "list", "data": [self._model_entry(model) for model in self._models]})
 
-    async def _model(self, exchange: Exchange) -> None:
+    async def _show_model(self, exchange: Exchange) -> None:
         name = exchange.scope["path"].removeprefix(MODELS + "/")
-        if name != self._model_name:
-            raise model_not_found(name[:256])
-        await exchange.json(self._model_entry())
+        await exchange.json(self._model_entry(self._models.named(name[:256])))
 
     async def _cluster(self, exchange: Exchange) -> None:
         fleet, moment = self._fleet, now()
@@ -245,10 +249,15 @@ class GatewayApp:
             "incarnation": f"{fleet.incarnation:016x}",
             "live_attempts": len(fleet.table),
             "waiting": [
-                {"request_id": unit.request_id, "waiting_s": round(moment - unit.since, 3), "why": unit.why}
+                {
+                    "request_id": unit.request_id,
+                    "model": unit.model,
+                    "waiting_s": round(moment - unit.since, 3),
+                    "why": unit.why,
+                }
                 for unit in islice(fleet.waiting.values(), MAX_WAITING_SHOWN)
             ],
-            "placement": fleet.placer.report(moment),
+            "placement": {model: placer.report(moment) for model, placer in fleet.placers.items()},
         }
         workers = fleet.registry.rows(moment)
         await exchange.json({"cluster": fleet.settings.cluster, "gateway": gateway, "workers": workers})
@@ -267,12 +276,14 @@ class GatewayApp:
         await exchange.json({"server_load": self._completions.num_live})
 
     async def _ready(self, exchange: Exchange) -> None:
+        """Whether requests should come here: a model without workers is no reason to keep those of others away."""
+        served = [name for name in self._models.names if self._fleet.registry.has_pair(name)]
         if self._completions.draining:
             await exchange.json({"status": "draining"}, 503)
-        elif not self._fleet.registry.has_pair(self._model_name):
+        elif not served:
             await exchange.json({"status": "no_worker"}, 503)
         else:
-            await exchange.json({"status": "ready"})
+            await exchange.json({"status": "ready", "models": served})
 
     async def _openapi(self, exchange: Exchange) -> None:
         if self._document is None:

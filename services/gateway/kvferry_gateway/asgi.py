@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from kvferry.runtime import now
+from kvferry.trace.open_span import OpenSpan
 from kvferry_gateway.connection import EXTENSION, AsgiConnection, ClientConnection, Receive, Send
 from kvferry_gateway.rate_limit import NO_LIMITS, Allowance
 
@@ -23,6 +24,7 @@ class Caller:
     salt: bytes  # root of the prefix cache
     labels: list[Header]  # that every answer gets
     allowance: Allowance = UNLIMITED
+    span: OpenSpan | None = None  # of the request; None: nobody records its trace
 
     @property
     def headers(self) -> list[Header]:

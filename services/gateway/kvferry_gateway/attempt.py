@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from kvferry.trace.open_span import OpenSpan
 from kvferry.wire.messages import End, EndReason, Held, SequenceState, WorkerRecord
 from kvferry_gateway.answers import FinishReason
 from kvferry_gateway.forecast import Forecast
@@ -60,17 +61,30 @@ class Attempt:
     over: asyncio.Future[Verdict]
     forecast: Forecast
     accepted: bool = False  # by D
+    refusal: str | None = None  # why a worker did not take it
+    span: OpenSpan | None = None  # None: nobody records its trace
     running_seen: bool = False
     end: End | None = None  # a final one, whose tokens are not all here yet
     end_from: int = 0  # incarnation that sent it
+    scores_only: bool = False  # nothing is left to generate
     missing: int = 0  # heartbeats of D in a row that don't know it
+    missing_scores: int = 0  # heartbeats of the worker that scores its prompt that don't know it
+    promised_scores: int = 0  # position up to which that worker had scored it at its last heartbeat
     promised: dict[int, int] = field(default_factory=dict)  # incarnation -> next index in its last heartbeat
     states: dict[int, SequenceState] = field(default_factory=dict)  # incarnation -> as its last heartbeat had it
 
     @property
     def running(self) -> bool:
-        """Whether D needs P no more. Only D sends indices after the first."""
-        return self.prefill is None or self.running_seen or len(self.stream.tokens) > self.first_index + 1
+        """Whether P is needed no more. Only D sends indices after the first."""
+        if self.prefill is None:
+            return True
+        started = self.running_seen or len(self.stream.tokens) > self.first_index + 1
+        return started and not self.stream.lacks_scores
+
+    @property
+    def scorer(self) -> WorkerRecord:
+        """Who computes the prompt."""
+        return self.decode if self.prefill is None else self.prefill
 
     @property
     def workers(self) -> tuple[WorkerRecord, ...]:
@@ -95,7 +109,9 @@ class Attempt:
         return True
 
     def review(self) -> None:
-        """Tokens or an end have come: is the choice complete?"""
+        """Tokens, an end or the last log-probabilities of the prompt have come: is the choice complete?"""
+        if self.stream.lacks_scores:
+            return
         if self.stream.stopped:
             self.conclude(Finished("stop"))
         elif self.end is not None and len(self.stream.tokens) >= min(self.end.index, self.stream.limit):
@@ -104,35 +120,39 @@ class Attempt:
             self.conclude(Finished("stop" if complete and self.end.reason == "stop" else "length"))
 
 
+_NONE: Final[Mapping[int, Attempt]] = {}
+
+
 class AttemptTable:
-    """The attempts under way, by stream and by worker. `streams` is the token path's own look-up."""
+    """The attempts under way, by stream and by worker."""
 
     def __init__(self) -> None:
-        self.streams: Final[dict[int, TokenStream]] = {}
+        self._live: set[int] = set()  # stream ids
         self._by_worker: dict[int, dict[int, Attempt]] = {}
         self._remembered: OrderedDict[int, tuple[bytes, int]] = OrderedDict()
         self._last_stream_id = 0
 
     def __len__(self) -> int:
-        return len(self.streams)
+        return len(self._live)
 
     def new_stream_id(self) -> int:
         """A u32 that no live or remembered attempt has."""
         while True:
             self._last_stream_id = (self._last_stream_id + 1) & 0xFFFFFFFF
-            if self._last_stream_id not in self.streams and self._last_stream_id not in self._remembered:
+            if self._last_stream_id not in self._live and self._last_stream_id not in self._remembered:
                 return self._last_stream_id
 
     def add(self, attempt: Attempt) -> None:
-        self.streams[attempt.stream_id] = attempt.stream
+        self._live.add(attempt.stream_id)
         attempt.stream.attempt = attempt
         for worker in attempt.workers:
             self._by_worker.setdefault(worker.incarnation, {})[attempt.stream_id] = attempt
 
     def remove(self, attempt: Attempt) -> None:
         """From here on its tokens are nobody's. Without effect if that is so already."""
-        if self.streams.pop(attempt.stream_id, None) is None:
+        if attempt.stream_id not in self._live:
             return
+        self._live.remove(attempt.stream_id)
         attempt.stream.attempt = None
         attempt.stream.held.clear()
         for worker in attempt.workers:
@@ -144,8 +164,12 @@ class AttemptTable:
         if len(self._remembered) > MAX_REMEMBERED:
             self._remembered.popitem(last=False)
 
+    def of(self, incarnation: int) -> Mapping[int, Attempt]:
+        """The attempts of one worker by stream id, as they are: the token path's own look-up."""
+        return self._by_worker.get(incarnation, _NONE)
+
     def of_worker(self, incarnation: int) -> list[Attempt]:
-        return list(self._by_worker.get(incarnation, {}).values())
+        return list(self.of(incarnation).values())
 
     def remembered(self, stream_id: int) -> tuple[bytes, int] | None:
         """(ticket, attempt) of an attempt that is over."""
@@ -161,6 +185,7 @@ class Audit:
     """What one worker's heartbeat shows about this gateway's attempts there."""
 
     resend: tuple[tuple[int, int], ...]  # (stream_id, next index) of tokens that never came
+    resend_prompts: tuple[tuple[int, int], ...]  # (stream_id, position) of prompts' log-probabilities that never came
     forgotten: tuple[Attempt, ...]  # the worker should have them and doesn't
     strangers: tuple[Held, ...]  # the worker has them and shouldn't
 
@@ -168,11 +193,19 @@ class Audit:
 def audit(incarnation: int, rows: Iterable[Held], attempts: Iterable[Attempt]) -> Audit:
     """Compare a heartbeat's rows with the attempts on that worker, and note in them what it showed."""
     resend: list[tuple[int, int]] = []
+    resend_prompts: list[tuple[int, int]] = []
     forgotten: list[Attempt] = []
     unclaimed = {row.stream_id: row for row in rows}
     for attempt in attempts:
         row = unclaimed.pop(attempt.stream_id, None)
         on_decode = attempt.decode.incarnation == incarnation
+        scores = attempt.stream.scores if attempt.scorer.incarnation == incarnation else None
+        if row is None and scores is not None and attempt.stream.lacks_scores and attempt.accepted:
+            # It keeps them until it is told that they have come.
+            attempt.missing_scores += 1
+            if attempt.missing_scores >= MISSING_BEATS:
+                forgotten.append(attempt)
+                continue
         if row is None:
             # P forgets a request when D has its KV; if that is too early, D finds out and says so.
             if on_decode and attempt.accepted:
@@ -180,6 +213,11 @@ def audit(incarnation: int, rows: Iterable[Held], attempts: Iterable[Attempt]) -
                 if attempt.missing >= MISSING_BEATS:
                     forgotten.append(attempt)
             continue
+        if scores is not None:
+            attempt.missing_scores = 0
+            if attempt.promised_scores > scores.next:
+                resend_prompts.append((attempt.stream_id, scores.next))
+            attempt.promised_scores = row.next_scored
         if on_decode:
             attempt.missing = 0
             attempt.running_seen |= row.state == "running"
@@ -188,4 +226,4 @@ def audit(incarnation: int, rows: Iterable[Held], attempts: Iterable[Attempt]) -
             resend.append((attempt.stream_id, held))
         attempt.promised[incarnation] = row.next_index
         attempt.states[incarnation] = row.state
-    return Audit(tuple(resend), tuple(forgotten), tuple(unclaimed.values()))
+    return Audit(tuple(resend), tuple(resend_prompts), tuple(forgotten), tuple(unclaimed.values()))

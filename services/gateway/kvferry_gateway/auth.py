@@ -34,6 +34,27 @@ class ApiKey:
     allowance: Allowance
 
 
+def lines_of(path: Path) -> list[tuple[int, list[bytes]]]:
+    """Numbers and words of the lines that count. Raises `SettingError`."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_KEY_FILE_BYTES + 1)
+    except OSError as error:
+        raise SettingError(_SETTING, f"{path}: {error.strerror}") from None
+    lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), 1)]
+    lines = [(number, words) for number, words in lines if words and not words[0].startswith(b"#")]
+    if len(text) > MAX_KEY_FILE_BYTES or len(lines) > MAX_KEYS:
+        raise SettingError(_SETTING, f"{path} holds more than {MAX_KEYS} keys")
+    if not lines:
+        raise SettingError(_SETTING, f"{path} holds no key")
+    return lines
+
+
+def first_key(path: Path) -> bytes:
+    """For who may read the file, as `kvferry up` does to see its own gateway. Raises `SettingError`."""
+    return lines_of(path)[0][1][0]
+
+
 class ApiKeys:
     """The keys of one file. Lines that are empty or start with # don't count."""
 
@@ -81,19 +102,8 @@ class ApiKeys:
         return status.st_mtime_ns, status.st_size, status.st_ino
 
     def _read(self) -> dict[bytes, ApiKey]:
-        try:
-            with self._path.open("rb") as file:
-                text = file.read(MAX_KEY_FILE_BYTES + 1)
-        except OSError as error:
-            raise SettingError(_SETTING, f"{self._path}: {error.strerror}") from None
-        lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), 1)]
-        lines = [(number, words) for number, words in lines if words and not words[0].startswith(b"#")]
-        if len(text) > MAX_KEY_FILE_BYTES or len(lines) > MAX_KEYS:
-            raise SettingError(_SETTING, f"{self._path} holds more than {MAX_KEYS} keys")
-        if not lines:
-            raise SettingError(_SETTING, f"{self._path} holds no key")
         keys: dict[bytes, ApiKey] = {}
-        for number, (key, *given) in lines:
+        for number, (key, *given) in lines_of(self._path):
             digest = hashlib.sha256(key).digest()
             made = self._key_of(digest, self._limits_of(given, number))
             if keys.setdefault(digest, made).allowance.limits != made.allowance.limits:

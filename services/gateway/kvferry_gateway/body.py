@@ -30,7 +30,6 @@ _COMMON_NEUTRAL: Final[dict[str, Callable[[object], bool]]] = {
     "length_penalty": _is(1),
     "spaces_between_special_tokens": _is(True),
     "use_beam_search": _is(False),
-    "priority": _is(0),
 }
 # Known fields and whether a value of theirs does nothing. `null` always does nothing.
 NEUTRAL: Final[dict[type[RequestModel], dict[str, Callable[[object], bool]]]] = {

@@ -10,6 +10,7 @@ from kvferry_gateway.answers import FinishReason, Usage, WholeChoice, encode, ss
 from kvferry_gateway.choices_answer import ChoicesAnswer
 from kvferry_gateway.logprobs import ToldToken, chat_logprobs
 from kvferry_gateway.parsing.parts import CallArguments, CallStart, Content, Message, Part, Reasoning
+from kvferry_gateway.prompt_logprobs import NOTHING_TOLD, PromptTold
 
 
 def call_id_of(answer_id: str, index: int, number: int) -> str:
@@ -22,7 +23,7 @@ class ChatAnswer(ChoicesAnswer):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def first_event(self, index: int, echo: str, prompt_ids: Sequence[int]) -> bytes:
+    def first_event(self, index: int, echo: str, prompt_ids: Sequence[int], prompt: PromptTold = NOTHING_TOLD) -> bytes:
         fields = {"prompt_token_ids": list(prompt_ids)} if self.details.token_ids else {}
         return sse(self._chunk(self._delta(index, {"role": "assistant", "content": ""}, None), **fields))
 
@@ -66,9 +67,11 @@ class ChatAnswer(ChoicesAnswer):
 
     def whole(self, choices: Sequence[WholeChoice], usage: Usage) -> bytes:
         body = super().whole(choices, usage)
-        if not self.details.token_ids:
-            return body
-        return body[:-1] + b',"prompt_token_ids":' + encode(list(choices[0].prompt_ids)) + b"}"
+        if self.details.token_ids:
+            body = body[:-1] + b',"prompt_token_ids":' + encode(list(choices[0].prompt_ids)) + b"}"
+        if (entries := choices[0].prompt.entries) is not None:
+            body = body[:-1] + b',"prompt_logprobs":' + entries + b"}"
+        return body
 
     def _logprobs_of(self, told: Sequence[ToldToken]) -> dict[str, Any]:
         return chat_logprobs(told, self.texts)

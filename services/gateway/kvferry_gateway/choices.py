@@ -16,6 +16,8 @@ from kvferry_gateway.answers import Answer, FinishReason, Usage, WholeChoice
 from kvferry_gateway.flight import Flight
 from kvferry_gateway.parsing.parts import Content, Part
 from kvferry_gateway.prompt import Prompt
+from kvferry_gateway.prompt_logprobs import NOTHING_TOLD, PromptTold, encoded_echo, encoded_entries
+from kvferry_gateway.prompt_scores import PromptScores
 from kvferry_gateway.streams import TextRules, TokenStream
 from kvferry_gateway.told import ToldStream
 
@@ -53,7 +55,25 @@ class Choice:
         found = [item.logprobs.logprob for item in self.stream.told if item.logprobs is not None]
         return sum(found) / len(found) if found else -math.inf
 
-    def whole(self) -> WholeChoice:
+    @property
+    def scores(self) -> PromptScores | None:
+        """Of its prompt, whose leader asks for them."""
+        return (self.leader or self).stream.scores
+
+    async def tell_prompt(self, answer: Answer) -> PromptTold:
+        """How likely its prompt is, in the forms that are asked for; waits until that is known."""
+        scores, details, prompt = self.scores, answer.details, self.prompt
+        if scores is None:
+            return NOTHING_TOLD
+        await scores.complete.wait()
+        entries = echoed = None
+        if (num_top := details.num_prompt_top) is not None:
+            entries = await encoded_entries(prompt.tokens, scores, num_top, answer.texts)
+        if (num_top := details.num_echoed_top) is not None:
+            echoed = await encoded_echo(prompt.tokens, scores, num_top, answer.texts, prompt.echo)
+        return PromptTold(entries, echoed)
+
+    def whole(self, told_prompt: PromptTold = NOTHING_TOLD) -> WholeChoice:
         """As a part of an answer that is not streamed. Takes the text."""
         text: str = json.loads(b'"' + self.stream.take_text() + b'"')
         told = self.stream.told if isinstance(self.stream, ToldStream) else ()
@@ -62,7 +82,7 @@ class Choice:
             parts = [*parser.push(text), *parser.finish()]
             if parser.num_calls and self.reason == "stop":
                 self.reason = "tool_calls"
-        return WholeChoice(parts, self.reason, told, self.prompt.tokens.tolist())
+        return WholeChoice(parts, self.reason, told, self.prompt.tokens.tolist(), told_prompt)
 
 
 def make_stream(

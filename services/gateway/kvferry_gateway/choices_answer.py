@@ -11,7 +11,7 @@ from kvferry_gateway.errors import ApiError
 from kvferry_gateway.logprobs import ToldToken
 from kvferry_gateway.parsing.parts import Content, Part
 
-_HOLE: Final = "\x00"  # stands for the text while the pieces around it are encoded
+HOLE: Final = "\x00"  # stands for a part that is encoded already, while the pieces around it are
 
 
 class ChoicesAnswer(Answer):
@@ -21,7 +21,7 @@ class ChoicesAnswer(Answer):
     chunk_object: ClassVar[str]
 
     def event_frame(self, index: int) -> tuple[bytes, bytes]:
-        before, after = self._chunk(self._text_choice(index, _HOLE, None)).split(encode(_HOLE)[1:-1])
+        before, after = self._chunk(self._text_choice(index, HOLE, None)).split(encode(HOLE)[1:-1])
         return b"data: " + before, after + b"\n\n"
 
     def told_event(self, index: int, parts: Sequence[Part], told: Sequence[ToldToken]) -> bytes:
@@ -64,12 +64,12 @@ class ChoicesAnswer(Answer):
         return sse(encode({**self._frame(self.chunk_object), "choices": [], "usage": usage.as_dict()})) + DONE
 
     def whole(self, choices: Sequence[WholeChoice], usage: Usage) -> bytes:
-        fields = {
-            **self._frame(self.whole_object),
-            "choices": [self._whole_choice(index, choice) for index, choice in enumerate(choices)],
-            "usage": usage.as_dict(),
-        }
-        return encode(fields)
+        encoded = b",".join(self._encoded_choice(index, choice) for index, choice in enumerate(choices))
+        head, tail = encode(self._frame(self.whole_object)), encode({"usage": usage.as_dict()})
+        return head[:-1] + b',"choices":[' + encoded + b"]," + tail[1:]
+
+    def _encoded_choice(self, index: int, choice: WholeChoice) -> bytes:
+        return encode(self._whole_choice(index, choice))
 
     def _details_of(self, told: Sequence[ToldToken]) -> dict[str, Any]:
         fields: dict[str, Any] = {}

@@ -19,16 +19,20 @@ from kvferry_gateway.errors import (
     ApiError,
     ClientGone,
     internal_error,
-    model_not_found,
 )
 from kvferry_gateway.fleet import Fleet
 from kvferry_gateway.flight import Flight
+from kvferry_gateway.models import Models, ServedModel
 from kvferry_gateway.offer import Unit
 from kvferry_gateway.openai import ChatRequest, CompletionRequest
 from kvferry_gateway.parsing.forms import PLAIN_TEXT
-from kvferry_gateway.prompt import Prompt, Prompter, most_tokens, within
+from kvferry_gateway.prompt import Prompt, most_tokens, within
+from kvferry_gateway.prompt_logprobs import NOTHING_TOLD, check_size
+from kvferry_gateway.prompt_scores import PromptScores
 from kvferry_gateway.rate_limit import Charge
+from kvferry_gateway.spans import note_answer, note_request
 from kvferry_gateway.streams import TextRules
+from kvferry_gateway.told import ToldStream
 
 # How long a client may take to read the end of an answer that is complete; the second one while shutting down.
 LINGER_S: Final = 30.0
@@ -48,14 +52,11 @@ class Asked:
 class Completions:
     """One gateway's requests under way."""
 
-    def __init__(self, fleet: Fleet, prompter: Prompter, model_name: str, max_context: int) -> None:
-        """`max_context`: the model's own limit in tokens, for as long as no worker has told its."""
+    def __init__(self, fleet: Fleet, models: Models) -> None:
         self._fleet = fleet
-        self._prompter = prompter
-        self._model_name = model_name
-        self._max_context = max_context
+        self._models = models
         self._metrics = fleet.metrics
-        self._admission = Admission(fleet.metrics, fleet.settings.max_requests)
+        self._admission = Admission(fleet.metrics, fleet.settings.max_requests, models.names)
         self._num_admitted = 0
         self._flights: dict[Flight, ClientConnection] = {}
 
@@ -63,11 +64,10 @@ class Completions:
     def draining(self) -> bool:
         return self._admission.draining
 
-    @property
-    def max_model_len(self) -> int:
+    def max_model_len(self, model: ServedModel) -> int:
         """Longest prompt + output that can be served now."""
-        told = self._fleet.registry.max_model_len(self._model_name)
-        return min(told or self._max_context, self._max_context)
+        told = self._fleet.registry.max_model_len(model.name)
+        return min(told or model.max_context, model.max_context)
 
     @property
     def num_live(self) -> int:
@@ -95,38 +95,50 @@ class Completions:
         caller, send = exchange.caller, exchange.send
         outcome = "error"
         began = now()
-        num_choices = 1
+        model_name, num_choices = "", 0
         charge: Charge | None = None
         usage: Usage | None = None
-        self._admission.admit(num_choices)
         try:
+            self._admission.check()
             caller.allowance.take_request(began)
             asked = read()
             request = asked.request
-            if request.model != self._model_name:
-                raise model_not_found(request.model)
-            prompts = await self._prompter.prepare(request, self.max_model_len)
-            self._admission.admit(len(prompts) * request.num_drawn - num_choices)
+            model = self._models.asked_for(request.model)
+            model_name = model.name
+            self._admission.admit(model_name, 1)
+            num_choices = 1
+            prompts = await model.prompter.prepare(request, self.max_model_len(model))
+            if (num_top := request.num_scored) is not None:
+                field = "logprobs" if request.prompt_logprobs is None else "prompt_logprobs"
+                check_size(sum(len(prompt.tokens) for prompt in prompts), request.n, num_top, field)
+            self._admission.admit(model_name, len(prompts) * request.num_drawn - num_choices)
             num_choices = len(prompts) * request.num_drawn
+            if caller.span is not None:
+                note_request(caller.span, request, model_name, num_choices, began, now())
             if request.token_limit is None and (most := caller.allowance.limits.tokens) is not None:
                 prompts = within(prompts, request.num_drawn, most)
             charge = caller.allowance.charge_tokens(most_tokens(prompts, request.num_drawn), now())
             answer = asked.form(
                 self._fleet.runtime.random_bytes(16).hex(),
-                self._model_name,
+                model_name,
                 int(self._fleet.runtime.wall_clock()),
-                self._prompter.texts,
+                model.prompter.texts,
                 include_usage=request.include_usage,
-                details=Details(request.num_logprobs is not None, request.return_token_ids),
+                details=Details(
+                    request.num_logprobs is not None,
+                    request.return_token_ids,
+                    request.prompt_logprobs,
+                    request.num_echoed_logprobs,
+                ),
             )
             connection = connection_of(exchange.scope, exchange.receive, send)
-            choices = self._choices(request, prompts, answer, caller)
+            choices = self._choices(model, request, prompts, answer, caller)
             self._flights |= {choice.flight: connection for choice in choices}
             try:
                 connection.watch(lambda: _abandon(choices), lambda: _resume(choices))
                 if connection.lost:
                     raise ClientGone("the client closed its connection")
-                self._metrics.prompt_tokens.inc(sum(len(prompt.tokens) for prompt in prompts))
+                self._metrics.prompt_tokens.labels(model_name).inc(sum(len(prompt.tokens) for prompt in prompts))
                 if request.stream:
                     outcome = await self._stream(choices, answer, request.include_usage, caller, connection, send)
                 else:
@@ -139,7 +151,7 @@ class Completions:
                     choice.flight.close()
                 await connection.close()
                 usage = usage_of(choices)
-                self._measure(choices, began)
+                self._measure(model_name, choices, began)
         except ClientGone:
             outcome = "client_gone"
         except ApiError as error:
@@ -150,18 +162,27 @@ class Completions:
         finally:
             if charge is not None:
                 caller.allowance.settle_tokens(charge, 0 if usage is None else usage.total_tokens, now())
-            self._metrics.requests.labels(route, outcome).inc()
-            self._admission.release(num_choices)
+            self._metrics.requests.labels(model_name, route, outcome).inc()
+            if caller.span is not None:
+                note_answer(caller.span, outcome, usage)
+            if num_choices:
+                self._admission.release(model_name, num_choices)
 
     def _choices(
-        self, request: ChatRequest | CompletionRequest, prompts: list[Prompt], answer: Answer, caller: Caller
+        self,
+        model: ServedModel,
+        request: ChatRequest | CompletionRequest,
+        prompts: list[Prompt],
+        answer: Answer,
+        caller: Caller,
     ) -> list[Choice]:
         """`num_drawn` choices of each prompt, in the answer's order."""
+        prompter = model.prompter
         eos_ends = prompts[0].sampling.ends_at_eos
-        silent = set(request.stop_token_ids) | (self._prompter.eos_token_ids if eos_ends else set())
+        silent = set(request.stop_token_ids) | (prompter.eos_token_ids if eos_ends else set())
         ends_hidden = not request.include_stop_str_in_output
         # A special token has no text anyhow; only where it would have some need the ends be looked for.
-        shown = frozenset() if prompts[0].reading is PLAIN_TEXT else self._prompter.readings.shown
+        shown = frozenset() if prompts[0].reading is PLAIN_TEXT else prompter.readings.shown
         needs_look = request.stop_token_ids or not request.skip_special_tokens
         rules = TextRules(
             request.min_tokens,
@@ -178,18 +199,22 @@ class Completions:
             unit = Unit(
                 number=self._num_admitted,
                 request_id=caller.request_id,
-                model=self._model_name,
+                model=model.name,
                 prompt=pack_tokens(prompt.tokens),
                 sampling=prompt.sampling,
                 salt=caller.salt,
                 arrival=arrival,
                 prompt_field=request.prompt_field,
+                priority=request.priority,
                 choice=number,
+                span=caller.span,
             )
             stream = make_stream(answer, index, prompt, request.stops, rules, streamed=request.stream)
-            flight = Flight(self._fleet, unit, stream, self._prompter.eos_token_ids)
+            flight = Flight(self._fleet, unit, stream, prompter.eos_token_ids)
             choice = Choice(index, prompt, stream, flight, choices[index - number] if number else None)
             stream.on_first_token = choice.begun.set if request.num_drawn > 1 else None
+            if (num_top := request.num_scored) is not None and choice.leader is None:
+                stream.scores = PromptScores(len(prompt.tokens), num_top)
             choices.append(choice)
         return choices
 
@@ -207,14 +232,16 @@ class Completions:
         max_backlog = self._fleet.settings.max_backlog_bytes
         for choice in choices:
             prompt, stream = choice.prompt, choice.stream
-            if first := answer.first_event(choice.index, prompt.echo, prompt.tokens.tolist()):
+            if isinstance(stream, ToldStream) and choice.scores is not None:
+                stream.hold_back()  # until its prompt is scored
+            elif first := answer.first_event(choice.index, prompt.echo, prompt.tokens.tolist()):
                 stream.pieces.insert(0, first)
             stream.attach(connection, now(), max_backlog, lambda: self._too_slow(connection))
             self._fleet.attached[stream] = None
         outcome = "ok"
 
         async def land(choice: Choice) -> None:
-            await choice.land()
+            await (choice.land() if choice.scores is None else _land_echoed(choice, answer))
             choice.stream.pieces.append(answer.last_event(choice.index, choice.reason))
             if len(choices) > 1:
                 choice.stream.flush(now())
@@ -247,18 +274,20 @@ class Completions:
     ) -> str:
         await together(_leaders(choices), lambda choice: choice.flight.take_off())
         await together(choices, Choice.land)
-        body = answer.whole([choice.whole() for choice in best(choices, n)], usage_of(choices))
+        told = {choice: await choice.tell_prompt(answer) for choice in _leaders(choices) if choice.scores is not None}
+        wholes = [choice.whole(told.get(choice.leader or choice, NOTHING_TOLD)) for choice in best(choices, n)]
+        body = answer.whole(wholes, usage_of(choices))
         await connection.close()
         await respond(send, 200, body, caller.headers)
         return "ok"
 
-    def _measure(self, choices: list[Choice], began: float) -> None:
+    def _measure(self, model: str, choices: list[Choice], began: float) -> None:
         first = [choice.stream.first_token_at for choice in choices if choice.stream.first_token_at is not None]
         if first:
-            self._metrics.ttft.observe(min(first) - began)
-        self._metrics.e2e.observe(now() - began)
-        self._metrics.generated_tokens.inc(sum(len(choice.stream.tokens) for choice in choices))
-        self._metrics.cached_tokens.inc(sum(choice.stream.cached_tokens for choice in choices))
+            self._metrics.ttft.labels(model).observe(min(first) - began)
+        self._metrics.e2e.labels(model).observe(now() - began)
+        self._metrics.generated_tokens.labels(model).inc(sum(len(choice.stream.tokens) for choice in choices))
+        self._metrics.cached_tokens.labels(model).inc(sum(choice.stream.cached_tokens for choice in choices))
 
     def _too_slow(self, connection: ClientConnection) -> None:
         self._metrics.slow_clients.inc()
@@ -267,6 +296,23 @@ class Completions:
 
 def _leaders(choices: list[Choice]) -> list[Choice]:
     return [choice for choice in choices if choice.leader is None]
+
+
+async def _land_echoed(choice: Choice, answer: Answer) -> None:
+    """Land a choice whose stream begins with its prompt and how likely that is."""
+
+    async def begin() -> None:
+        told, prompt, stream = await choice.tell_prompt(answer), choice.prompt, choice.stream
+        assert isinstance(stream, ToldStream), "it tells log-probabilities"
+        stream.begin(answer.first_event(choice.index, prompt.echo, prompt.tokens.tolist(), told), now())
+
+    beginning = asyncio.ensure_future(begin())
+    try:
+        await choice.land()
+        await beginning
+    finally:
+        beginning.cancel()
+        await asyncio.gather(beginning, return_exceptions=True)
 
 
 def _abandon(choices: list[Choice]) -> None:

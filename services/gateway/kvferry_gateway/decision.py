@@ -21,9 +21,8 @@ Why = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One unit to be placed."""
+    """One unit to be placed, among the workers of its model."""
 
-    model: str
     num_tokens: int  # to prefill: prompt + generated so far
     max_total: int  # prompt + max_tokens
     seed: int = 0  # of ties: from the ticket

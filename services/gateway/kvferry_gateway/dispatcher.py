@@ -1,20 +1,22 @@
 """From token batches to streams. The hot path of the gateway: one walk per batch, one write per stream and turn.
 
-A row is fenced by one look-up: its stream_id is known only while its attempt is the current one.
+A row is fenced by one look-up: its stream_id is known only while its attempt is the current one, and only if the sender
+is one of that attempt's workers.
 """
 
 from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
 
 from kvferry.errors import MalformedMessage
-from kvferry.wire.logprobs import unpack_logprobs
+from kvferry.wire.logprobs import PromptLogprobs, unpack_logprobs, unpack_prompt_logprobs
 from kvferry.wire.messages import TokenBatch
-from kvferry_gateway.attempt import AttemptTable, Lost
+from kvferry_gateway.attempt import Attempt, AttemptTable, Lost
 from kvferry_gateway.metrics import GatewayMetrics
 from kvferry_gateway.streams import TokenStream
 
@@ -26,12 +28,15 @@ class WorkerMail(ABC):
     """What the dispatcher has to tell workers."""
 
     @abstractmethod
-    def acknowledge(self, incarnation: int, stream_ids: tuple[int, ...]) -> None:
-        """These ends need not be repeated."""
+    def acknowledge(self, incarnation: int, stream_ids: tuple[int, ...], scored: tuple[int, ...]) -> None:
+        """These ends need not be repeated, and of `scored` the log-probabilities of the prompt not be kept."""
 
     @abstractmethod
-    def resend(self, incarnation: int, streams: tuple[tuple[int, int], ...], cause: str) -> None:
-        """Publish tokens of (stream_id, from index) again. `cause` labels the counter."""
+    def resend(
+        self, incarnation: int, streams: tuple[tuple[int, int], ...], prompts: tuple[tuple[int, int], ...], cause: str
+    ) -> None:
+        """Publish tokens of (stream_id, from index) and prompts' log-probabilities of (stream_id, from position) again.
+        `cause` labels the counter."""
 
 
 class Dispatcher:
@@ -43,6 +48,7 @@ class Dispatcher:
         self._metrics = metrics
         self._touched: list[TokenStream] = []
         self._acks: dict[int, dict[int, None]] = {}  # incarnation -> stream ids
+        self._scored: dict[int, dict[int, None]] = {}  # the same, of prompts whose log-probabilities are all here
         self._scheduled = False
         self._expected: dict[int, int] = {}  # incarnation -> batch_seq of its next batch
 
@@ -55,34 +61,37 @@ class Dispatcher:
         if size % 4 or len(batch.indices) != size or len(batch.tokens) != size:
             raise MalformedMessage("token columns of unequal length")
         logprobs = None if batch.logprobs is None else unpack_logprobs(batch.logprobs, size // 4)
+        prompts = [(columns.stream_id, unpack_prompt_logprobs(columns)) for columns in batch.prompts]
         self._check_sequence(batch)
+        attempts = self._table.of(batch.incarnation)
         if logprobs is not None:
             stream_ids, indices = np.frombuffer(batch.stream_ids, "<u4"), np.frombuffer(batch.indices, "<u4")
             for row, found in logprobs:
-                if (stream := self._table.streams.get(int(stream_ids[row]))) is not None:
-                    stream.note_logprobs(int(indices[row]), found)
+                if (attempt := attempts.get(int(stream_ids[row]))) is not None:
+                    attempt.stream.note_logprobs(int(indices[row]), found)
         if size:
-            self._take_rows(batch)
-        streams = self._table.streams
+            self._take_rows(batch, attempts)
+        for stream_id, scores in prompts:
+            if (attempt := attempts.get(stream_id)) is not None:
+                self._take_scores(attempt, scores, batch.incarnation)
         for stream_id, count in batch.cached:
-            if (stream := streams.get(stream_id)) is not None:
-                stream.cached_tokens = count
+            if (attempt := attempts.get(stream_id)) is not None:
+                attempt.stream.cached_tokens = count
         for end in batch.ends:
-            stream = streams.get(end.stream_id)
-            attempt = None if stream is None else stream.attempt
+            attempt = attempts.get(end.stream_id)
             # An unknown one is confirmed, too: the worker would repeat it for ever.
             if attempt is None or attempt.ended(end, batch.incarnation):
                 self.acknowledge(batch.incarnation, end.stream_id)
-            if stream is not None:
-                self._touch(stream)
+            if attempt is not None:
+                self._touch(attempt.stream)
 
     def acknowledge(self, incarnation: int, stream_id: int) -> None:
         """Confirm an end, together with all others of this turn."""
         self._acks.setdefault(incarnation, {})[stream_id] = None
         self._schedule()
 
-    def _take_rows(self, batch: TokenBatch) -> None:
-        get = self._table.streams.get
+    def _take_rows(self, batch: TokenBatch, attempts: Mapping[int, Attempt]) -> None:
+        get = attempts.get
         touched = self._touched
         late = 0
         for stream_id, index, token in zip(
@@ -91,14 +100,15 @@ class Dispatcher:
             np.frombuffer(batch.tokens, "<u4").tolist(),
             strict=True,
         ):
-            stream = get(stream_id)
-            if stream is None:
+            attempt = get(stream_id)
+            if attempt is None:
                 late += 1
                 continue
+            stream = attempt.stream
             if index == len(stream.tokens) and index < stream.limit and not stream.held:
                 stream.append(token)
             else:
-                self._settle(stream, index, token, batch.incarnation)
+                self._settle(attempt, index, token, batch.incarnation)
             if not stream.touched:
                 stream.touched = True
                 touched.append(stream)
@@ -107,9 +117,8 @@ class Dispatcher:
         if touched:
             self._schedule()
 
-    def _settle(self, stream: TokenStream, index: int, token: int, incarnation: int) -> None:
-        attempt = stream.attempt
-        assert attempt is not None, "a stream in the table has an attempt"
+    def _settle(self, attempt: Attempt, index: int, token: int, incarnation: int) -> None:
+        stream = attempt.stream
         if stream.stopped:
             return
         if incarnation == attempt.decode.incarnation:
@@ -118,6 +127,14 @@ class Dispatcher:
             self._metrics.mismatches.inc()
             attempt.conclude(Lost("token_mismatch"))
             self._table.remove(attempt)  # now: the rest of this batch must not be taken
+
+    def _take_scores(self, attempt: Attempt, found: PromptLogprobs, incarnation: int) -> None:
+        scores = attempt.stream.scores
+        if scores is None or attempt.scorer.incarnation != incarnation or not scores.take(found):
+            attempt.break_off()
+        elif scores.complete.is_set():
+            self._scored.setdefault(incarnation, {})[attempt.stream_id] = None
+            self._touch(attempt.stream)
 
     def _touch(self, stream: TokenStream) -> None:
         if not stream.touched:
@@ -144,8 +161,8 @@ class Dispatcher:
                     stream.first_token_at = now
                     if stream.on_first_token is not None:
                         stream.on_first_token()
-                else:
-                    itl.observe(now - stream.last_token_at)
+                elif stream.attempt is not None:
+                    itl.observe(stream.attempt.decode.model, now - stream.last_token_at)
                 stream.last_token_at = now
                 if stream.attempt is not None:
                     stream.attempt.forecast.began(now)
@@ -154,8 +171,10 @@ class Dispatcher:
             if attempt is not None and (stream.stopped or attempt.end is not None):
                 attempt.review()
         acks, self._acks = self._acks, {}
-        for incarnation, stream_ids in acks.items():
-            self._mail.acknowledge(incarnation, tuple(stream_ids))
+        scored, self._scored = self._scored, {}
+        for incarnation in acks | scored:
+            ended, told = acks.get(incarnation, ()), scored.get(incarnation, ())
+            self._mail.acknowledge(incarnation, tuple(ended), tuple(told))
 
     def _check_sequence(self, batch: TokenBatch) -> None:
         """Ask for what a gap in the batch numbers has swallowed."""
@@ -167,6 +186,12 @@ class Dispatcher:
             return  # late or doubled: the streams sort it out
         self._expected[incarnation] = (seq + 1) & _MASK
         if 0 < ahead < _HALF:
-            streams = tuple((a.stream_id, len(a.stream.tokens)) for a in self._table.of_worker(incarnation))
+            attempts = self._table.of_worker(incarnation)
+            streams = tuple((a.stream_id, len(a.stream.tokens)) for a in attempts)
+            lacking = tuple(
+                (attempt.stream_id, scores.next)
+                for attempt in attempts
+                if (scores := attempt.stream.scores) is not None and attempt.stream.lacks_scores
+            )
             if streams:
-                self._mail.resend(incarnation, streams, "gap")
+                self._mail.resend(incarnation, streams, lacking, "gap")

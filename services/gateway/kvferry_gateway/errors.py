@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from kvferry.errors import KvferryError
@@ -105,6 +106,11 @@ def model_not_found(model: str) -> ApiError:
     return ApiError(404, f"The model '{model}' does not exist.", param="model", code="model_not_found")
 
 
+def model_not_named(names: Sequence[str]) -> ApiError:
+    message = f"Missing required parameter: 'model'. There are: {', '.join(names)}."
+    return bad_request(message, "model", "missing_required_parameter")
+
+
 def not_found(path: str) -> ApiError:
     return ApiError(404, f"Unknown path: {path[:256]}", code="unknown_url")
 
@@ -121,10 +127,6 @@ def method_not_allowed(method: str, allowed: str) -> ApiError:
         code="method_not_supported",
         headers=((b"allow", allowed.encode()),),
     )
-
-
-def request_timeout(seconds: float) -> ApiError:
-    return ApiError(408, f"The request did not arrive whole within {seconds:g} s.", code="request_timeout")
 
 
 def body_too_large(limit: int) -> ApiError:

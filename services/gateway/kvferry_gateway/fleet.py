@@ -7,7 +7,9 @@ In: token batches, heartbeats, exit notices. Out: requests, cancels, acknowledge
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final
 
 from kvferry.bus.base import Bus, BusMessage, Subscription
@@ -15,6 +17,8 @@ from kvferry.bus.liveness import BEAT_INTERVAL, PING_TIMEOUT, Seen
 from kvferry.errors import BusError, BusTimeout, BusUnavailable, NoResponders, WireError
 from kvferry.log import get_logger
 from kvferry.runtime import Runtime, TaskSet, now
+from kvferry.trace.span import SpanExporter
+from kvferry.trace.tracer import Tracer
 from kvferry.wire.messages import (
     WORKER_ROLES,
     Accepted,
@@ -36,10 +40,21 @@ from kvferry.wire.messages import (
     ToWorker,
     WorkerRecord,
 )
-from kvferry.wire.subjects import all_cache_news, beat_subject, process_subject, role_beats
+from kvferry.wire.subjects import (
+    all_cache_news,
+    all_exits,
+    all_mail,
+    beat_subject,
+    cache_subject,
+    check_origin,
+    mail_subject,
+    process_subject,
+    role_beats,
+)
 from kvferry_gateway.attempt import Attempt, AttemptTable, Lost, LostReason, audit
 from kvferry_gateway.dispatcher import Dispatcher, WorkerMail
 from kvferry_gateway.metrics import GatewayMetrics
+from kvferry_gateway.models import ServedModel
 from kvferry_gateway.placer import Placer
 from kvferry_gateway.post import Post
 from kvferry_gateway.registry import Registry
@@ -50,6 +65,7 @@ from kvferry_gateway.timeline import Timelines
 
 ASKS: Final = 2  # how often a worker is asked before its silence counts
 MAX_FENCES: Final = 4096  # workers that are gone and may come back
+MAX_OBJECTIONS_LOGGED: Final = 4  # of one new worker; /v1/cluster has them all
 
 log = get_logger(__name__)
 
@@ -64,11 +80,15 @@ class Unreachable:
 Reply = Accepted | Rejected | Unreachable
 
 
+Order = tuple[int, float, int]  # priority, arrival, number of a unit: who is placed before whom
+
+
 @dataclass(frozen=True, slots=True)
 class Waiting:
     """A request that lost its workers and finds no new ones."""
 
     request_id: str
+    model: str
     since: float
     why: str
 
@@ -77,15 +97,25 @@ class Fleet(WorkerMail):
     """Registry, attempts and dispatcher of one gateway, and the bus around them."""
 
     def __init__(
-        self, settings: GatewaySettings, runtime: Runtime, bus: Bus, metrics: GatewayMetrics, pid: int, targets: Targets
+        self,
+        settings: GatewaySettings,
+        runtime: Runtime,
+        bus: Bus,
+        metrics: GatewayMetrics,
+        pid: int,
+        models: Iterable[ServedModel],
+        targets: Mapping[str, Targets],
+        spans: SpanExporter | None = None,
     ) -> None:
+        """`targets`: of each model. Without `spans` nothing is traced."""
         self.settings = settings
         self.runtime = runtime
         self.metrics = metrics
+        self.tracer = None if spans is None else Tracer(runtime, spans, metrics.spans, settings.trace_sample_ratio)
         self.incarnation = runtime.random_u64()
         self.subject = process_subject(settings.cluster, "gateway", settings.name, self.incarnation)
-        self.registry = Registry(now())
-        self.placer = Placer(targets, settings.local_prefill_threshold)
+        self.registry = Registry(now(), {model.name: model.vocabulary_id for model in models})
+        self.placers = {model: Placer(aims, settings.local_prefill_threshold) for model, aims in targets.items()}
         self.table = AttemptTable()
         self.timelines = Timelines()
         self.tasks = TaskSet(self._task_failed)
@@ -100,7 +130,7 @@ class Fleet(WorkerMail):
         self._attempts = 0
         self._beat = 0
         self._fences: dict[int, int] = {}  # incarnation that is gone -> highest attempt it may have
-        self._news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._sleepers: dict[Order, asyncio.Future[None]] = {}
         self._subscriptions: list[Subscription] = []
 
     # -- life cycle ------------------------------------------------------------------------------------------
@@ -108,10 +138,12 @@ class Fleet(WorkerMail):
     async def start(self) -> None:
         """Raises `BusUnavailable`."""
         self._bus.on_change(self._bus_changed)
-        self._subscriptions.append(await self._bus.subscribe(self.subject, self._on_batch))
+        self._subscriptions.append(await self._bus.subscribe(all_mail(self.subject), self._on_batch))
         for role in WORKER_ROLES:
             beats = role_beats(self.settings.cluster, role)
             self._subscriptions.append(await self._bus.subscribe(beats, self._on_beat))
+        exits = all_exits(self.settings.cluster)
+        self._subscriptions.append(await self._bus.subscribe(exits, self._on_exit))
         news = all_cache_news(self.settings.cluster)
         self._subscriptions.append(await self._bus.subscribe(news, self._on_cache_news))
         self.tasks.spawn(self._post.run(), "post")
@@ -124,8 +156,14 @@ class Fleet(WorkerMail):
         await self.tasks.cancel()
         for subscription in self._subscriptions:
             await subscription.close()
+        if self.tracer is not None:
+            await self.tracer.close()
 
     # -- requests --------------------------------------------------------------------------------------------
+
+    def mail_from(self, role: str) -> str:
+        """Where workers of a role write to this gateway."""
+        return mail_subject(self.subject, role)
 
     def new_attempt_number(self) -> int:
         self._attempts += 1
@@ -155,10 +193,17 @@ class Fleet(WorkerMail):
         self.suspect(worker)
         return Unreachable()
 
-    async def wait_for_news(self, stop: asyncio.Future[Exception], timeout: float) -> None:
-        """Until a worker has come or changed its state, `stop` is done, or `timeout` seconds have passed."""
-        waits: tuple[asyncio.Future[Any], ...] = (self._news, stop)
-        await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    async def wait_for_news(self, order: Order, stop: asyncio.Future[Exception]) -> None:
+        """Until a worker has come or changed its state, a heartbeat has passed, or `stop` is done.
+
+        All who wait are woken in their order, so that the urgent and the old are placed before the others.
+        """
+        news = self._sleepers[order] = asyncio.get_running_loop().create_future()
+        try:
+            waits: tuple[asyncio.Future[Any], ...] = (news, stop)
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            del self._sleepers[order]
 
     def cancel(self, worker: WorkerRecord, attempt: Attempt) -> None:
         self._send(worker.subject, Cancel(attempt.ticket, attempt.number))
@@ -176,14 +221,16 @@ class Fleet(WorkerMail):
         if attempt.end is not None:
             self._dispatcher.acknowledge(attempt.end_from, attempt.stream_id)
 
-    def acknowledge(self, incarnation: int, stream_ids: tuple[int, ...]) -> None:
+    def acknowledge(self, incarnation: int, stream_ids: tuple[int, ...], scored: tuple[int, ...]) -> None:
         if (worker := self.registry.record_of(incarnation)) is not None:
-            self._send(worker.subject, EndAck(self.incarnation, stream_ids))
+            self._send(worker.subject, EndAck(self.incarnation, stream_ids, scored))
 
-    def resend(self, incarnation: int, streams: tuple[tuple[int, int], ...], cause: str) -> None:
+    def resend(
+        self, incarnation: int, streams: tuple[tuple[int, int], ...], prompts: tuple[tuple[int, int], ...], cause: str
+    ) -> None:
         if (worker := self.registry.record_of(incarnation)) is not None:
             self.metrics.resends.labels(cause).inc()
-            self._send(worker.subject, Resend(self.incarnation, streams))
+            self._send(worker.subject, Resend(self.incarnation, streams, prompts))
 
     def _send(self, subject: str, message: ToWorker) -> None:
         self._post.send(subject, self._codecs.to_worker.encode(message))
@@ -192,7 +239,12 @@ class Fleet(WorkerMail):
 
     def _on_batch(self, message: BusMessage) -> None:
         try:
-            self._dispatcher.take(self._codecs.to_gateway.decode(message.payload))
+            batch = self._codecs.to_gateway.decode(message.payload)
+            worker = self.registry.record_of(batch.incarnation)
+            if worker is None:
+                return  # gone: its attempts are over, and are told to it when it returns
+            check_origin(message.subject, self.mail_from(worker.role))
+            self._dispatcher.take(batch)
         except WireError as error:
             self.metrics.wire_errors.labels("bus", error.kind).inc()
             log.warning("message dropped", kind=error.kind, bytes=len(message.payload))
@@ -200,15 +252,30 @@ class Fleet(WorkerMail):
     def _on_beat(self, message: BusMessage) -> None:
         try:
             beat = self._codecs.beat.decode(message.payload)
+            if isinstance(beat, Heartbeat):
+                self._check_record(message.subject, beat.record)
+                self._on_heartbeat(beat)
+        except WireError as error:
+            self.metrics.wire_errors.labels("bus", error.kind).inc()
+
+    def _check_record(self, subject: str, record: WorkerRecord) -> None:
+        """Raises `Impostor` for a worker that speaks for another one, or wants to be written to in another's place."""
+        named = self.settings.cluster, record.role, record.name, record.incarnation
+        check_origin(subject, beat_subject(*named))
+        process = process_subject(*named)
+        check_origin(record.subject, mail_subject(process, "gateway"), process)  # a worker of an older version
+        known = self.registry.record_of(record.incarnation)
+        if known is not None:
+            check_origin(record.subject, known.subject)
+
+    def _on_exit(self, message: BusMessage) -> None:
+        try:
+            notice = self._codecs.beat.decode(message.payload)
         except WireError as error:
             self.metrics.wire_errors.labels("bus", error.kind).inc()
             return
-        match beat:
-            case Heartbeat():
-                self._on_heartbeat(beat)
-            case ExitNotice(incarnation, cause):
-                if self.registry.exited(incarnation, cause, now()):
-                    self._ping(incarnation)
+        if isinstance(notice, ExitNotice) and self.registry.exited(notice.incarnation, notice.cause, now()):
+            self._ping(notice.incarnation)
 
     def _on_heartbeat(self, beat: Heartbeat) -> None:
         incarnation = beat.record.incarnation
@@ -216,19 +283,26 @@ class Fleet(WorkerMail):
         seen = self.registry.observe(beat, now())
         if seen is None:
             return
-        if self.placer.heartbeat(beat, now()):
+        placer = self._placer_of(incarnation)
+        if placer is not None and placer.heartbeat(beat, now()):
             self._send(beat.record.subject, CacheResync(incarnation))
         if seen is not Seen.ALIVE or beat.state != before:
             self._tell_news()
-            log.info("worker", name=beat.record.name, role=beat.record.role, state=beat.state, seen=seen.value)
+            record = beat.record
+            log.info(
+                "worker", name=record.name, role=record.role, model=record.model, state=beat.state, seen=seen.value
+            )
+        if seen is Seen.NEW:
+            self._look_at(beat.record)
         if seen is Seen.RETURNED and (highest := self._fences.pop(incarnation, None)) is not None:
             # It was frozen, and its work has been placed elsewhere meanwhile.
             self._send(beat.record.subject, Fence(incarnation, self.incarnation, highest))
         if beat.state == "wedged":
             self._lose(incarnation, "wedged", "wedged")
-        result = audit(incarnation, beat.sequences.get(self.subject, ()), self.table.of_worker(incarnation))
-        if result.resend:
-            self.resend(incarnation, result.resend, "heartbeat")
+        rows = beat.sequences.get(self.mail_from(beat.record.role), ())
+        result = audit(incarnation, rows, self.table.of_worker(incarnation))
+        if result.resend or result.resend_prompts:
+            self.resend(incarnation, result.resend, result.resend_prompts, "heartbeat")
         for attempt in result.forgotten:
             attempt.conclude(Lost("forgotten"))
         for row in result.strangers:
@@ -237,9 +311,28 @@ class Fleet(WorkerMail):
             elif (key := self.table.remembered(row.stream_id)) is not None:
                 self._send(beat.record.subject, Cancel(*key))
 
+    def _placer_of(self, incarnation: int) -> Placer | None:
+        """That of the worker's model; None for a worker that no request goes to."""
+        worker = self.registry.record_of(incarnation)
+        return None if worker is None or self.registry.unserved(worker) else self.placers[worker.model]
+
+    def _look_at(self, worker: WorkerRecord) -> None:
+        """A new one: say once what an operator should know of it."""
+        if (why := self.registry.unserved(worker)) is not None:
+            log.warning("worker gets no request", worker=worker.name, role=worker.role, model=worker.model, why=why)
+        for other, why in islice(self.registry.objections(worker).items(), MAX_OBJECTIONS_LOGGED):
+            log.warning("workers don't pair", worker=worker.name, other=other, model=worker.model, why=why)
+
     def _on_cache_news(self, message: BusMessage) -> None:
         try:
-            self.placer.hear(self._codecs.cache.decode(message.payload))
+            news = self._codecs.cache.decode(message.payload)
+            worker = self.registry.record_of(news.incarnation)
+            if worker is None:
+                return  # its first heartbeat will show what is missing
+            cluster = self.settings.cluster
+            check_origin(message.subject, cache_subject(cluster, worker.role, worker.name, worker.incarnation))
+            if (placer := self._placer_of(news.incarnation)) is not None:
+                placer.hear(news)
         except WireError as error:
             self.metrics.wire_errors.labels("bus", error.kind).inc()
 
@@ -252,6 +345,7 @@ class Fleet(WorkerMail):
             moment = loop.time()
             self.registry.liveness.tick(moment)
             self._judge(moment)
+            self._tell_news()
             for stream in self.attached:
                 stream.keep_alive(moment, self.settings.sse_comment_interval)
             await self._publish_beat()
@@ -270,6 +364,7 @@ class Fleet(WorkerMail):
 
     def _judge(self, moment: float) -> None:
         for incarnation in self.registry.liveness.verdicts(moment):
+            placer = self._placer_of(incarnation)
             worker = self.registry.remove(incarnation)
             if worker is None:
                 continue
@@ -277,7 +372,8 @@ class Fleet(WorkerMail):
             attempts = len(self.table.of_worker(incarnation))
             log.warning("worker gone", worker=worker.name, role=worker.role, crashed=crashed, attempts=attempts)
             self.metrics.workers_gone.inc()
-            self.placer.gone(worker)
+            if placer is not None:
+                placer.gone(worker)
             self._dispatcher.forget_worker(incarnation)
             self._fences[incarnation] = self._attempts
             if len(self._fences) > MAX_FENCES:
@@ -324,8 +420,9 @@ class Fleet(WorkerMail):
             self.registry.liveness.bus_down(now())
 
     def _tell_news(self) -> None:
-        self._news.set_result(None)
-        self._news = asyncio.get_running_loop().create_future()
+        for _, sleeper in sorted(self._sleepers.items()):
+            if not sleeper.done():
+                sleeper.set_result(None)
 
     def _task_failed(self, name: str, error: BaseException) -> None:
         log.error("task failed", task=name, exc_info=error)

@@ -12,10 +12,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
-from kvferry.bus.liveness import BEAT_INTERVAL
+import msgspec
+
 from kvferry.log import get_logger
 from kvferry.runtime import now
-from kvferry.wire.messages import Work, pack_tokens
+from kvferry.wire.messages import Sampling, Work, pack_tokens
 from kvferry_gateway.answers import FinishReason
 from kvferry_gateway.attempt import Attempt, Finished, Lost, Verdict
 from kvferry_gateway.block_keys import BlockKeys
@@ -34,6 +35,7 @@ from kvferry_gateway.errors import (
 from kvferry_gateway.fleet import Fleet, Waiting
 from kvferry_gateway.offer import Refusals, Unit, offer
 from kvferry_gateway.placement import NoWorker, OtherNumerics, TooLong, numerics_of
+from kvferry_gateway.spans import begin_attempt, end_attempt
 from kvferry_gateway.streams import TokenStream
 
 CRASHES_TO_ISOLATE: Final = 2  # workers that crashed under a request before it runs alone
@@ -48,8 +50,11 @@ class Flight:
         self.unit = unit
         self.stream = stream
         self._fleet = fleet
-        self._timeline = fleet.timelines.begin(unit.number, unit.request_id, unit.choice, unit.num_prompt, stream)
+        self._timeline = fleet.timelines.begin(
+            unit.number, unit.request_id, unit.model, unit.choice, unit.num_prompt, stream
+        )
         self._settings = fleet.settings
+        self._placer = fleet.placers[unit.model]
         self._eos_token_ids = eos_token_ids
         self._attempt: Attempt | None = None
         self._failures = 0
@@ -110,25 +115,24 @@ class Flight:
 
     async def land(self) -> FinishReason:
         """Until the choice is complete. Raises `ApiError`, `ClientGone`."""
-        while True:
-            verdict = await self._verdict()
+        while (attempt := self._attempt) is not None:
+            verdict = await self._verdict(attempt)
             if isinstance(verdict, Finished):
+                told = self._ended() if attempt.scores_only else None
+                self._finish_reason = told or verdict.reason
                 self._finish()
-                self._finish_reason = verdict.reason
-                return verdict.reason
-            self._lose(verdict)
-            if (reason := self._complete_already()) is not None:
-                self._finish_reason = reason
-                return reason
-            await self._place_in_time()
-
-    async def _verdict(self) -> Verdict:
-        attempt = self._attempt
-        if attempt is not None:
-            waits: tuple[asyncio.Future[Any], ...] = (attempt.over, self._stop)
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            else:
+                self._lose(verdict)
+                await self._place_in_time()
         self._check_stop()
-        assert attempt is not None, "only a stopped flight has no attempt here"
+        reason = self._finish_reason = self._finish_reason or self._complete()
+        assert reason is not None, "a flight that has no attempt is stopped or complete"
+        return reason
+
+    async def _verdict(self, attempt: Attempt) -> Verdict:
+        waits: tuple[asyncio.Future[Any], ...] = (attempt.over, self._stop)
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        self._check_stop()
         return attempt.over.result()
 
     def _check_stop(self) -> None:
@@ -152,7 +156,7 @@ class Flight:
         """Count a lost attempt. Raises `ApiError` when that was the last one."""
         attempt = self._attempt
         assert attempt is not None
-        self._fleet.metrics.replacements.labels(verdict.reason).inc()
+        self._fleet.metrics.replacements.labels(self.unit.model, verdict.reason).inc()
         self._timeline.lost(verdict.reason)
         log.info(
             "attempt lost", request_id=self.unit.request_id, attempt=attempt.number, reason=verdict.reason,
@@ -176,12 +180,17 @@ class Flight:
             raise failures_used_up(self._failures, verdict.reason)
         self._alone = self._crashes >= CRASHES_TO_ISOLATE
 
-    def _complete_already(self) -> FinishReason | None:
-        """The last token came, but the word that it was the last one died with the worker."""
+    def _ended(self) -> FinishReason | None:
+        """Why nothing is left to generate, told by the tokens: the word that the last one was the last may have died
+        with the worker."""
         tokens = self.stream.tokens
-        if tokens and self.unit.sampling.is_end(tokens[-1], self._eos_token_ids):
+        if self.stream.stopped or (tokens and self.unit.sampling.is_end(tokens[-1], self._eos_token_ids)):
             return "stop"
         return "length" if len(tokens) >= self.stream.limit else None
+
+    def _complete(self) -> FinishReason | None:
+        """The same, where nothing else is asked for."""
+        return None if self.stream.lacks_scores else self._ended()
 
     def _retire(self, *, cancel: bool) -> None:
         """The attempt's tokens are taken no more, and its workers need not go on."""
@@ -189,6 +198,8 @@ class Flight:
         if attempt is None:
             return
         self._fleet.table.remove(attempt)
+        if attempt.span is not None:
+            end_attempt(attempt.span, attempt, now())
         if cancel:
             for worker in attempt.workers:
                 self._fleet.cancel(worker, attempt)
@@ -208,16 +219,17 @@ class Flight:
                         raise
                     if self.unit.number not in waiting:
                         log.warning("no place to go on", request_id=self.unit.request_id, why=error.message)
-                    waiting[self.unit.number] = Waiting(self.unit.request_id, since, error.message)
-                await self._fleet.wait_for_news(self._stop, BEAT_INTERVAL)
+                    waiting[self.unit.number] = Waiting(self.unit.request_id, self.unit.model, since, error.message)
+                await self._fleet.wait_for_news(self.unit.order, self._stop)
                 self._check_stop()
         finally:
-            waiting.pop(self.unit.number, None)
+            if waiting.pop(self.unit.number, None) is not None and self.unit.span is not None:
+                self.unit.span.child("wait for workers", since).end(now())
 
     async def _place(self, *, first: bool) -> None:
         """Ask one choice of workers after the other, until one accepts. Raises `ApiError`, `ClientGone`."""
         refusals = Refusals()
-        while True:
+        while self._complete() is None:
             keys = await self._keys()
             self._check_stop()
             attempt = self._begin(refusals, keys, first=first)
@@ -226,8 +238,10 @@ class Flight:
             if attempt.accepted:
                 self._bind(attempt)
                 kind = "local" if attempt.prefill is None else "pair"
-                self._fleet.metrics.placements.labels(kind).inc()
+                self._fleet.metrics.placements.labels(self.unit.model, kind).inc()
                 self._timeline.note("accepted", attempt=attempt.number)
+                if attempt.span is not None:
+                    attempt.span.event("accepted", now())
                 return
             if self.stream.tokens:
                 self._bind(attempt)  # one worker took it and gave a token before the other one refused
@@ -242,9 +256,11 @@ class Flight:
             self._bound_to = numerics_of(attempt.decode)
 
     async def _keys(self) -> tuple[int, ...]:
-        """Names of the text's blocks, as the workers' caches have them."""
-        block_format = self._fleet.placer.block_format(self.unit.model)
-        return () if block_format is None else await self._block_keys.of(block_format, self.stream.tokens)
+        """Names of the text's blocks, as the workers' caches have them. A prompt that is scored is computed anew."""
+        block_format = self._placer.block_format
+        if block_format is None or self.stream.lacks_scores:
+            return ()
+        return await self._block_keys.of(block_format, self.stream.tokens)
 
     def _begin(self, refusals: Refusals, keys: tuple[int, ...], *, first: bool) -> Attempt:
         """Choose workers and give the attempt its numbers."""
@@ -253,21 +269,24 @@ class Flight:
         unusable = refusals.unusable | self._lost_prefills
         if unit.sampling.grammar is not None:
             unusable |= fleet.registry.without_grammars()
+            if unit.sampling.grammar.kind == "tagged":
+                unusable |= fleet.registry.without("tagged")
+        if self.stream.lacks_scores:
+            unusable |= fleet.registry.without("scoring")
         request = Request(
-            unit.model,
             num_tokens=unit.num_prompt + len(self.stream.tokens),
             max_total=unit.num_prompt + unit.sampling.max_tokens,
             seed=int.from_bytes(ticket[:8], "little"),
             keys=keys,
             priority=unit.priority,
             deadline_s=self._deadline - moment,
-            local_prefill_threshold=fleet.placer.local_prefill_threshold,
+            local_prefill_threshold=self._placer.local_prefill_threshold,
             full=refusals.full.keys(),
             unusable=unusable,
             bound_to=self._bound_to,
             admitted=not first,
         )
-        match fleet.placer.place(request, moment):
+        match self._placer.place(request, moment):
             case Placed() as placed:
                 pass
             case Hopeless(expected_s, retry_after):
@@ -291,10 +310,13 @@ class Flight:
             prefill=placed.prefill,
             first_index=len(self.stream.tokens),
             over=asyncio.get_running_loop().create_future(),
-            forecast=fleet.placer.placed(request, placed, unit.request_id, number, moment),
+            forecast=self._placer.placed(request, placed, unit.request_id, number, moment),
         )
         if not self._begun:
             self.stream.placed(attempt.decode.numerics_id)
+        attempt.scores_only = self._ended() is not None
+        if unit.span is not None:
+            attempt.span = begin_attempt(unit.span, attempt, unit.choice)
         fleet.table.add(attempt)
         self._attempt = attempt
         self._timeline.placed(attempt)
@@ -312,8 +334,8 @@ class Flight:
 
     def _work(self, attempt: Attempt) -> Work:
         unit = self.unit
-        return Work(
-            gateway=self._fleet.subject,
+        work = Work(
+            gateway=self._fleet.mail_from("decode"),
             gateway_incarnation=self._fleet.incarnation,
             ticket=attempt.ticket,
             attempt=attempt.number,
@@ -330,4 +352,9 @@ class Flight:
             alone=self._alone,
             deadline=max(0.0, self._deadline - now()),
             unit=unit.number,
+            scoring=None if self.stream.scores is None else self.stream.scores.lacking,
+            trace=None if attempt.span is None else attempt.span.context,
         )
+        if attempt.scores_only:
+            return msgspec.structs.replace(work, generated=b"", sampling=Sampling(max_tokens=0))
+        return work

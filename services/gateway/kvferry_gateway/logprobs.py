@@ -33,18 +33,18 @@ def chat_logprobs(told: Sequence[ToldToken], texts: TokenTexts) -> dict[str, Any
 def text_logprobs(told: Sequence[ToldToken], texts: TokenTexts) -> dict[str, Any]:
     """The `logprobs` of a completion's choice or chunk. The drawn token is among its best ones, as OpenAI has it."""
     scored = [item for item in told if item.logprobs is not None]
-    names = [_name(item.token, texts) for item in scored]
+    names = [name_of(item.token, texts) for item in scored]
     tops = []
     for item, name in zip(scored, names, strict=True):
         found = item.logprobs
         assert found is not None
         best = zip(found.top_tokens, found.top_logprobs, strict=True)
-        top = {_name(token, texts): _finite(logprob) for token, logprob in best}
-        top.setdefault(name, _finite(found.logprob))
+        top = {name_of(token, texts): finite(logprob) for token, logprob in best}
+        top.setdefault(name, finite(found.logprob))
         tops.append(top)
     return {
         "text_offset": [item.text_offset for item in scored],
-        "token_logprobs": [_finite(item.logprobs.logprob) for item in scored if item.logprobs is not None],
+        "token_logprobs": [finite(item.logprobs.logprob) for item in scored if item.logprobs is not None],
         "tokens": names,
         "top_logprobs": tops,
     }
@@ -52,10 +52,10 @@ def text_logprobs(told: Sequence[ToldToken], texts: TokenTexts) -> dict[str, Any
 
 def _entry(token: int, logprob: float, texts: TokenTexts) -> dict[str, Any]:
     spelled = texts.bytes_of(token)
-    return {"token": spelled.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(spelled)}
+    return {"token": spelled.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(spelled)}
 
 
-def _name(token: int, texts: TokenTexts) -> str:
+def name_of(token: int, texts: TokenTexts) -> str:
     """A token as a key: its text, or its bytes as OpenAI spells them where they are no text by themselves."""
     spelled = texts.bytes_of(token)
     try:
@@ -64,5 +64,5 @@ def _name(token: int, texts: TokenTexts) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
     return max(logprob, LOWEST) if logprob == logprob else LOWEST  # NaN is not equal to itself

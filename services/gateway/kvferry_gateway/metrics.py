@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Final
 
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -11,9 +13,11 @@ from prometheus_client.registry import Collector
 
 from kvferry.metrics import STEP_BUCKETS, Metrics
 
+MODEL: Final = ("model",)  # empty where a request named none that is served
+
 
 class HotHistogram(Collector):
-    """A histogram for the token path: an observation is a bisection and three additions, without a lock.
+    """Histograms by model for the token path: an observation is a bisection and a few additions, without a lock.
 
     Only the event loop observes it.
     """
@@ -22,37 +26,50 @@ class HotHistogram(Collector):
         self._name = name
         self._description = description
         self._bounds = tuple(bounds)
-        self._counts = [0] * (len(self._bounds) + 1)
-        self._sum = 0.0
+        self._counts: dict[str, list[int]] = {}
+        self._sums: dict[str, float] = {}
 
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def begin(self, model: str) -> None:
+        """Show this model's, with nothing observed yet."""
+        self._counts[model] = [0] * (len(self._bounds) + 1)
+        self._sums[model] = 0.0
+
+    def observe(self, model: str, value: float) -> None:
+        """`model` has begun."""
+        self._counts[model][bisect_left(self._bounds, value)] += 1
+        self._sums[model] += value
 
     def collect(self) -> Iterable[Metric]:
-        buckets: list[tuple[str, float]] = []
-        total = 0
-        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
-            total += count
-            buckets.append((bound, total))
-        yield HistogramMetricFamily(self._name, self._description, buckets=buckets, sum_value=self._sum)
+        family = HistogramMetricFamily(self._name, self._description, labels=MODEL)
+        bounds = (*map(str, self._bounds), "+Inf")
+        for model, counts in self._counts.items():
+            totals = zip(bounds, accumulate(counts), strict=True)
+            family.add_metric([model], [(bound, float(total)) for bound, total in totals], self._sums[model])
+        yield family
 
 
 class GatewayMetrics(Metrics):
     """Names and meanings as in `docs/architecture.md`, "Metrics"."""
 
-    def __init__(self) -> None:
+    def __init__(self, models: Iterable[str] = ()) -> None:
+        """`models`: all that this gateway serves. Their series begin at 0, so that a first event is seen as one."""
         super().__init__()
-        self.requests = self.counter("kvferry_request", "Requests by route and outcome", ("route", "outcome"))
-        self.live = self.gauge("kvferry_live_requests", "Requests under way")
-        self.ttft = self.histogram("kvferry_ttft_seconds", "From a request's arrival to its first token")
-        self.e2e = self.histogram("kvferry_e2e_seconds", "From a request's arrival to its end")
-        self.prompt_tokens = self.counter("kvferry_prompt_token", "Tokens of admitted prompts")
-        self.generated_tokens = self.counter("kvferry_generated_token", "Tokens delivered to requests")
-        self.cached_tokens = self.counter("kvferry_cached_token", "Prompt tokens found in a prefix cache")
-        self.placements = self.counter("kvferry_placement", "Accepted placements by kind: pair or local", ("kind",))
-        self.replacements = self.counter("kvferry_replacement", "Attempts that ended early, by reason", ("reason",))
-        self.refusals = self.counter("kvferry_refusal", "Placements that a worker did not take, by reason", ("reason",))
+        self.requests = self.counter("kvferry_request", "Requests by route and outcome", (*MODEL, "route", "outcome"))
+        self.live = self.gauge("kvferry_live_requests", "Requests under way", MODEL)
+        self.ttft = self.histogram("kvferry_ttft_seconds", "From a request's arrival to its first token", MODEL)
+        self.e2e = self.histogram("kvferry_e2e_seconds", "From a request's arrival to its end", MODEL)
+        self.prompt_tokens = self.counter("kvferry_prompt_token", "Tokens of admitted prompts", MODEL)
+        self.generated_tokens = self.counter("kvferry_generated_token", "Tokens delivered to requests", MODEL)
+        self.cached_tokens = self.counter("kvferry_cached_token", "Prompt tokens found in a prefix cache", MODEL)
+        self.placements = self.counter(
+            "kvferry_placement", "Accepted placements by kind: pair or local", (*MODEL, "kind")
+        )
+        self.replacements = self.counter(
+            "kvferry_replacement", "Attempts that ended early, by reason", (*MODEL, "reason")
+        )
+        self.refusals = self.counter(
+            "kvferry_refusal", "Placements that a worker did not take, by reason", (*MODEL, "reason")
+        )
         self.mismatches = self.counter("kvferry_token_mismatch", "Two different tokens for one index")
         self.late_rows = self.counter("kvferry_late_row", "Tokens for streams that are over")
         self.resends = self.counter("kvferry_resend", "Resends asked for, by what showed the loss", ("cause",))
@@ -61,5 +78,11 @@ class GatewayMetrics(Metrics):
         self.workers_gone = self.counter("kvferry_worker_gone", "Workers judged gone")
         self.bus_drops = self.counter("kvferry_bus_drop", "Messages not sent because the bus was down")
         self.wire_errors = self.counter("kvferry_wire_error", "Messages dropped by kind", ("plane", "kind"))
+        self.spans = self.counter("kvferry_span", "Spans of traces by outcome: sent, failed, dropped", ("outcome",))
         self.itl = HotHistogram("kvferry_itl_seconds", "Between two writes of new tokens of a stream", STEP_BUCKETS)
         self.registry.register(self.itl)
+        for model in models:
+            self.itl.begin(model)
+            self.live.labels(model)
+            for metric in (self.ttft, self.e2e, self.prompt_tokens, self.generated_tokens, self.cached_tokens):
+                metric.labels(model)

@@ -6,11 +6,14 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec.structs import replace
+
 from kvferry.log import get_logger
+from kvferry.trace.open_span import OpenSpan
 from kvferry.wire.messages import Accepted, DecodeRequest, PrefillRequest, Rejected, Sampling, Work, WorkerRecord
 from kvferry_gateway.attempt import Attempt, Finished
 from kvferry_gateway.errors import ApiError, context_length_exceeded, no_worker, too_many_requests
-from kvferry_gateway.fleet import Fleet, Reply, Unreachable
+from kvferry_gateway.fleet import Fleet, Order, Reply, Unreachable
 
 log = get_logger(__name__)
 
@@ -29,10 +32,15 @@ class Unit:
     prompt_field: str  # for errors
     priority: int = 0  # lower goes first
     choice: int = 0  # which output of its prompt: the draws' counter
+    span: OpenSpan | None = None  # of the request; None: nobody records its trace
 
     @property
     def num_prompt(self) -> int:
         return len(self.prompt) // 4
+
+    @property
+    def order(self) -> Order:
+        return self.priority, self.arrival, self.number
 
 
 @dataclass(slots=True)
@@ -75,12 +83,16 @@ class Refusals:
 async def offer(
     fleet: Fleet, attempt: Attempt, work: Work, stop: asyncio.Future[Exception], refusals: Refusals
 ) -> None:
-    """Sets `attempt.accepted`, or notes who refused and why. Returns early when `stop` is done."""
+    """Sets `attempt.accepted`, or notes who refused and why. Returns early when `stop` is done.
+
+    `work` is as D is to have it; P writes to another subject.
+    """
     spawn = fleet.tasks.spawn
     decode = DecodeRequest(work, None if attempt.prefill is None else attempt.prefill.address)
     asked = {spawn(fleet.ask(attempt.decode, decode), "ask-decode"): attempt.decode}
     if attempt.prefill is not None:
-        asked[spawn(fleet.ask(attempt.prefill, PrefillRequest(work)), "ask-prefill")] = attempt.prefill
+        prefill = PrefillRequest(replace(work, gateway=fleet.mail_from("prefill")))
+        asked[spawn(fleet.ask(attempt.prefill, prefill), "ask-prefill")] = attempt.prefill
     refused = False
     try:
         waiting: set[asyncio.Task[Reply]] = set(asked)
@@ -98,7 +110,8 @@ async def offer(
                     waiting.discard(task)
                     if (reason := refusals.note(worker, task.result())) is not None:
                         refused = True
-                        fleet.metrics.refusals.labels(reason).inc()
+                        attempt.refusal = reason
+                        fleet.metrics.refusals.labels(work.model, reason).inc()
                         log.info("refused", request_id=work.request_id, worker=worker.name, reason=reason)
         attempt.accepted = not refused
     finally:

@@ -23,6 +23,7 @@ TokenId = Annotated[int, Field(ge=0, le=(1 << 32) - 1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+Priority = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
 BadWord = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -33,7 +34,7 @@ class StreamOptions(RequestModel):
 class GenerationRequest(RequestModel):
     """Fields that both routes share. None: not given."""
 
-    model: str
+    model: str | None = None  # the only one, where there is one
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -45,7 +46,7 @@ class GenerationRequest(RequestModel):
     repetition_penalty: Annotated[float, Field(gt=0, le=MAX_REPETITION_PENALTY)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0: only the prompt is looked at
     ignore_eos: bool = False
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=MAX_LOGIT_BIAS)] | None = None
@@ -57,8 +58,10 @@ class GenerationRequest(RequestModel):
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None  # -1: to what leaves room for the output
     return_token_ids: bool = False
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    priority: Priority = 0
     # Labels. They change nothing and are never logged.
     user: Label | None = None
     safety_identifier: Label | None = None
@@ -68,7 +71,30 @@ class GenerationRequest(RequestModel):
     def _options_need_a_stream(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise bad_request("'stream_options' is only allowed when 'stream' is true.", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise bad_request("'prompt_logprobs' can't be streamed.", "prompt_logprobs", "unsupported_value")
+        if self.max_tokens == 0 and self.prompt_logprobs is None and not self.echoes:
+            raise bad_request(
+                "'max_tokens' is 0, which only goes together with 'echo' or 'prompt_logprobs'.",
+                "max_tokens", "invalid_value",
+            )  # fmt: skip
         return self
+
+    @property
+    def echoes(self) -> bool:
+        """Whether answers begin with their prompt."""
+        return False
+
+    @property
+    def num_echoed_logprobs(self) -> int | None:
+        """How many best tokens are told beside each one of an echoed prompt; None: no log-probabilities."""
+        return self.num_logprobs if self.echoes else None
+
+    @property
+    def num_scored(self) -> int | None:
+        """How many best tokens beside each one of the prompt workers are asked for; None: no log-probabilities."""
+        asked = (self.prompt_logprobs, self.num_echoed_logprobs)
+        return max((num_top for num_top in asked if num_top is not None), default=None)
 
     @property
     def num_logprobs(self) -> int | None:
@@ -171,12 +197,7 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
-    )
+    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool = False
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -187,12 +208,17 @@ class CompletionRequest(GenerationRequest):
             raise bad_request("'best_of' must not be below 'n'.", "best_of", "invalid_value")
         if self.stream and self.num_drawn > self.n:
             raise bad_request("'best_of' above 'n' can't be streamed.", "best_of", "unsupported_value")
-        if self.echo and self.logprobs is not None:
-            raise bad_request("'logprobs' together with 'echo' is not supported.", "logprobs", "unsupported_value")
+        if len(self.prompts) > MAX_CHOICES:
+            size = len(self.prompts)
+            raise bad_request(f"'prompt' has {size} prompts, more than {MAX_CHOICES}.", "prompt", "invalid_value")
         if len(self.prompts) * self.num_drawn > MAX_CHOICES:
             field = "n" if self.best_of is None else "best_of"
             raise bad_request(f"Prompts times '{field}' is more than {MAX_CHOICES}.", field, "invalid_value")
         return self
+
+    @property
+    def echoes(self) -> bool:
+        return self.echo
 
     @property
     def num_logprobs(self) -> int | None:

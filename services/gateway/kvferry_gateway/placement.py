@@ -40,17 +40,29 @@ class Partners:
     model: str
     kv_format_id: str
     numerics_id: str | None  # None: the decode worker is not exact
+    kv_dtype: str = ""  # this and the next one follow from the format: they say in what two of them differ
+    block_size: int = 0
 
     @classmethod
     def of(cls, decode: WorkerRecord) -> Partners:
-        return cls(decode.model, decode.kv_format_id, numerics_of(decode))
+        return cls(decode.model, decode.kv_format_id, numerics_of(decode), decode.kv_dtype, decode.block_size)
 
     def include(self, prefill: WorkerRecord) -> bool:
-        return (
-            prefill.model == self.model
-            and prefill.kv_format_id == self.kv_format_id
-            and self.numerics_id in (None, numerics_of(prefill))
-        )
+        return self.objection(prefill) is None
+
+    def objection(self, prefill: WorkerRecord) -> str | None:
+        """Why this prefill worker's KV is not taken, for people; None: it is."""
+        if prefill.model != self.model:
+            return f"model '{prefill.model}' instead of '{self.model}'"
+        if prefill.kv_format_id != self.kv_format_id:
+            if prefill.kv_dtype != self.kv_dtype:
+                return f"KV in {prefill.kv_dtype or 'an unknown dtype'} instead of {self.kv_dtype or 'an unknown one'}"
+            if prefill.block_size != self.block_size:
+                return f"KV blocks of {prefill.block_size} tokens instead of {self.block_size}"
+            return "other weights, quantization or RoPE"
+        if self.numerics_id not in (None, numerics_of(prefill)):
+            return f"numerics '{prefill.numerics_id}', and this decode worker is exact"
+        return None
 
 
 def numerics_of(worker: WorkerRecord) -> str | None:

@@ -1,4 +1,4 @@
-"""What this gateway has learned about its workers, and where it sends requests. Pure: the fleet tells it.
+"""What this gateway has learned about a model's workers, and where it sends requests. Pure: the fleet tells it.
 
 heartbeat ──▶ roster (load, rates), links (pulls), index (is a cache event missing?)
 cache news ──▶ index
@@ -36,14 +36,14 @@ class Placing:
 
 
 class Placer:
-    """Owns the snapshot that decisions look at."""
+    """One model's. Owns the snapshot that decisions look at, so that none can be for a worker of another model."""
 
     def __init__(self, targets: Targets, local_prefill_threshold: int) -> None:
         """`local_prefill_threshold` 0: never prefill on a decode worker by choice, whatever `targets` say."""
         by_choice = targets.prefill_on_decode and local_prefill_threshold > 0
         self.snapshot: Final = Snapshot.empty(replace(targets, prefill_on_decode=by_choice))
         self.local_prefill_threshold: Final = local_prefill_threshold
-        self._formats: dict[str, Counter[BlockFormat]] = {}  # by model
+        self._formats: Counter[BlockFormat] = Counter()  # of its workers
         self._latest: deque[Placing] = deque(maxlen=MAX_SHOWN)
 
     # -- what is heard ---------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ class Placer:
         incarnation = record.incarnation
         if incarnation not in snapshot.roster:
             snapshot.roster.add(record, snapshot.index.attach(incarnation, record.name, record.num_blocks))
-            self._formats.setdefault(record.model, Counter())[_block_format(record)] += 1
+            self._formats[_block_format(record)] += 1
         snapshot.roster.observe(incarnation, load, beat.state, now)
         if record.role == "decode":
             for prefill, num_bytes, seconds in load.pulls:
@@ -75,16 +75,15 @@ class Placer:
         snapshot.index.detach(worker.incarnation)
         snapshot.roster.remove(worker.incarnation)
         snapshot.links.forget(worker.incarnation)
-        formats = self._formats[worker.model]
-        formats[_block_format(worker)] -= 1
-        self._formats[worker.model] = +formats
+        self._formats[_block_format(worker)] -= 1
+        self._formats = +self._formats
 
     # -- decisions -------------------------------------------------------------------------------------------
 
-    def block_format(self, model: str) -> BlockFormat | None:
-        """Under which a model's prompts are looked up: what most of its workers have; None without a worker."""
-        formats = self._formats.get(model)
-        return formats.most_common(1)[0][0] if formats else None
+    @property
+    def block_format(self) -> BlockFormat | None:
+        """Under which prompts are looked up: what most of the workers have; None without a worker."""
+        return self._formats.most_common(1)[0][0] if self._formats else None
 
     def place(self, request: Request, now: float) -> Decision:
         return place(request, self.snapshot, now)

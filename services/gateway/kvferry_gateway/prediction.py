@@ -27,7 +27,10 @@ NOMINAL_LINK_BYTES_PER_S: Final = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that a decision looks at. It changes with heartbeats, events and outcomes, never by placing."""
+    """All that a decision looks at: the workers of one model.
+
+    It changes with heartbeats, events and outcomes, never by placing.
+    """
 
     roster: Roster
     index: PrefixIndex

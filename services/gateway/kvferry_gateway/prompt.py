@@ -85,13 +85,15 @@ class Prompter:
 
     async def prepare(self, request: ChatRequest | CompletionRequest, max_model_len: int) -> list[Prompt]:
         """The request's prompts: one, or several for a batch. Raises `ApiError` 400."""
-        constraint = constraint_of(request.response_format, request.structured_outputs)
+        constraint = constraint_of(request.response_format, request.structured_outputs, self.readings.special)
         reading = PLAIN_TEXT
         if isinstance(request, ChatRequest):
             constraint = constraint or self.readings.constraint(request)
             rendered = await self.chat(_conversation(request))
             texts, thoughts = [rendered.tokens], rendered.thoughts
-            reading = self.readings.of(request, thoughts, constrained=constraint is not None)
+            # Free text with tags in it has room for thoughts.
+            constrained = constraint is not None and constraint.grammar.kind != "tagged"
+            reading = self.readings.of(request, thoughts, constrained=constrained)
             if constraint is not None:
                 constraint = replace(constraint, grammar=self.readings.placed(constraint.grammar, thoughts))
         else:

@@ -24,6 +24,7 @@ from kvferry_gateway.parsing.forms import (
     tool_form_of,
 )
 from kvferry_gateway.parsing.reasoning import CLOSE
+from kvferry_gateway.strict_calls import grammar_of_own_calls
 from kvferry_gateway.structured import Constraint
 from kvferry_gateway.tools import NamedTool, schema_of_calls
 
@@ -47,6 +48,7 @@ class ReadingRules:
             self._form = tool_form_of(template) if carries_tools(template) else "hermes"
         self._thinks = thinks(template) if reasoning_parser == "auto" else reasoning_parser == "think"
         backend = tokenizer.backend
+        self.special: Final = {backend.id_to_token(token) or "": token for token in tokenizer.special_token_ids}
         self._thoughts_end = backend.token_to_id(CLOSE)
         marks = (*(MARKS[self._form] if self._form else ()), *(THOUGHT_MARKS if self._thinks else ()))
         ids = (backend.token_to_id(mark) for mark in marks)
@@ -77,18 +79,21 @@ class ReadingRules:
         )
 
     def constraint(self, request: ChatRequest) -> Constraint | None:
-        """The grammar of a demanded call."""
-        choice = request.tool_choice
+        """The grammar of a demanded call, or of those to `strict` tools that the model makes of its own accord."""
+        choice, grammar = request.tool_choice, None
         if isinstance(choice, NamedTool):
             tool = next(tool for tool in request.tools if tool.function.name == choice.function.name)
-            source = json.dumps(tool.schema_of_arguments, ensure_ascii=False)
+            grammar = Grammar("json", json.dumps(tool.schema_of_arguments, ensure_ascii=False))
         elif choice == "required":
-            source = schema_of_calls(request.tools, parallel=request.parallel_tool_calls)
-        else:
+            grammar = Grammar("json", schema_of_calls(request.tools, parallel=request.parallel_tool_calls))
+        elif self._form is not None and any(tool.function.strict for tool in request.usable_tools):
+            parallel = request.parallel_tool_calls
+            grammar = grammar_of_own_calls(self._form, request.usable_tools, self.special, parallel=parallel)
+        if grammar is None:
             return None
-        if len(source) > MAX_GRAMMAR_CHARS:
+        if len(grammar.source) > MAX_GRAMMAR_CHARS:
             raise bad_request(f"The schemas have more than {MAX_GRAMMAR_CHARS} characters.", "tools", "invalid_value")
-        return Constraint(Grammar("json", source), "tools")
+        return Constraint(grammar, "tools")
 
     def placed(self, grammar: Grammar, thoughts: Thoughts) -> Grammar:
         """A grammar where the answer begins within thoughts begins behind them."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from kvferry.bus.liveness import Liveness, Seen
-from kvferry.wire.messages import WORKER_ROLES, Heartbeat, Load, WorkerRecord, WorkerState
+from kvferry.wire.messages import WORKER_ROLES, Feature, Heartbeat, Load, WorkerRecord, WorkerState
 from kvferry_gateway.placement import Partners, capacity_of
 
 MAX_WORKERS: Final = 4096  # incarnations known at once
@@ -27,8 +28,10 @@ class _Worker:
 class Registry:
     """Workers by incarnation. Liveness is judged by `Liveness`; the shell calls `tick` every `BEAT_INTERVAL`."""
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, served: Mapping[str, str]) -> None:
+        """`served`: the models that requests may name, and the `vocabulary_id` of each."""
         self.liveness: Final = Liveness(now)
+        self._served = served
         self._workers: dict[int, _Worker] = {}
         self._causes: dict[int, Cause] = {}  # what supervisors said of processes that ended
 
@@ -74,27 +77,58 @@ class Registry:
         worker = self._workers.get(incarnation)
         return None if worker is None else worker.state
 
+    def unserved(self, worker: WorkerRecord) -> str | None:
+        """Why no request goes to this worker, whatever its state; None: some may."""
+        vocabulary_id = self._served.get(worker.model)
+        if vocabulary_id is None:
+            return f"the gateway was not told of a model '{worker.model}'"
+        if vocabulary_id and worker.vocabulary_id and worker.vocabulary_id != vocabulary_id:
+            return f"its vocabulary is not that of the gateway's '{worker.model}': one of them has another model"
+        return None
+
+    def objections(self, worker: WorkerRecord) -> dict[str, str]:
+        """The workers of its model that it will not pair with, by name, and why."""
+        others = [
+            other.record
+            for other in self._workers.values()
+            if other.record.model == worker.model and other.record.role != worker.role
+        ]
+        if worker.role == "decode":
+            found = {prefill.name: Partners.of(worker).objection(prefill) for prefill in others}
+        else:
+            found = {decode.name: Partners.of(decode).objection(worker) for decode in others}
+        return {name: why for name, why in found.items() if why is not None}
+
     def max_model_len(self, model: str) -> int | None:
         """Longest prompt + output that a live decode worker of `model` can hold; None without one."""
-        records = [worker.record for worker in self._workers.values()]
-        return max((capacity_of(w) for w in records if w.role == "decode" and w.model == model), default=None)
+        return max((capacity_of(worker.record) for worker in self._decoders(model)), default=None)
 
     def without_grammars(self) -> set[int]:
         """Incarnations that would pass over a request's grammar: workers of an older version."""
         return {incarnation for incarnation, worker in self._workers.items() if not worker.record.grammars}
 
+    def without(self, feature: Feature) -> set[int]:
+        """Incarnations of an older version, which would pass over it."""
+        return {incarnation for incarnation, worker in self._workers.items() if feature not in worker.record.features}
+
     def has_pair(self, model: str) -> bool:
         """Whether a request could be served: a ready decode worker can also prefill."""
-        return any(
-            w.state == "ready" and w.record.role == "decode" and w.record.model == model for w in self._workers.values()
-        )
+        return any(worker.state == "ready" for worker in self._decoders(model))
+
+    def _decoders(self, model: str) -> list[_Worker]:
+        """Of one of the served models."""
+        return [
+            worker
+            for worker in self._workers.values()
+            if worker.record.role == "decode" and worker.record.model == model and self.unserved(worker.record) is None
+        ]
 
     def rows(self, now: float) -> list[dict[str, Any]]:
-        """For `/v1/cluster`. `pairs_with`: the prefill workers whose KV a decode worker takes."""
+        """For `/v1/cluster`. `pairs_with`: the prefill workers whose KV a decode worker takes; `refuses`: the others of
+        its model, and why; `unserved`: why no request goes there."""
         records = [worker.record for worker in self._workers.values()]
         prefills = [record for record in records if record.role == "prefill"]
-        partners = dict.fromkeys(Partners.of(record) for record in records if record.role == "decode")
-        pairs = {group: [record.name for record in prefills if group.include(record)] for group in partners}
+        pairings = {group: _pairing(group, prefills) for group in map(Partners.of, records)}
         return [
             {
                 "role": worker.record.role,
@@ -112,7 +146,10 @@ class Registry:
                 "engine": worker.record.engine,
                 "engine_reason": worker.record.engine_reason,
                 "exact": worker.record.exact,
-                "pairs_with": pairs[Partners.of(worker.record)] if worker.record.role == "decode" else [],
+                "ranks": worker.record.ranks,
+                "kv_dtype": worker.record.kv_dtype,
+                "unserved": self.unserved(worker.record),
+                **(pairings[Partners.of(worker.record)] if worker.record.role == "decode" else _pairing(None, ())),
                 "max_model_len": worker.record.max_model_len,
                 "block_size": worker.record.block_size,
                 "num_blocks": worker.record.num_blocks,
@@ -121,3 +158,12 @@ class Registry:
             }
             for worker in self._workers.values()
         ]
+
+
+def _pairing(partners: Partners | None, prefills: Sequence[WorkerRecord]) -> dict[str, Any]:
+    """Of one kind of decode workers with the prefill workers of their model."""
+    objections = {p.name: partners.objection(p) for p in prefills if partners is not None and p.model == partners.model}
+    return {
+        "pairs_with": [name for name, why in objections.items() if why is None],
+        "refuses": {name: why for name, why in objections.items() if why is not None},
+    }

@@ -1,5 +1,5 @@
-"""The live workers in columns, one row each, so that a decision looks at a thousand of them with a few array
-operations. Kept up to date by heartbeats and by the gateway's own placements; placement only reads it.
+"""The live workers of one model in columns, one row each, so that a decision looks at a thousand of them with a few
+array operations. Kept up to date by heartbeats and by the gateway's own placements; placement only reads it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ MAX_DRAIN_S: Final = 0.5
 class Roster:
     """Row numbers are small and given again after `remove`. Columns are [num_rows], and longer than need be."""
 
-    model: npt.NDArray[np.int64]
     kv_format: npt.NDArray[np.int64]
     numerics: npt.NDArray[np.int64]
     slot: npt.NDArray[np.int64]  # in the prefix index
@@ -53,11 +52,11 @@ class Roster:
     def __init__(self) -> None:
         self._rows: dict[int, int] = {}  # incarnation -> row
         self._free: list[int] = []
-        self._ids: dict[Hashable, int] = {}  # of model names, formats, numerics
+        self._ids: dict[Hashable, int] = {}  # of formats, numerics
         self._by_role: dict[str, Rows] = {}
         self._lines: list[StepLine] = []
         self._rates: list[Ewma] = []
-        self._fleet_rates: dict[tuple[str, str, str], Ewma] = {}
+        self._fleet_rates: dict[tuple[str, str], Ewma] = {}
         self.records: list[WorkerRecord | None] = []
         self.incarnations: list[int] = []
         self._size = 0
@@ -74,7 +73,7 @@ class Roster:
             self._columns[name] = fresh
             setattr(self, name, fresh)
 
-        for name in ("model", "kv_format", "numerics", "slot", "capacity", "block_size", "token_bytes", "free_blocks"):
+        for name in ("kv_format", "numerics", "slot", "capacity", "block_size", "token_bytes", "free_blocks"):
             column(name, (size,), np.int64)
         for name in ("ready", "exact"):
             column(name, (size,), np.bool_)
@@ -89,7 +88,7 @@ class Roster:
         return len(self._rows)
 
     def id_of(self, *name: Hashable) -> int:
-        """The number of a model, a KV format or a numerics_id: equal numbers, equal names; -1 if no worker had it."""
+        """The number of a KV format or a numerics_id: equal numbers, equal names; -1 if no worker had it."""
         return self._ids.get(name, -1)
 
     def _intern(self, *name: Hashable) -> int:
@@ -129,8 +128,7 @@ class Roster:
         self._by_role.clear()
         self._lines[row], self._rates[row] = StepLine(), Ewma(RATE_MEMORY)
         self.records[row], self.incarnations[row] = record, record.incarnation
-        self.model[row] = self._intern("model", record.model)
-        self.kv_format[row] = self._intern("kv", record.model, record.kv_format_id)
+        self.kv_format[row] = self._intern("kv", record.kv_format_id)
         self.numerics[row] = self._intern("numerics", record.numerics_id)
         self.exact[row] = record.exact
         self.slot[row] = slot
@@ -176,7 +174,7 @@ class Roster:
         """
         record = self.records[row]
         assert record is not None, "a worker that is here has a record"
-        fleet = self._fleet_rates.setdefault((record.role, record.model, record.numerics_id), Ewma(FLEET_MEMORY))
+        fleet = self._fleet_rates.setdefault((record.role, record.numerics_id), Ewma(FLEET_MEMORY))
         own = self._rates[row]
         fleet.observe(tokens_per_s)
         own.observe(tokens_per_s)

@@ -1,6 +1,6 @@
 """Where a request goes. Pure: `place(request, snapshot, now) -> decision`.
 
-1. Who may: model, state, capacity, refusals so far, the numerics that the unit is bound to.
+1. Who may: state, capacity, refusals so far, the numerics that the unit is bound to.
 2. For every one of them a cost (`comparison`). The cheapest of each role, at most 16, are the shortlists.
 3. Every allowed pair of the two shortlists with its own link's rate, and every decode worker that could prefill
    the prompt itself without hurting its streams. The cheapest is taken; what is about equal, by the ticket.
@@ -9,7 +9,8 @@ Work costs more than its own seconds: everyone queued behind waits for it too, s
 charged once more for each request that waits, on average, at a prefill worker. That is what makes a cached
 prefix worth a longer queue when it is busy, and hardly when it is idle.
 
-Workers pair by the rule of `placement.Partners`: one KV format, and one numerics_id if the decode worker is exact.
+A snapshot is of one model's workers. They pair by the rule of `placement.Partners`: one KV format, and one numerics_id
+if the decode worker is exact.
 """
 
 from __future__ import annotations
@@ -65,8 +66,7 @@ def place(request: Request, snapshot: Snapshot, now: float, width: int = SHORTLI
 
 def _serving(roster: Roster, role: str, request: Request) -> Rows:
     rows = roster.of_role(role)
-    serving = rows[roster.ready[rows] & (roster.model[rows] == roster.id_of("model", request.model))]
-    return _without(serving, roster.rows_of(request.unusable))
+    return _without(rows[roster.ready[rows]], roster.rows_of(request.unusable))
 
 
 def _without(rows: Rows, excluded: list[int]) -> Rows:

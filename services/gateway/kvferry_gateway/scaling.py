@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from kvferry.errors import SettingError
 from kvferry.scaling import GatewayScaling, scaling_path
 from kvferry_gateway.targets import Targets
 
 
-def read_targets(path: Path | None) -> Targets:
-    """The targets in `path`, a file or a folder; else those that came with the gateway. Raises `SettingError`."""
+def read_targets(path: Path | None, models: Iterable[str]) -> dict[str, Targets]:
+    """The targets of each model in `path`, a file or a folder; else those that came with the gateway.
+
+    What a model has under `models` stands over `targets`. Raises `SettingError`.
+    """
+    scaling, file = GatewayScaling.read(path), scaling_path("gateway", path)
+    found = {model: _targets({**scaling.targets, **scaling.models.get(model, {})}, file) for model in models}
+    if unknown := [model for model in scaling.models if model not in found]:
+        raise SettingError(f"models.{unknown[0]} in {file}", f"no such model; --model has {', '.join(found)}")
+    return found
+
+
+def _targets(given: Mapping[str, Any], file: Path) -> Targets:
     # `max_queue_s:` with nothing behind it is the target's default; JSON, and so a chart, knows no infinity.
-    values = {name: value for name, value in GatewayScaling.read(path).targets.items() if value is not None}
-    file = scaling_path("gateway", path)
+    values = {name: value for name, value in given.items() if value is not None}
     kinds = {field.name: field.type for field in fields(Targets)}
     for name, value in values.items():
         if name not in kinds:

@@ -7,45 +7,43 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 import uvicorn
 
 from kvferry import ready
-from kvferry.bus.base import Bus, BusSettings, least_payload
+from kvferry.bus.base import Bus, least_payload
+from kvferry.bus.login import service_login
 from kvferry.bus.nats import NatsBus
+from kvferry.certificate import server_context
 from kvferry.errors import KvferryError, SettingError
+from kvferry.http_port import QuietServer
 from kvferry.log import get_logger
+from kvferry.model_source import check_different
 from kvferry.runtime import Runtime, SystemRuntime, stop_signals
 from kvferry.text.model_dir import ModelDir
-from kvferry.wire.subjects import inbox_prefix
+from kvferry.text.vocabulary import vocabulary_id
+from kvferry.trace.factory import open_exporter
+from kvferry.trace.span import SpanExporter
 from kvferry_gateway.app import GatewayApp
 from kvferry_gateway.auth import ApiKeys
 from kvferry_gateway.completions import Completions
 from kvferry_gateway.fleet import Fleet
 from kvferry_gateway.http import GatewayProtocol
 from kvferry_gateway.metrics import GatewayMetrics
+from kvferry_gateway.models import Models, ServedModel
 from kvferry_gateway.prompt import Prompter
 from kvferry_gateway.rate_limit import RateLimits
 from kvferry_gateway.scaling import read_targets
 from kvferry_gateway.settings import GatewaySettings
-from kvferry_gateway.tokenize import TokenService
 
 KEY_REFRESH_S: Final = 1.0
 SHUTDOWN_SLACK_S: Final = 5.0  # for answers that are being written when the grace time ends
 BACKLOG: Final = 2048  # connections that the kernel may hold for us
 
 log = get_logger(__name__)
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the service has its own."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,26 +54,34 @@ class Gateway:
     bus: Bus
     fleet: Fleet
     completions: Completions
-    prompter: Prompter
+    models: Models
     keys: ApiKeys | None
     app: GatewayApp
 
     @classmethod
     async def start(
-        cls, settings: GatewaySettings, runtime: Runtime, bus: Bus, model: ModelDir, *, pid: int, created: int
+        cls,
+        settings: GatewaySettings,
+        runtime: Runtime,
+        bus: Bus,
+        directories: Mapping[str, ModelDir],
+        *,
+        pid: int,
+        created: int,
+        spans: SpanExporter | None = None,
     ) -> Gateway:
-        """Join a bus that is connected. Raises `SettingError`, `CheckpointError`, `BusUnavailable`."""
+        """Join a bus that is connected. `directories`: the models to serve, by their names in requests.
+
+        Raises `SettingError`, `CheckpointError`, `BusUnavailable`.
+        """
         limits = RateLimits(settings.requests_per_minute, settings.tokens_per_minute)
         keys = None if settings.api_key_file is None else ApiKeys(settings.api_key_file, limits)
-        model_name = settings.served_model_name or model.name
-        if unapplied := model.sampling.unapplied:
-            log.warning("generation_config.json recommends what is not applied", fields=list(unapplied))
-        targets = read_targets(settings.scaling_file)
-        prompter = Prompter(model, runtime, settings.tool_call_parser, settings.reasoning_parser)
-        fleet = Fleet(settings, runtime, bus, GatewayMetrics(), pid, targets)
-        completions = Completions(fleet, prompter, model_name, model.max_context)
-        app = GatewayApp(fleet, completions, TokenService(prompter, model_name), keys, model_name, created)
-        gateway = cls(settings, bus, fleet, completions, prompter, keys, app)
+        targets = read_targets(settings.scaling_file, directories)
+        models = Models(served(name, directory, settings, runtime) for name, directory in directories.items())
+        fleet = Fleet(settings, runtime, bus, GatewayMetrics(models.names), pid, models, targets, spans)
+        completions = Completions(fleet, models)
+        app = GatewayApp(fleet, completions, models, keys, created)
+        gateway = cls(settings, bus, fleet, completions, models, keys, app)
         try:
             await fleet.start()
         except BaseException:
@@ -88,26 +94,30 @@ class Gateway:
     async def stop(self) -> None:
         """Nothing of it is left but the bus."""
         await self.fleet.stop()
-        self.prompter.close()
+        self.models.close()
+
+
+def served(name: str, directory: ModelDir, settings: GatewaySettings, runtime: Runtime) -> ServedModel:
+    """Raises `CheckpointError`."""
+    if unapplied := directory.sampling.unapplied:
+        log.warning("generation_config.json recommends what is not applied", model=name, fields=list(unapplied))
+    prompter = Prompter(directory, runtime, settings.tool_call_parser, settings.reasoning_parser)
+    return ServedModel(name, prompter, directory.max_context, vocabulary_id(directory.tokenizer_path))
+
+
+def open_models(settings: GatewaySettings) -> dict[str, ModelDir]:
+    """By their names in requests. Raises `SettingError`, `CheckpointError`."""
+    sources = settings.sources
+    if not sources:
+        raise SettingError("--model", "is not set; give model directories in Hugging Face form")
+    check_different(source.served_name for source in sources)
+    return {source.served_name: ModelDir(source.where) for source in sources}
 
 
 async def _refresh(keys: ApiKeys) -> None:
     while True:
         await asyncio.sleep(KEY_REFRESH_S)
         keys.refresh()
-
-
-def bus_settings(settings: GatewaySettings, max_context: int) -> BusSettings:
-    return BusSettings(
-        url=settings.nats_url,
-        name=settings.name,
-        inbox_prefix=inbox_prefix(settings.cluster, "gateway"),
-        user=settings.nats_user,
-        password=settings.nats_password.get_secret_value(),
-        token=settings.nats_token.get_secret_value(),
-        tls_ca=settings.nats_tls_ca,
-        min_payload=least_payload(max_context),
-    )
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -124,12 +134,14 @@ class HttpServer:
     """The HTTP side: from a bound socket until the last connection is closed."""
 
     def __init__(self, app: GatewayApp, listener: socket.socket, settings: GatewaySettings, shutdown_s: float) -> None:
+        """Raises `SettingError`."""
+        tls = server_context(settings.tls_cert, settings.tls_key, settings.tls_key_password)
         self.address: tuple[str, int] = listener.getsockname()[:2]
         self._listener = listener
-        self._server = _Server(
+        self._server = QuietServer(
             uvicorn.Config(
                 app,
-                http=GatewayProtocol.with_receive_timeout(settings.receive_timeout),
+                http=GatewayProtocol.with_limits(settings.receive_timeout),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -138,6 +150,7 @@ class HttpServer:
                 timeout_keep_alive=settings.keep_alive_timeout,
                 timeout_graceful_shutdown=int(shutdown_s),
                 backlog=BACKLOG,
+                ssl_context_factory=None if tls is None else lambda *_: tls,
             )
         )
         self._task: asyncio.Task[None] | None = None
@@ -159,17 +172,17 @@ class HttpServer:
 
 async def serve(settings: GatewaySettings) -> None:
     """Run until SIGTERM or SIGINT, then drain. Raises `SettingError`, `CheckpointError`, `BusUnavailable`."""
-    if not settings.model:
-        raise SettingError("--model", "is not set; give a model directory in Hugging Face form")
+    directories = open_models(settings)
     runtime = SystemRuntime()
+    spans = open_exporter(settings, runtime)
     ready.report("load")
-    model = ModelDir(settings.model)
+    longest = max(directory.max_context for directory in directories.values())
     with contextlib.closing(listen(settings.host, settings.port)) as listener:
-        bus = NatsBus(bus_settings(settings, model.max_context), runtime)
+        bus = NatsBus(service_login(settings, least_payload(longest)), runtime)
         await bus.start()
         try:
             with stop_signals(asyncio.get_running_loop()) as stop:
-                await _serve(settings, runtime, bus, model, listener, stop)
+                await _serve(settings, runtime, bus, directories, listener, stop, spans)
         finally:
             await bus.close()
 
@@ -178,11 +191,13 @@ async def _serve(
     settings: GatewaySettings,
     runtime: Runtime,
     bus: Bus,
-    model: ModelDir,
+    directories: Mapping[str, ModelDir],
     listener: socket.socket,
     stop: asyncio.Event,
+    spans: SpanExporter | None,
 ) -> None:
-    gateway = await Gateway.start(settings, runtime, bus, model, pid=os.getpid(), created=int(runtime.wall_clock()))
+    created = int(runtime.wall_clock())
+    gateway = await Gateway.start(settings, runtime, bus, directories, pid=os.getpid(), created=created, spans=spans)
     try:
         http = HttpServer(gateway.app, listener, settings, settings.drain_grace + SHUTDOWN_SLACK_S)
         await http.start()

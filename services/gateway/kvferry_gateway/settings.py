@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 
 from kvferry.config import Port, ServiceSettings, flag_name
+from kvferry.model_source import ModelSource, model_sources
 from kvferry_gateway.parsing.forms import ReasoningParserName, ToolParserName
 
 Positive = Annotated[int, Field(ge=1)]
@@ -15,13 +16,25 @@ Duration = Annotated[float, Field(gt=0, le=24 * 3600)]
 
 
 class GatewaySettings(ServiceSettings):
-    """One gateway: one HTTP port, one model."""
+    """One gateway: one HTTP port, and every model that it is told of."""
 
     role: ClassVar[str] = "gateway"
 
     port: Port = Field(8000, description="HTTP port; 0: any free one.")
-    model: str = Field("", description="Model directory in Hugging Face form: tokenizer, template, context length.")
-    served_model_name: str = Field("", description="Name of the model in requests; the directory's name unless given.")
+    tls_cert: Path | None = Field(
+        None,
+        description="PEM file of the certificate for HTTPS, and of those that lead to its authority; HTTP without.",
+    )
+    tls_key: Path | None = Field(None, description="PEM file of its private key; the certificate's file unless given.")
+    tls_key_password: SecretStr = Field(SecretStr(""), description="Password of an encrypted private key.")
+    model: tuple[str, ...] = Field(
+        (),
+        description="Model directories in Hugging Face form, for tokenizer, template and context length; "
+        "NAME=DIRECTORY where requests call a model NAME.",
+    )
+    served_model_name: str = Field(
+        "", description="Name in requests where there is one model; the directory's name unless given."
+    )
     api_key_file: Path | None = Field(
         None,
         description="File of bearer keys, one a line, with their rate limits behind them; read again when it changes. "
@@ -35,7 +48,9 @@ class GatewaySettings(ServiceSettings):
     )
     cors_origins: tuple[str, ...] = Field((), description="Origins whose pages may call this gateway; * is any.")
     max_body_bytes: Positive = Field(4 << 20, description="Largest request body in bytes; above it 413.")
-    max_requests: Positive = Field(1024, description="Requests under way at once; one more is refused with 429.")
+    max_requests: Positive = Field(
+        1024, description="Requests of one model under way at once; one more is refused with 429."
+    )
     max_backlog_bytes: Positive = Field(
         1 << 20, description="Bytes that may wait for a slow client before its stream is cancelled."
     )
@@ -57,7 +72,7 @@ class GatewaySettings(ServiceSettings):
     request_deadline: Duration = Field(600.0, description="Seconds that a request may take in all.")
     tool_call_parser: ToolParserName = Field(
         "auto",
-        description="Form in which the model writes tool calls, as vLLM names it; auto: what its template shows.",
+        description="Form in which the models write tool calls, as vLLM names it; auto: what a model's template shows.",
     )
     reasoning_parser: ReasoningParserName = Field(
         "auto",
@@ -65,9 +80,26 @@ class GatewaySettings(ServiceSettings):
     )
     drain_grace: Duration = Field(20.0, description="Seconds that requests under way have to end after SIGTERM.")
 
+    trace_sample_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0,
+        description="Of requests whose client sends no traceparent, the share that is traced, where otlp_endpoint is "
+        "set; of others the client's sampled flag decides.",
+    )
+
+    @property
+    def sources(self) -> tuple[ModelSource, ...]:
+        """The models to serve. Raises `SettingError`."""
+        return model_sources(self.model, self.served_model_name)
+
     @model_validator(mode="after")
     def _limits_need_keys(self) -> Self:
         for field in ("requests_per_minute", "tokens_per_minute"):
             if getattr(self, field) is not None and self.api_key_file is None:
                 raise ValueError(f"{flag_name(type(self), field)} limits each key, and there is no --api-key-file")
+        return self
+
+    @model_validator(mode="after")
+    def _key_needs_certificate(self) -> Self:
+        if self.tls_key is not None and self.tls_cert is None:
+            raise ValueError("--tls-key is the key of a certificate, and there is no --tls-cert")
         return self

@@ -12,6 +12,7 @@ from kvferry.text.stop import StopMatcher
 from kvferry.wire.logprobs import TokenLogprobs
 from kvferry_gateway.answers import COMMENT
 from kvferry_gateway.connection import ClientConnection
+from kvferry_gateway.prompt_scores import PromptScores
 
 if TYPE_CHECKING:
     from kvferry_gateway.attempt import Attempt
@@ -63,6 +64,7 @@ class TokenStream:
         "num_timed",
         "on_first_token",
         "pieces",
+        "scores",
         "stopped",
         "tokens",
         "touched",
@@ -91,6 +93,7 @@ class TokenStream:
         self.num_timed = 0  # tokens that the latency figures have seen
         self.last_write = 0.0
         self.on_first_token: Callable[[], None] | None = None
+        self.scores: PromptScores | None = None  # of its prompt, where they are asked for and it is the one to ask
         self._head = self._tail = b""
         self._frame = frame
         self._rules = rules
@@ -124,6 +127,11 @@ class TokenStream:
             self.tokens.append(token)
             self._append_text(self._text_of(token))
             self._plain = self._may_be_plain and not self._detokenizer.is_open
+
+    @property
+    def lacks_scores(self) -> bool:
+        """Whether log-probabilities of the prompt are still to come."""
+        return self.scores is not None and not self.scores.complete.is_set()
 
     def note_logprobs(self, index: int, found: TokenLogprobs) -> None:
         """Log-probabilities of a token that is about to come. A plain stream wants none."""

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from kvferry.grammar.compiler import GrammarCompiler, GrammarError
 from kvferry.lane import Lane
 from kvferry.wire.messages import MAX_GRAMMAR_CHARS, Grammar, GrammarKind
-from kvferry_gateway.errors import bad_request, unsupported
+from kvferry_gateway.errors import bad_request
 from kvferry_gateway.request_model import RequestModel
+from kvferry_gateway.structural_tag import NewerForm, OlderForm, grammar_of_tags
+from kvferry_gateway.tagged import Special
 
 MAX_CHOICE_TEXTS: Final = 1024
 ANY_OBJECT: Final = '{"type":"object"}'
@@ -44,7 +46,7 @@ class ResponseFormat(RequestModel):
 
 
 class StructuredOutputs(RequestModel):
-    """Exactly one of the first five; the others say how JSON is to look."""
+    """Exactly one of the first six; the others say how JSON is to look."""
 
     json_schema: Source | Schema | None = Field(default=None, alias="json")
     regex: Source | None = None
@@ -58,12 +60,13 @@ class StructuredOutputs(RequestModel):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> StructuredOutputs:
-        if self.structural_tag is not None:
-            raise unsupported("structured_outputs.structural_tag")
-        asked = (self.json_schema, self.regex, self.choice, self.grammar, self.json_object or None)
+        asked = (
+            self.json_schema, self.regex, self.choice, self.grammar, self.json_object or None, self.structural_tag,
+        )  # fmt: skip
         if sum(part is not None for part in asked) != 1:
             raise bad_request(
-                "'structured_outputs' needs exactly one of 'json', 'regex', 'choice', 'grammar' and 'json_object'.",
+                "'structured_outputs' needs exactly one of 'json', 'regex', 'choice', 'grammar', 'json_object' and "
+                "'structural_tag'.",
                 "structured_outputs", "invalid_value",
             )  # fmt: skip
         return self
@@ -77,14 +80,16 @@ class Constraint:
     field: str
 
 
-def constraint_of(response_format: ResponseFormat | None, outputs: StructuredOutputs | None) -> Constraint | None:
-    """None: any text will do. Raises `ApiError` 400."""
+def constraint_of(
+    response_format: ResponseFormat | None, outputs: StructuredOutputs | None, special: Special
+) -> Constraint | None:
+    """`special`: tokens of the model. None: any text will do. Raises `ApiError` 400."""
     formatted = None if response_format is None else _formatted(response_format)
     if outputs is None:
         return formatted
     if formatted is not None:
         raise bad_request("'response_format' and 'structured_outputs' exclude each other.", "structured_outputs")
-    return _asked(outputs)
+    return _asked(outputs, special)
 
 
 def _formatted(response_format: ResponseFormat) -> Constraint | None:
@@ -100,7 +105,9 @@ def _formatted(response_format: ResponseFormat) -> Constraint | None:
             return _constraint("json", ANY_OBJECT if schema is None else _encoded(schema, field), field)
 
 
-def _asked(outputs: StructuredOutputs) -> Constraint:
+def _asked(outputs: StructuredOutputs, special: Special) -> Constraint:
+    if outputs.structural_tag is not None:
+        return _tagged(outputs.structural_tag, special)
     if outputs.regex is not None:
         return _constraint("regex", outputs.regex, "structured_outputs.regex")
     if outputs.choice is not None:
@@ -118,6 +125,19 @@ def _asked(outputs: StructuredOutputs) -> Constraint:
         pattern = None if outputs.disable_any_whitespace else outputs.whitespace_pattern
         schema = {**schema, "x-guidance": {"whitespace_flexible": False, "whitespace_pattern": pattern}}
     return _constraint("json", _encoded(schema, field), field)
+
+
+def _tagged(given: str | Schema, special: Special) -> Constraint:
+    field = "structured_outputs.structural_tag"
+    tag = _decoded(given, field) if isinstance(given, str) else given
+    try:
+        form = (NewerForm if "format" in tag else OlderForm).model_validate(tag)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, (field, *problem["loc"])))
+        raise bad_request(f"'{where}' is not supported: {problem['msg']}.", field, "unsupported_value") from None
+    grammar = grammar_of_tags(form, special, field)
+    return _constraint(grammar.kind, grammar.source, field)
 
 
 def _constraint(kind: GrammarKind, source: str, field: str) -> Constraint:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kvferry_gateway.answers import FinishReason, WholeChoice, sse
-from kvferry_gateway.choices_answer import ChoicesAnswer
+from kvferry_gateway.answers import FinishReason, WholeChoice, encode, sse
+from kvferry_gateway.choices_answer import HOLE, ChoicesAnswer
 from kvferry_gateway.logprobs import ToldToken, text_logprobs
 from kvferry_gateway.parsing.parts import Message
+from kvferry_gateway.prompt_logprobs import NOTHING_TOLD, PromptTold, encoded_columns
 
 
 class TextAnswer(ChoicesAnswer):
@@ -16,13 +17,17 @@ class TextAnswer(ChoicesAnswer):
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
-    def first_event(self, index: int, echo: str, prompt_ids: Sequence[int]) -> bytes:
+    def first_event(self, index: int, echo: str, prompt_ids: Sequence[int], prompt: PromptTold = NOTHING_TOLD) -> bytes:
         if not echo and not self.details.token_ids:
             return b""
         choice = self._text_choice(index, echo, None)
         if self.details.token_ids:
             choice["prompt_token_ids"], choice["token_ids"] = list(prompt_ids), []
-        return sse(self._chunk(choice))
+        if prompt.echoed is None:
+            return sse(self._chunk(choice))
+        choice["logprobs"] = HOLE
+        before, _, after = self._chunk(choice).rpartition(encode(HOLE))
+        return sse(before + encoded_columns(prompt.echoed, (), self.texts) + after)
 
     def _text_choice(self, index: int, text: str, reason: FinishReason | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
@@ -38,6 +43,15 @@ class TextAnswer(ChoicesAnswer):
         if self.details.token_ids:
             made["prompt_token_ids"] = list(choice.prompt_ids)
         return made
+
+    def _encoded_choice(self, index: int, choice: WholeChoice) -> bytes:
+        made, behind = self._whole_choice(index, choice), b""
+        if (echoed := choice.prompt.echoed) is not None:
+            del made["logprobs"]
+            behind += b',"logprobs":' + encoded_columns(echoed, choice.told, self.texts)
+        if (entries := choice.prompt.entries) is not None:
+            behind += b',"prompt_logprobs":' + entries
+        return encode(made)[:-1] + behind + b"}"
 
     def _logprobs_of(self, told: Sequence[ToldToken]) -> dict[str, Any]:
         return text_logprobs(told, self.texts)

@@ -30,6 +30,7 @@ class Timeline:
 
     number: int  # the unit's
     request_id: str
+    model: str
     choice: int
     num_prompt: int
     since: float
@@ -91,8 +92,10 @@ class Timelines:
     def num_live(self) -> int:
         return len(self._live)
 
-    def begin(self, number: int, request_id: str, choice: int, num_prompt: int, stream: TokenStream) -> Timeline:
-        timeline = self._live[number] = Timeline(number, request_id, choice, num_prompt, now(), stream)
+    def begin(
+        self, number: int, request_id: str, model: str, choice: int, num_prompt: int, stream: TokenStream
+    ) -> Timeline:
+        timeline = self._live[number] = Timeline(number, request_id, model, choice, num_prompt, now(), stream)
         timeline.note("arrived", prompt_tokens=num_prompt)
         return timeline
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from kvferry_gateway.body import parse
 from kvferry_gateway.conversation import Conversation
-from kvferry_gateway.errors import bad_request, model_not_found
+from kvferry_gateway.errors import bad_request
 from kvferry_gateway.messages import Label, Messages
+from kvferry_gateway.models import Models, ServedModel
 from kvferry_gateway.openai import MAX_TEMPLATE_KWARGS, TokenId, check_conversation_end
-from kvferry_gateway.prompt import Prompter
 from kvferry_gateway.request_model import RequestModel
 from kvferry_gateway.tools import Tools
 
@@ -45,16 +46,17 @@ class DetokenizeRequest(RequestModel):
 
 
 class TokenService:
-    """One model's."""
+    """One gateway's, for all its models."""
 
-    def __init__(self, prompter: Prompter, model_name: str) -> None:
-        self._prompter = prompter
-        self._model_name = model_name
+    def __init__(self, models: Models, max_model_len: Callable[[ServedModel], int]) -> None:
+        self._models = models
+        self._max_model_len = max_model_len
 
-    async def tokenize(self, body: bytes, max_model_len: int) -> dict[str, Any]:
+    async def tokenize(self, body: bytes) -> dict[str, Any]:
         """Raises `ApiError` 400 or 404."""
         request = parse(TokenizeRequest, body)
-        self._check_model(request.model)
+        model = self._models.asked_for(request.model)
+        prompter = model.prompter
         if request.messages is not None:
             conversation = Conversation(
                 request.messages,
@@ -64,23 +66,20 @@ class TokenService:
                 bool(request.add_special_tokens),
                 request.tools,
             )
-            tokens = (await self._prompter.chat(conversation)).tokens
+            tokens = (await prompter.chat(conversation)).tokens
         else:
             add = True if request.add_special_tokens is None else request.add_special_tokens
-            tokens = await self._prompter.text(request.prompt or "", add)
+            tokens = await prompter.text(request.prompt or "", add)
         token_ids = tokens.tolist()
         names = None
         if request.return_token_strs:
-            backend = self._prompter.tokenizer.backend
+            backend = prompter.tokenizer.backend
             names = [backend.id_to_token(token_id) for token_id in token_ids]
+        max_model_len = self._max_model_len(model)
         return {"count": len(token_ids), "max_model_len": max_model_len, "tokens": token_ids, "token_strs": names}
 
     def detokenize(self, body: bytes) -> dict[str, Any]:
         """Special tokens are shown. Raises `ApiError` 400 or 404."""
         request = parse(DetokenizeRequest, body)
-        self._check_model(request.model)
-        return {"prompt": self._prompter.tokenizer.decode(request.tokens, skip_special_tokens=False)}
-
-    def _check_model(self, model: str | None) -> None:
-        if model is not None and model != self._model_name:
-            raise model_not_found(model)
+        prompter = self._models.asked_for(request.model).prompter
+        return {"prompt": prompter.tokenizer.decode(request.tokens, skip_special_tokens=False)}

@@ -20,7 +20,8 @@ class ToldStream(TokenStream):
     `told` keeps all of them for an answer that is not streamed.
     """
 
-    __slots__ = ("_logprobs", "_make_event", "_num_chars", "_parser", "_waiting", "_wants_logprobs", "told")
+    __slots__ = ("_held_back", "_logprobs", "_make_event", "_num_chars", "_parser", "_waiting", "_wants_logprobs",
+                 "told")  # fmt: skip
 
     def __init__(
         self,
@@ -39,6 +40,7 @@ class ToldStream(TokenStream):
         `num_chars`: of text before the first token."""
         super().__init__(texts, stops, limit, rules, frame)
         self.told: list[ToldToken] = []
+        self._held_back = False
         self._wants_logprobs = wants_logprobs
         self._make_event = make_event
         self._parser = parser
@@ -50,6 +52,19 @@ class ToldStream(TokenStream):
     def num_calls(self) -> int:
         """Tool calls that have begun."""
         return 0 if self._parser is None else self._parser.num_calls
+
+    def hold_back(self) -> None:
+        """Write nothing until `begin` tells what stands before it."""
+        self._held_back = True
+
+    def begin(self, first: bytes, now: float) -> None:
+        self._held_back = False
+        self.pieces.insert(0, first)
+        self.flush(now)
+
+    def flush(self, now: float) -> None:
+        if not self._held_back:
+            super().flush(now)
 
     def note_logprobs(self, index: int, found: TokenLogprobs) -> None:
         if len(self.tokens) <= index < self.limit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
@@ -15,11 +15,12 @@ MAX_TOOLS: Final = 128  # OpenAI's limit
 MAX_DESCRIPTION_CHARS: Final = 1 << 16
 MAX_SCHEMA_DEPTH: Final = 64
 
+Schema = dict[str, Any]
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
 
 
 class Function(RequestModel):
-    """`strict` is taken and changes nothing: calls of a model's own accord follow no grammar, demanded ones do."""
+    """`strict`: its arguments follow the schema also where the model calls it of its own accord."""
 
     name: FunctionName
     description: Annotated[str, Field(max_length=MAX_DESCRIPTION_CHARS)] | None = None
@@ -60,22 +61,36 @@ Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
 
 
 def schema_of_calls(tools: Sequence[Tool], *, parallel: bool) -> str:
-    """JSON schema of a list of calls. Each tool's own schema stands in `$defs`, its references turned there."""
-    definitions: dict[str, Any] = {}
+    """JSON schema of a list of calls."""
+    calls, definitions = schemas_of_calls(tools, lambda tool: tool.schema_of_arguments)
+    return json.dumps({**list_of(calls, parallel=parallel), "$defs": definitions}, ensure_ascii=False)
+
+
+def list_of(calls: Sequence[Schema], *, parallel: bool) -> Schema:
+    """Of calls, or of a single one where they are not to be parallel."""
+    schema = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+    return schema if parallel else {**schema, "maxItems": 1}
+
+
+def schemas_of_calls(
+    tools: Sequence[Tool], arguments_of: Callable[[Tool], Schema], key: str = "arguments"
+) -> tuple[list[Schema], Schema]:
+    """JSON schemas of a call to each tool, and the `$defs` that they name. Each tool's own schema stands there, its
+    references turned to that place."""
+    definitions: Schema = {}
     calls = []
     for number, tool in enumerate(tools):
         root = f"#/$defs/{number}"
-        definitions[str(number)] = _moved(tool.schema_of_arguments, root)
+        definitions[str(number)] = _moved(arguments_of(tool), root)
         calls.append(
             {
                 "type": "object",
-                "properties": {"name": {"const": tool.function.name}, "arguments": {"$ref": root}},
-                "required": ["name", "arguments"],
+                "properties": {"name": {"const": tool.function.name}, key: {"$ref": root}},
+                "required": ["name", key],
                 "additionalProperties": False,
             }
         )
-    schema = {"type": "array", "minItems": 1, "items": {"anyOf": calls}, "$defs": definitions}
-    return json.dumps(schema if parallel else {**schema, "maxItems": 1}, ensure_ascii=False)
+    return calls, definitions
 
 
 def depth_of(value: Any, limit: int = MAX_SCHEMA_DEPTH) -> int:

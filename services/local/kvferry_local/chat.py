@@ -67,10 +67,12 @@ def pieces(lines: Iterator[str]) -> Iterator[str]:
                 yield text
 
 
-def run_chat(target: Target, settings: ClientSettings, prompt: str | None, options: dict[str, Any]) -> None:
+def run_chat(
+    target: Target, settings: ClientSettings, model: str | None, prompt: str | None, options: dict[str, Any]
+) -> None:
     """One answer for `prompt`, or a conversation read from the terminal. Raises `RequestFailed`."""
     with target.open(settings, STREAM_TIMEOUT) as http, request_errors(target.url):
-        conversation = Conversation(http, target.model or first_model(http), options)
+        conversation = Conversation(http, model or target.model or first_model(http), options)
         if prompt is not None:
             show(conversation.ask(prompt))
             return

@@ -6,6 +6,7 @@
     kvferry scale|autoscale             more workers, or fewer
     kvferry bench                       a load on any OpenAI-compatible endpoint
     kvferry doctor                      what is wrong on this machine, and what mends it
+    kvferry credentials                 secrets of a cluster with a NATS server of your own
     kvferry model fetch|import|list     prepare weights
 
 Exit codes and one-line errors: `kvferry.command`. Imports that take time stay inside the commands.
@@ -26,7 +27,14 @@ from kvferry.command import EXIT_FAILED, EXIT_SETTING, fail, one_line_errors, ru
 from kvferry.config import load_settings, settings_options
 from kvferry.log import setup_logging
 from kvferry.runfile import default_run_file
-from kvferry_local.settings import AutoscaleSettings, BenchSettings, ClientSettings, DoctorSettings, UpSettings
+from kvferry_local.settings import (
+    AutoscaleSettings,
+    BenchSettings,
+    ClientSettings,
+    CredentialsSettings,
+    DoctorSettings,
+    UpSettings,
+)
 
 SERVICES: Final = {
     "gateway": "Run one gateway in the foreground: HTTP in, tokens out.",
@@ -69,9 +77,9 @@ def up_command(config_file: Path | None, **flags: Any) -> None:
         settings = load_settings(UpSettings, config_file=config_file, environ=os.environ, flags=flags)
         setup_logging(settings.log_level, settings.log_format, service="up")
         check_settings(settings)
-        model_dir, model_name = resolve(settings.model)
+        models = resolve(settings.model, settings.served_model_name)
         try:
-            run(up(settings, model_dir, settings.served_model_name or model_name))
+            run(up(settings, models))
         except StackFailed as failure:
             code = failure.returncode if failure.returncode in (EXIT_FAILED, EXIT_SETTING) else EXIT_FAILED
             fail(code, failure.reason)
@@ -99,10 +107,11 @@ for _name, _summary in SERVICES.items():
 @main.command("chat")
 @settings_options(ClientSettings)
 @click.argument("prompt", required=False)
+@click.option("--model", "model_name", help="Model to talk to; the stack's first unless given.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer, in tokens.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the likeliest token.")
 @click.option("--seed", type=int, help="The same seed draws the same answer.")
-def chat_command(config_file: Path | None, prompt: str | None, **flags: Any) -> None:
+def chat_command(config_file: Path | None, prompt: str | None, model_name: str | None, **flags: Any) -> None:
     """Talk to a running stack. With PROMPT, print one answer and end.
 
     In a conversation, Ctrl-C stops the answer and Ctrl-D ends.
@@ -114,7 +123,7 @@ def chat_command(config_file: Path | None, prompt: str | None, **flags: Any) -> 
     with one_line_errors():
         settings = client_settings(config_file, flags)
         given = {name: value for name, value in options.items() if value is not None}
-        run_chat(find_target(settings), settings, prompt, given)
+        run_chat(find_target(settings), settings, model_name, prompt, given)
 
 
 @main.command("status")
@@ -150,8 +159,9 @@ def drain_command(config_file: Path | None, worker: str, **flags: Any) -> None:
 
 @main.command("scale")
 @settings_options(ClientSettings)
+@click.option("--model", "model_name", help="Model whose workers are meant; each model's unless given.")
 @click.argument("replicas", nargs=-1, metavar="[ROLE=N]...")
-def scale_command(config_file: Path | None, replicas: tuple[str, ...], **flags: Any) -> None:
+def scale_command(config_file: Path | None, model_name: str | None, replicas: tuple[str, ...], **flags: Any) -> None:
     """Run N workers of a role under `kvferry up`, as in: kvferry scale decode=3
 
     Workers that are no longer wanted drain before they end. Without ROLE=N, say how many there are.
@@ -162,8 +172,10 @@ def scale_command(config_file: Path | None, replicas: tuple[str, ...], **flags: 
     with one_line_errors():
         settings = client_settings(config_file, flags)
         path = settings.run_file or default_run_file(os.environ, settings.cluster)
-        for role, count in run(ask_stack(path, parse_scale(replicas))).items():
-            click.echo(f"{role}={count}")
+        found = run(ask_stack(path, parse_scale(replicas), model_name))
+        for model, counts in found.items():
+            for role, count in counts.items():
+                click.echo(f"{model} {role}={count}" if len(found) > 1 else f"{role}={count}")
 
 
 @main.command("autoscale")
@@ -218,6 +230,23 @@ def doctor_command(config_file: Path | None, as_json: bool, **flags: Any) -> Non
             settings = beside(settings, run_file)
         if not run(examine(settings, run_file, as_json)):
             sys.exit(EXIT_FAILED)
+
+
+@main.command("credentials")
+@settings_options(CredentialsSettings)
+@click.argument("directory", type=click.Path(path_type=Path))
+def credentials_command(config_file: Path | None, directory: Path, **flags: Any) -> None:
+    """Make the secrets of a cluster with a NATS server of your own, as files in DIRECTORY.
+
+    A user and password for each role, the server's authorization block with the rights of each, and the data key.
+    """
+    from kvferry.runtime import SystemRuntime
+    from kvferry_local.credentials import write_credentials
+
+    with one_line_errors():
+        settings = load_settings(CredentialsSettings, config_file=config_file, environ=os.environ, flags=flags)
+        for path in write_credentials(directory, settings.cluster, SystemRuntime()):
+            click.echo(path)
 
 
 @main.group("model", cls=InOrder)

@@ -15,6 +15,7 @@ from kvferry.config import load_settings
 from kvferry.errors import KvferryError, SettingError
 from kvferry.runfile import RunFile, default_run_file
 from kvferry_local.settings import ClientSettings
+from kvferry_local.trust import SETTING, trust
 
 # A proxy from the environment must not see requests to this machine.
 TRUST_ENV: Final = False
@@ -33,10 +34,17 @@ class Target:
     model: str  # empty: ask the gateway
 
     def open(self, settings: ClientSettings, timeout: httpx.Timeout) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers=_headers(settings), timeout=timeout, trust_env=TRUST_ENV)
+        return httpx.Client(**self._options(settings), timeout=timeout, trust_env=TRUST_ENV)
 
     def open_async(self, settings: ClientSettings, timeout: httpx.Timeout) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, headers=_headers(settings), timeout=timeout, trust_env=TRUST_ENV)
+        return httpx.AsyncClient(**self._options(settings), timeout=timeout, trust_env=TRUST_ENV)
+
+    def _options(self, settings: ClientSettings) -> dict[str, Any]:
+        return {
+            "base_url": self.url,
+            "headers": _headers(settings),
+            "verify": trust(self.url, settings.tls_ca, self.run_file),
+        }
 
 
 def _headers(settings: ClientSettings) -> dict[str, str]:
@@ -56,7 +64,7 @@ def find_target(settings: ClientSettings, *, need_run_file: bool = False) -> Tar
     run_file = RunFile.read(path, "--run-file")
     if not run_file.gateways:
         raise SettingError("--run-file", f"{path} names no gateway")
-    return Target((settings.url or run_file.gateways[0]).rstrip("/"), run_file, run_file.served_model_name)
+    return Target((settings.url or run_file.gateways[0]).rstrip("/"), run_file, run_file.first_model)
 
 
 @contextmanager
@@ -66,7 +74,8 @@ def request_errors(url: str) -> Iterator[None]:
         yield
     except httpx.TransportError as error:
         detail = str(error) or type(error).__name__
-        raise RequestFailed(f"--url: no answer from {url} ({detail}); is `kvferry up` running?") from None
+        remedy = f"give {SETTING}" if "CERTIFICATE_VERIFY_FAILED" in detail else "is `kvferry up` running?"
+        raise RequestFailed(f"--url: no answer from {url} ({detail}); {remedy}") from None
 
 
 def check(response: httpx.Response) -> None:

@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvferry.bus.base import BusSettings
+from kvferry.bus.login import stack_login
 from kvferry.bus.nats import NatsBus
 from kvferry.errors import SettingError
 from kvferry.runfile import RunFile
 from kvferry.runtime import SystemRuntime
 from kvferry.wire.messages import WORKER_ROLES, Codecs, Drain
-from kvferry.wire.subjects import inbox_prefix, process_subject
+from kvferry.wire.subjects import mail_subject, process_subject
 from kvferry_local.client import Target, check, request_errors
 from kvferry_local.settings import ClientSettings
 
@@ -37,7 +37,7 @@ def show_status(target: Target, settings: ClientSettings) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("NAME", "ROLE", "STATE", "PID", "MODEL", "TRANSPORT", "WAITING", "RUNNING", "FREE BLOCKS"):
         table.add_column(column, justify="right" if column in ("PID", "WAITING", "RUNNING", "FREE BLOCKS") else "left")
-    workers = workers_of(target, settings)
+    workers = sorted(workers_of(target, settings), key=lambda worker: (worker["role"], worker["name"]))
     for worker in workers:
         load = worker["load"]
         table.add_row(
@@ -49,30 +49,23 @@ def show_status(target: Target, settings: ClientSettings) -> None:
         console.width = MAX_WIDTH  # a program that reads this wants whole names
     console.print(table)
     for worker in workers:
-        console.print(Text(f"{worker['name']}: engine {worker['engine']}, {worker['engine_reason']}"), soft_wrap=True)
-
-
-def bus_settings(run_file: RunFile, name: str, min_payload: int = 0) -> BusSettings:
-    return BusSettings(
-        url=run_file.nats_url,
-        name=name,
-        inbox_prefix=inbox_prefix(run_file.cluster, "operator"),
-        user=run_file.nats_user,
-        password=run_file.nats_password.get_secret_value(),
-        token=run_file.nats_token.get_secret_value(),
-        tls_ca=run_file.nats_tls_ca,
-        min_payload=min_payload,
-    )
+        ranks = f" on {worker['ranks']} ranks" if worker.get("ranks", 1) > 1 else ""
+        remarks = [f"engine {worker['engine']}{ranks}, {worker['engine_reason']}"]
+        if (why := worker.get("unserved")) is not None:
+            remarks.append(f"gets no request: {why}")
+        remarks += [f"takes no KV from {other}: {why}" for other, why in worker.get("refuses", {}).items()]
+        for remark in remarks:
+            console.print(Text(f"{worker['name']}: {remark}"), soft_wrap=True)
 
 
 async def drain(run_file: RunFile, worker: Worker) -> None:
     """Ask one worker to take no more and to end. Returns when the message is on the bus."""
     incarnation = int(worker["incarnation"], 16)
-    bus = NatsBus(bus_settings(run_file, "kvferry-drain"), SystemRuntime())
+    bus = NatsBus(stack_login(run_file, "operator", "kvferry-drain"), SystemRuntime())
     await bus.start()
     try:
-        subject = process_subject(run_file.cluster, worker["role"], worker["name"], incarnation)
-        await bus.publish(subject, Codecs().to_worker.encode(Drain(incarnation)))
+        process = process_subject(run_file.cluster, worker["role"], worker["name"], incarnation)
+        await bus.publish(mail_subject(process, "operator"), Codecs().to_worker.encode(Drain(incarnation)))
     finally:
         await bus.close()
 

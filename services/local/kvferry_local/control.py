@@ -2,7 +2,9 @@
 
 A Unix socket beside the run file, as private as that. One JSON line asks, one answers:
 
-    {"scale": {"decode": 3}}   ->   {"replicas": {"prefill": 1, "decode": 3}}   or   {"error": "…"}
+    {"scale": {"decode": 3}, "model": "m"}   ->   {"replicas": {"m": {"prefill": 1, "decode": 3}}}   or   {"error": "…"}
+
+Without a model, or with null for it, each model of the stack is meant.
 
 A worker that is taken away drains: it gets SIGTERM and is waited for, never SIGKILL.
 """
@@ -38,21 +40,40 @@ class ControlRefused(KvferryError):
 
 
 class Crew:
-    """The workers of a running stack, by role: those that are to stay."""
+    """The workers of a running stack, by model and role: those that are to stay."""
 
-    def __init__(self, plan: Plan, supervisor: Supervisor, prefill: int, decode: int) -> None:
+    def __init__(self, plan: Plan, supervisor: Supervisor) -> None:
         self._plan = plan
         self._supervisor = supervisor
-        self._indices: dict[Role, list[int]] = {"prefill": list(range(prefill)), "decode": list(range(decode))}
+        self._models = {model.name: model for model in plan.models}
+        self._indices: dict[str, dict[Role, list[int]]] = {
+            name: {role: [index for owner, index in plan.first_workers(role) if owner == model] for role in LEAST}
+            for name, model in self._models.items()
+        }
 
-    def replicas(self) -> dict[str, int]:
-        return {role: len(indices) for role, indices in self._indices.items()}
+    def replicas(self, model: str | None) -> dict[str, dict[str, int]]:
+        """Of one model, or of each. Raises `ControlRefused` for an unknown one."""
+        return {
+            name: {role: len(indices) for role, indices in self._indices[name].items()} for name in self._meant(model)
+        }
 
-    def scale(self, role: Role, wanted: int) -> None:
-        """Add or retire workers, the youngest first. Raises `ControlRefused` for a number out of bounds."""
+    def scale(self, role: Role, wanted: int, model: str | None) -> None:
+        """Add or retire workers of one model, or of each, the youngest first.
+
+        Raises `ControlRefused` for a number out of bounds or an unknown model.
+        """
         if not LEAST[role] <= wanted <= MAX_PROCESSES:
             raise ControlRefused(f"{role}: {wanted} is not in {LEAST[role]} to {MAX_PROCESSES}")
-        indices = self._indices[role]
+        for name in self._meant(model):
+            self._scale(role, wanted, name)
+
+    def _meant(self, model: str | None) -> list[str]:
+        if model is not None and model not in self._models:
+            raise ControlRefused(f"no model is called {model!r}; there are: {', '.join(self._models)}")
+        return list(self._models) if model is None else [model]
+
+    def _scale(self, role: Role, wanted: int, model: str) -> None:
+        indices = self._indices[model][role]
         before = len(indices)
         while len(indices) > wanted:
             self._supervisor.retire(worker_name(role, indices.pop()))
@@ -60,10 +81,10 @@ class Crew:
             # A name that still drains is not free.
             taken = self._supervisor.names
             index = next(index for index in range(2 * MAX_PROCESSES) if worker_name(role, index) not in taken)
-            self._supervisor.add(self._plan.worker(role, index))
+            self._supervisor.add(self._plan.worker(role, index, self._models[model]))
             indices.append(index)
         if before != wanted:
-            log.info("scaled", role=role, before=before, replicas=wanted)
+            log.info("scaled", model=model, role=role, before=before, replicas=wanted)
 
 
 def socket_path(run_file: Path) -> Path:
@@ -111,19 +132,21 @@ class _Session:
 
     def _answer(self, line: bytes) -> dict[str, Any]:
         try:
-            asked = json.loads(line)["scale"]
+            document = json.loads(line)
+            asked, model = document["scale"], document.get("model")
             wanted = {role: asked[role] for role in LEAST if role in asked}
             known = isinstance(asked, dict) and len(wanted) == len(asked)
-            if not known or not all(type(count) is int for count in wanted.values()):
+            named = model is None or isinstance(model, str)
+            if not known or not named or not all(type(count) is int for count in wanted.values()):
                 raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
             return {"error": f'ask {{"scale": {{"decode": 2}}}}; roles: {", ".join(LEAST)}'}
         try:
             for role, count in wanted.items():
-                self._crew.scale(role, count)
+                self._crew.scale(role, count, model)
+            return {"replicas": self._crew.replicas(model)}
         except ControlRefused as refused:
             return {"error": str(refused)}
-        return {"replicas": self._crew.replicas()}
 
 
 def parse_scale(words: Sequence[str]) -> dict[Role, int]:
@@ -138,14 +161,17 @@ def parse_scale(words: Sequence[str]) -> dict[Role, int]:
     return wanted
 
 
-async def ask_stack(run_file: Path, scale: Mapping[Role, int]) -> dict[Role, int]:
-    """The numbers of workers after `scale`; without any, those that are. Raises `ControlRefused`, `SettingError`."""
+async def ask_stack(run_file: Path, scale: Mapping[Role, int], model: str | None = None) -> dict[str, dict[Role, int]]:
+    """The numbers of workers by model after `scale`; without any, those that are. `model` None: each model.
+
+    Raises `ControlRefused`, `SettingError`.
+    """
     path = socket_path(run_file)
     try:
         async with asyncio.timeout(ASK_TIMEOUT_S):
             reader, writer = await asyncio.open_unix_connection(path, limit=MAX_ASK_BYTES)
             try:
-                writer.write(json.dumps({"scale": dict(scale)}).encode() + b"\n")
+                writer.write(json.dumps({"scale": dict(scale), "model": model}).encode() + b"\n")
                 answer = json.loads(await reader.readline())
             finally:
                 writer.close()
@@ -155,5 +181,5 @@ async def ask_stack(run_file: Path, scale: Mapping[Role, int]) -> dict[Role, int
         raise ControlRefused(f"{path}: {str(error) or type(error).__name__}") from None
     if "error" in answer:
         raise ControlRefused(str(answer["error"]))
-    replicas: dict[Role, int] = answer["replicas"]
+    replicas: dict[str, dict[Role, int]] = answer["replicas"]
     return replicas

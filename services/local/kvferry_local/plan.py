@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from kvferry.config import env_name
+from kvferry.model_source import ModelSource
 from kvferry_local.process import Program
 from kvferry_local.settings import UpSettings
 from kvferry_local.supervision import Role
@@ -23,8 +26,7 @@ class Place:
     """What is known only when the stack starts."""
 
     run_file: Path
-    model_dir: Path
-    served_model_name: str
+    models: tuple[ModelSource, ...]  # each with its name and its directory
     ports: tuple[int, ...]  # one per gateway
     cores: tuple[int, ...]  # that this process may run on
     log_format: str  # console or json
@@ -36,14 +38,14 @@ class Plan:
     def __init__(self, settings: UpSettings, place: Place) -> None:
         self._settings = settings
         self._place = place
-        self._num_first: dict[Role, int] = {"prefill": settings.prefill, "decode": settings.decode}
-        self._num_workers = settings.prefill + settings.decode
-        self._threads = settings.threads or max(1, len(place.cores) // self._num_workers)
-        self._pinned = settings.pin == "auto" and self._num_workers * self._threads <= len(place.cores)
+        self._per_model: dict[Role, int] = {"prefill": settings.prefill, "decode": settings.decode}
+        self._num_first = {role: count * len(place.models) for role, count in self._per_model.items()}
+        self._num_workers = sum(self._num_first.values())
+        num_ranks = sum(count * settings.ranks(role) for role, count in self._num_first.items())
+        self._threads = settings.threads or max(1, len(place.cores) // num_ranks)
+        self._pinned = settings.pin == "auto" and num_ranks * self._threads <= len(place.cores)
         self._shared = _flags(
             join=place.run_file,
-            model=place.model_dir,
-            served_model_name=place.served_model_name,
             scaling_file=settings.scaling_file,
             log_level=settings.log_level,
             log_format=place.log_format,
@@ -51,16 +53,31 @@ class Plan:
 
     def programs(self) -> list[Program]:
         """Prefill and decode workers, gateways, in the order in which they start."""
-        workers = [self.worker(role, index) for role, count in self._num_first.items() for index in range(count)]
+        workers = [
+            self.worker(role, index, model) for role in self._num_first for model, index in self.first_workers(role)
+        ]
         return workers + [self._gateway(index, port) for index, port in enumerate(self._place.ports)]
 
-    def worker(self, role: Role, index: int) -> Program:
+    @property
+    def models(self) -> tuple[ModelSource, ...]:
+        return self._place.models
+
+    def first_workers(self, role: Role) -> list[tuple[ModelSource, int]]:
+        """The workers of a role that the stack begins with: model and index. Names are numbered over all models."""
+        per_model = self._per_model[role]
+        return [(model, at * per_model + i) for at, model in enumerate(self.models) for i in range(per_model)]
+
+    def worker(self, role: Role, index: int, model: ModelSource) -> Program:
         """The worker `role`-`index`; from the stack's own number on it is one that was added."""
         settings, threads = self._settings, self._threads
         name = worker_name(role, index)
-        cpus = own_cores(self._place.cores, self._seat(role, index), threads) if self._pinned else None
+        ranks = settings.ranks(role)
+        seat = self._seat(role, index)
+        cpus = own_cores(self._place.cores, seat * threads, ranks * threads) if self._pinned else None
         flags = _flags(
             name=name,
+            model=model,
+            served_model_name=model.name,
             cpus=cpus,
             dtype=settings.dtype,
             engine=settings.engine,
@@ -68,28 +85,39 @@ class Plan:
             max_model_len=settings.max_model_len,
             transport=settings.transport,
             threads=threads,
+            tensor_parallel_size=ranks if ranks > 1 else None,
         )
         # libgomp reads it when torch is imported, long before the worker could set it.
         environ = {"OMP_NUM_THREADS": str(threads)}
         return Program(name, role, (*PYTHON, f"kvferry_{role}", *self._shared, *flags), environ)
 
     def _seat(self, role: Role, index: int) -> int:
-        """A worker's place among all: those of the start in their order, then prefill and decode in turn."""
-        first = self._num_first[role]
-        if index < first:
-            return index if role == "prefill" else self._num_first["prefill"] + index
-        return self._num_workers + 2 * (index - first) + (role == "decode")
+        """The place of a worker's first rank among all: those of the start in the order of their workers, then those
+        of prefill and decode workers in turn."""
+        first, ranks = self._num_first, {role: self._settings.ranks(role) for role in self._num_first}
+        if index < first[role]:
+            return index * ranks[role] + (first["prefill"] * ranks["prefill"] if role == "decode" else 0)
+        num_first = sum(first[each] * ranks[each] for each in first)
+        added = (index - first[role]) * sum(ranks.values())
+        return num_first + added + (ranks["prefill"] if role == "decode" else 0)
 
     def _gateway(self, index: int, port: int) -> Program:
         settings = self._settings
         own = _flags(
             name=f"gateway-{index}",
+            model=self.models,
+            served_model_name=self.models[0].name if len(self.models) == 1 else "",
             host=settings.host,
             port=port,
+            tls_cert=settings.tls_cert,
+            tls_key=settings.tls_key,
             api_key_file=settings.api_key_file,
             cors_origins=",".join(settings.cors_origins) or None,
         )
-        return Program(f"gateway-{index}", "gateway", (*PYTHON, "kvferry_gateway", *self._shared, *own))
+        # The one secret that the run file does not carry: no other process needs it.
+        password = settings.tls_key_password.get_secret_value()
+        environ = {env_name("tls_key_password"): password} if password else {}
+        return Program(f"gateway-{index}", "gateway", (*PYTHON, "kvferry_gateway", *self._shared, *own), environ)
 
 
 def worker_name(role: Role, index: int) -> str:
@@ -112,26 +140,37 @@ def _place_of(core: int, cpus: Path) -> tuple[int, int]:
         return 0, core
 
 
-def own_cores(cores: Sequence[int], seat: int, threads: int) -> str | None:
-    """`threads` cores that no other seat has, as `--cpus` takes them; None where they have run out."""
-    own = cores[seat * threads : (seat + 1) * threads]
-    return ",".join(map(str, sorted(own))) if len(own) == threads else None
+def own_cores(cores: Sequence[int], first: int, count: int) -> str | None:
+    """`count` cores from the `first` on, as `--cpus` takes them; None where they have run out."""
+    own = cores[first : first + count]
+    return ",".join(map(str, sorted(own))) if len(own) == count else None
 
 
 def _flags(**values: object) -> tuple[str, ...]:
     flags: list[str] = []
     for field, value in values.items():
-        if value is not None:
-            flags += ["--" + field.replace("_", "-"), str(value)]
+        for part in value if isinstance(value, tuple) else (value,):
+            if part is not None:
+                flags += ["--" + field.replace("_", "-"), str(part)]
     return tuple(flags)
 
 
-def ready_message(url: str, model: str, num_prefill: int, num_decode: int, seconds: float) -> str:
-    """What the operator sees when the stack is ready: address and a line to paste."""
+def curl_options(settings: UpSettings) -> str:
+    """What curl needs besides the address: whom to trust, and a key."""
+    options = f"--cacert {shlex.quote(str(settings.tls_cert))} " if settings.tls_cert else ""
+    return options + (f'-H "authorization: Bearer ${env_name("api_key")}" ' if settings.api_key_file else "")
+
+
+def ready_message(
+    url: str, models: Sequence[str], num_prefill: int, num_decode: int, seconds: float, options: str = ""
+) -> str:
+    """What the operator sees when the stack is ready: address and a line to paste. Numbers are of each model."""
     workers = f"{num_prefill} prefill + {num_decode} decode" if num_prefill else f"{num_decode} decode, no prefill"
+    each = " each" if len(models) > 1 else ""
+    model = models[0]
     return (
-        f"\nkvferry is ready on {url} after {seconds:.1f} s: {model}, {workers}\n\n"
-        f"  curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\\n"
+        f"\nkvferry is ready on {url} after {seconds:.1f} s: {', '.join(models)}, {workers}{each}\n\n"
+        f"  curl -N {options}{url}/v1/chat/completions -H 'content-type: application/json' \\\n"
         f'    -d \'{{"model": "{model}", "stream": true, "max_tokens": 200, '
         f'"messages": [{{"role": "user", "content": "Why is the sky blue?"}}]}}\'\n\n'
         "Ctrl-C drains and stops."

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kvferry.bus.tether import tethered
+from kvferry.config import without_secrets
 from kvferry.ready import MAX_REPORT_BYTES, READY_FD
 from kvferry_local.supervision import Role
 
@@ -24,7 +25,7 @@ PIPE_GRACE_S: Final = 1.0  # for the last lines of a program that has ended
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What to run. `environ` is added to this process's environment."""
+    """What to run. `environ` is added to this process's environment without its secrets."""
 
     name: str
     role: Role
@@ -65,7 +66,7 @@ class Process:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                env={**os.environ, **program.environ, READY_FD: str(write_end)},
+                env={**without_secrets(os.environ), **program.environ, READY_FD: str(write_end)},
                 pass_fds=(write_end,),
                 start_new_session=True,
             )

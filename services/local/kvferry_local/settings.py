@@ -13,9 +13,14 @@ from kvferry.errors import SettingError
 from kvferry.scaling import SERVICES, Role, scaling_path
 
 MAX_PROCESSES: Final = 64
+TLS_CA: Final = (
+    "PEM file of the authority that signed the gateway's certificate; the system's authorities unless given. A stack "
+    "of this machine is known by its run file."
+)
 REPLICAS_OF: Final[Mapping[str, Role]] = {"prefill": "prefill", "decode": "decode", "gateways": "gateway"}
 
 Count = Annotated[int, Field(ge=1, le=MAX_PROCESSES)]
+Ranks = Annotated[int, Field(ge=1, le=MAX_PROCESSES)]
 
 
 class UpSettings(Settings):
@@ -23,8 +28,14 @@ class UpSettings(Settings):
 
     role: ClassVar[str] = "up"
 
-    model: str = Field("smollm2", description="Model: a known name, fetched once, or a directory in Hugging Face form.")
-    served_model_name: str = Field("", description="Name that clients use for the model; the model's own unless given.")
+    model: tuple[str, ...] = Field(
+        ("smollm2",),
+        description="Models: known names, fetched once, or directories in Hugging Face form; NAME=MODEL where clients "
+        "call one NAME.",
+    )
+    served_model_name: str = Field(
+        "", description="Name that clients use where there is one model; its own unless given."
+    )
     max_model_len: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Longest prompt plus output, in tokens; the model's own limit unless given."
     )
@@ -38,9 +49,9 @@ class UpSettings(Settings):
         "none", description="int8 takes half the memory of bfloat16 and decodes faster; native engine only."
     )
     prefill: Annotated[int, Field(ge=0, le=MAX_PROCESSES)] = Field(
-        1, description="Prefill workers; 0 lets decode workers prefill too, the single-worker baseline."
+        1, description="Prefill workers of each model; 0 lets decode workers prefill too, the single-worker baseline."
     )
-    decode: Count = Field(1, description="Decode workers.")
+    decode: Count = Field(1, description="Decode workers of each model.")
     gateways: Count = Field(1, description="Gateways, on consecutive ports.")
     transport: Literal["auto", "ucx", "tcp"] = Field(
         "auto", description="Data plane between the workers; auto is UCX where it is installed, else TCP."
@@ -52,12 +63,26 @@ class UpSettings(Settings):
     )
     host: str = Field("127.0.0.1", description="Address that the gateways listen on.")
     port: Port = Field(8000, description="Port of the first gateway; 0 takes free ones.")
+    tensor_parallel_size: Ranks = Field(
+        1, description="Ranks of each worker: processes that its model is split over. The roles may differ."
+    )
+    prefill_tensor_parallel_size: Ranks | None = Field(
+        None, description="Ranks of each prefill worker; --tensor-parallel-size unless given."
+    )
+    decode_tensor_parallel_size: Ranks | None = Field(
+        None, description="Ranks of each decode worker; --tensor-parallel-size unless given."
+    )
     threads: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Compute threads per worker; the cores shared out over the workers unless given."
+        None, description="Compute threads of each rank of a worker; the cores shared out over all ranks unless given."
     )
     pin: Literal["auto", "off"] = Field(
         "off", description="auto: each worker on cores of its own, where there are as many as all of them have threads."
     )
+    tls_cert: Path | None = Field(
+        None, description="PEM file of the gateways' certificate for HTTPS, and of those that lead to its authority."
+    )
+    tls_key: Path | None = Field(None, description="PEM file of its private key; the certificate's file unless given.")
+    tls_key_password: SecretStr = Field(SecretStr(""), description="Password of an encrypted private key.")
     api_key_file: Path | None = Field(
         None, description="Bearer keys that the gateways accept, one a line, with their rate limits."
     )
@@ -68,6 +93,8 @@ class UpSettings(Settings):
     nats_password: SecretStr = Field(SecretStr(""), description="NATS password.")
     nats_token: SecretStr = Field(SecretStr(""), description="NATS token, instead of user and password.")
     nats_tls_ca: str = Field("", description="PEM file of the authority that signed the NATS server's certificate.")
+    nats_tls_cert: str = Field("", description="PEM file of our own certificate, for a NATS server that asks for one.")
+    nats_tls_key: str = Field("", description="PEM file of its private key.")
     data_key: SecretStr = Field(
         SecretStr(""), description="The cluster's data-plane key, 64 hexadecimal digits; random unless given."
     )
@@ -88,6 +115,11 @@ class UpSettings(Settings):
         counts = {field: SERVICES[role].read(path).replicas for field, role in REPLICAS_OF.items()}
         return counts, lambda field: f"replicas in {scaling_path(REPLICAS_OF[field], path)}"
 
+    def ranks(self, role: Role) -> int:
+        """Of each worker of a role."""
+        own = {"prefill": self.prefill_tensor_parallel_size, "decode": self.decode_tensor_parallel_size}
+        return own.get(role) or self.tensor_parallel_size
+
     @model_validator(mode="after")
     def _ports_fit(self) -> Self:
         if self.port + self.gateways - 1 > 65535:
@@ -102,6 +134,7 @@ class ClientSettings(Settings):
 
     url: str = Field("", description="Base URL of a gateway; the run file's first one unless given.")
     api_key: SecretStr = Field(SecretStr(""), description="Bearer key of the gateway.")
+    tls_ca: Path | None = Field(None, description=TLS_CA)
     cluster: SubjectName = Field("dev", description="Cluster whose run file is read.")
     run_file: Path | None = Field(None, description="Run file of the stack to talk to.")
 
@@ -111,12 +144,19 @@ class AutoscaleSettings(ClientSettings):
 
     role: ClassVar[str] = "autoscale"
 
+    # Not `model`: KVFERRY_MODEL is the directory that services load.
+    served_model_name: str = Field(
+        "",
+        description="Model whose workers are scaled; every one's unless given.",
+        json_schema_extra={"flag": "--model"},
+    )
+
     target: Literal["local", "compose", "command"] = Field(
         "local", description="Who starts and drains workers: `kvferry up` here, docker compose here, or --command."
     )
     command: str = Field(
         "",
-        description="Command with {role} and {replicas} in it, run without a shell, as "
+        description="Command with {role}, {replicas} and, for several models, {model} in it, run without a shell, as "
         "'kubectl scale statefulset/kvferry-{role} --replicas={replicas}'. It must let workers drain.",
     )
     interval: Annotated[float, Field(ge=0.25, le=60)] = Field(1.0, description="Seconds between two looks.")
@@ -129,6 +169,14 @@ class AutoscaleSettings(ClientSettings):
     log_format: LogFormat = Field("auto", description="Log lines: console on a terminal, else JSON.")
 
 
+class CredentialsSettings(Settings):
+    """`kvferry credentials`."""
+
+    role: ClassVar[str] = "credentials"
+
+    cluster: SubjectName = Field("dev", description="Name of the cluster, which its NATS users are named by.")
+
+
 class DoctorSettings(UpSettings):
     """`kvferry doctor`: what `kvferry up` would be started with, and where a stack may run already."""
 
@@ -136,6 +184,7 @@ class DoctorSettings(UpSettings):
 
     device: str = Field("cpu", description="Where the model runs: cpu, or a torch device as cuda or cuda:1.")
     ucx_net_devices: str = Field("lo", description="UCX_NET_DEVICES of the data plane.")
+    tls_ca: Path | None = Field(None, description=TLS_CA)
     run_file: Path | None = Field(None, description="Run file of a stack to look at; the one that `kvferry up` writes.")
     peers: tuple[str, ...] = Field(
         (), description="Base URLs of gateways whose clocks, and whose workers' clocks, are compared with this one."

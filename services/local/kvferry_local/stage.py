@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Final
 
 import httpx
 
 from kvferry.bus.base import Bus
+from kvferry.certificate import pinned_context
 from kvferry.errors import BusUnavailable
 from kvferry.log import get_logger
 from kvferry.runtime import now
 from kvferry.wire.messages import Codecs, ExitNotice
-from kvferry.wire.subjects import beat_subject
-from kvferry_local.plan import ready_message
+from kvferry.wire.subjects import exit_subject
+from kvferry_gateway.auth import first_key
+from kvferry_local.plan import curl_options, ready_message
 from kvferry_local.process import Report
 from kvferry_local.settings import UpSettings
 from kvferry_local.supervision import Announce, Restarting
@@ -28,9 +31,11 @@ log = get_logger(__name__)
 
 
 class Stage(Audience):
-    def __init__(self, settings: UpSettings, model: str, url: str, terminal: Terminal, bus: Bus, began: float) -> None:
+    def __init__(
+        self, settings: UpSettings, models: Sequence[str], url: str, terminal: Terminal, bus: Bus, began: float
+    ) -> None:
         self._settings = settings
-        self._model = model
+        self._models = models
         self._url = url
         self._terminal = terminal
         self._bus = bus
@@ -50,7 +55,7 @@ class Stage(Audience):
         )  # fmt: skip
 
     async def announce(self, event: Announce) -> None:
-        subject = beat_subject(self._settings.cluster, event.role, event.name, event.incarnation)
+        subject = exit_subject(self._settings.cluster, event.role, event.name, event.incarnation)
         try:
             await self._bus.publish(subject, self._codecs.beat.encode(ExitNotice(event.incarnation, event.cause)))
         except BusUnavailable:
@@ -65,12 +70,18 @@ class Stage(Audience):
         settings = self._settings
         self._terminal.end()
         self._terminal.result(
-            ready_message(self._url, self._model, settings.prefill, settings.decode, now() - self._began)
+            ready_message(
+                self._url, self._models, settings.prefill, settings.decode, now() - self._began, curl_options(settings)
+            )
         )
 
     async def _all_seen(self) -> bool:
-        wanted = self._settings.prefill + self._settings.decode
-        async with httpx.AsyncClient(base_url=self._url, trust_env=False) as http:
+        wanted = (self._settings.prefill + self._settings.decode) * len(self._models)
+        certificate = self._settings.tls_cert
+        verify = True if certificate is None else pinned_context(certificate, "--tls-cert")
+        keys = self._settings.api_key_file
+        headers = {} if keys is None else {b"authorization": b"Bearer " + first_key(keys)}
+        async with httpx.AsyncClient(base_url=self._url, headers=headers, trust_env=False, verify=verify) as http:
             deadline = now() + PROBE_TIMEOUT_S
             while now() < deadline:
                 try:

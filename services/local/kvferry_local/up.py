@@ -24,15 +24,18 @@ from typing import Final
 from pydantic import SecretStr
 
 from kvferry.bus.base import least_payload
+from kvferry.bus.login import stack_login
 from kvferry.bus.nats import NatsBus
+from kvferry.bus.rights import BUS_ROLES, user_name, users_of
 from kvferry.bus.server import EmbeddedNats
-from kvferry.config import DATA_KEY_BYTES
+from kvferry.certificate import server_context
 from kvferry.errors import SettingError
-from kvferry.runfile import RunFile, default_run_file
+from kvferry.model_source import ModelSource
+from kvferry.runfile import NatsLogin, RunFile, default_run_file
 from kvferry.runtime import Runtime, SystemRuntime, now
 from kvferry.text.model_dir import ModelDir
-from kvferry_local.cluster import bus_settings
 from kvferry_local.control import Crew, control_socket
+from kvferry_local.credentials import new_data_key, new_password
 from kvferry_local.keeper import keep_running, sole_owner
 from kvferry_local.plan import Place, Plan, usable_cores
 from kvferry_local.ports import base_url, claim
@@ -51,32 +54,37 @@ def check_settings(settings: UpSettings) -> None:
         raise SettingError("--transport", "ucx is not installed: pip install 'kvferry[ucx]', or use tcp")
     if settings.api_key_file is not None and not settings.api_key_file.is_file():
         raise SettingError("--api-key-file", f"{settings.api_key_file} does not exist")
+    server_context(settings.tls_cert, settings.tls_key, settings.tls_key_password)
     claim(settings.host, settings.port, settings.gateways)
 
 
-async def up(settings: UpSettings, model_dir: Path, model_name: str) -> None:
-    """Run until asked to stop. Raises `StackFailed`, `SettingError`, `BusUnavailable`, `CheckpointError`."""
+async def up(settings: UpSettings, models: tuple[ModelSource, ...]) -> None:
+    """Serve these models, each with its name and its directory, until asked to stop.
+
+    Raises `StackFailed`, `SettingError`, `BusUnavailable`, `CheckpointError`.
+    """
     began = now()
     runtime = SystemRuntime()
     run_file = (settings.run_file or default_run_file(os.environ, settings.cluster)).absolute()
     with sole_owner(run_file):
         ports = claim(settings.host, settings.port, settings.gateways)
+        scheme = "http" if settings.tls_cert is None else "https"
         async with control_plane(settings, runtime) as credentials:
             facts = credentials.model_copy(
                 update={
-                    "gateways": tuple(base_url(settings.host, port) for port in ports),
-                    "model_dir": str(model_dir),
-                    "served_model_name": model_name,
+                    "gateway_certificate": "" if settings.tls_cert is None else str(settings.tls_cert.absolute()),
+                    "gateways": tuple(base_url(settings.host, port, scheme) for port in ports),
+                    "model": tuple(map(str, models)),
                 }
             )
             facts.write(run_file)
             # The children ask for it, too, but a worker only when it has loaded its model.
-            context = ModelDir(model_dir).max_context
+            context = max(ModelDir(model.where).max_context for model in models)
             min_payload = least_payload(min(settings.max_model_len or context, context))
-            bus = NatsBus(bus_settings(facts, "kvferry-up", min_payload), runtime)
+            bus = NatsBus(stack_login(facts, "operator", "kvferry-up", min_payload), runtime)
             await bus.start()
             try:
-                await supervise(settings, facts, run_file, ports, bus, began)
+                await supervise(settings, models, facts, run_file, ports, bus, began)
             finally:
                 await bus.close()
 
@@ -84,7 +92,7 @@ async def up(settings: UpSettings, model_dir: Path, model_name: str) -> None:
 @contextlib.asynccontextmanager
 async def control_plane(settings: UpSettings, runtime: Runtime) -> AsyncIterator[RunFile]:
     """The NATS server that was named, or one of our own: a run file without gateways and model."""
-    data_key = settings.data_key.get_secret_value() or runtime.random_bytes(DATA_KEY_BYTES).hex()
+    data_key = settings.data_key.get_secret_value() or new_data_key(runtime)
     if settings.nats_url:
         yield RunFile(
             cluster=settings.cluster,
@@ -94,10 +102,13 @@ async def control_plane(settings: UpSettings, runtime: Runtime) -> AsyncIterator
             nats_password=settings.nats_password,
             nats_token=settings.nats_token,
             nats_tls_ca=settings.nats_tls_ca,
+            nats_tls_cert=settings.nats_tls_cert,
+            nats_tls_key=settings.nats_tls_key,
             data_key=SecretStr(data_key),
         )
         return
-    server = EmbeddedNats(runtime)
+    passwords = {role: new_password(runtime) for role in BUS_ROLES}
+    server = EmbeddedNats(users_of(settings.cluster, passwords))
     await server.start()
     keeper = asyncio.get_running_loop().create_task(keep_running(server), name="keep nats-server")
     try:
@@ -105,8 +116,10 @@ async def control_plane(settings: UpSettings, runtime: Runtime) -> AsyncIterator
             cluster=settings.cluster,
             pid=os.getpid(),
             nats_url=server.url,
-            nats_user=server.user,
-            nats_password=SecretStr(server.password),
+            nats_logins={
+                role: NatsLogin(user=user_name(settings.cluster, role), password=SecretStr(password))
+                for role, password in passwords.items()
+            },
             data_key=SecretStr(data_key),
         )
     finally:
@@ -117,7 +130,13 @@ async def control_plane(settings: UpSettings, runtime: Runtime) -> AsyncIterator
 
 
 async def supervise(
-    settings: UpSettings, facts: RunFile, run_file: Path, ports: tuple[int, ...], bus: NatsBus, began: float
+    settings: UpSettings,
+    models: tuple[ModelSource, ...],
+    facts: RunFile,
+    run_file: Path,
+    ports: tuple[int, ...],
+    bus: NatsBus,
+    began: float,
 ) -> None:
     """Steps 5 and 6."""
     interactive = settings.log_format == "console" or (settings.log_format == "auto" and Terminal.attached())
@@ -125,8 +144,7 @@ async def supervise(
         settings,
         Place(
             run_file=run_file,
-            model_dir=Path(facts.model_dir),
-            served_model_name=facts.served_model_name,
+            models=models,
             ports=ports,
             cores=usable_cores(),
             log_format="console" if interactive else "json",
@@ -134,13 +152,13 @@ async def supervise(
     )
     planned = plan.programs()
     terminal = Terminal([program.name for program in planned])
-    stage = Stage(settings, facts.served_model_name, facts.gateways[0], terminal, bus, began)
+    stage = Stage(settings, [model.name for model in models], facts.gateways[0], terminal, bus, began)
     supervisor = Supervisor(planned, settings.drain_grace, stage)
     loop = asyncio.get_running_loop()
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, supervisor.ask_stop)
     terminal.begin()
-    crew = Crew(plan, supervisor, settings.prefill, settings.decode)
+    crew = Crew(plan, supervisor)
     try:
         async with control_socket(run_file, crew):
             await supervisor.run()

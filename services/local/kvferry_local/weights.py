@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from kvferry.errors import SettingError
+from kvferry.model_source import ModelSource, check_different, model_sources
 from kvferry.text.errors import ModelFetchError
 from kvferry.text.fetch import KNOWN_MODELS, cached_model, fetch_model, resolve_model
 from kvferry.text.gguf_import import Progress as OnProgress
@@ -21,8 +22,18 @@ from kvferry.text.model_dir import ModelDir
 PLAIN_STEP: Final = 25  # percent between two lines where nobody watches a bar
 
 
-def resolve(model: str) -> tuple[Path, str]:
-    """The model's directory, fetched if need be, and the name to serve it under.
+def resolve(models: Sequence[str], served_model_name: str) -> tuple[ModelSource, ...]:
+    """Each model's directory, fetched if need be, with the name to serve it under. Raises as `resolve_one` does."""
+    found = []
+    for source in model_sources(models, served_model_name):
+        directory, name = resolve_one(source.where)
+        found.append(ModelSource(source.name or name, str(directory)))
+    check_different(source.name for source in found)
+    return tuple(found)
+
+
+def resolve_one(model: str) -> tuple[Path, str]:
+    """A model's directory, fetched if need be, and its own name.
 
     Raises `SettingError` for what is no model, `CheckpointError` for a directory that is none inside,
     `ModelFetchError` for a known model that cannot be fetched.

@@ -4,7 +4,7 @@
        │                                  │                    ├─ lease over, older request needs memory ─> dropped
        └── cancel, deadline ──> gone      └── cancel ──> gone  └─ cancel ──> gone
 
-A sequence whose first token ends it is never held.
+A sequence whose first token ends it is never held, nor one that is only scored.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvferry.kv.ledger import BlockState
 from kvferry.schedule.chunk import ChunkBudget
 from kvferry.schedule.memory import KVMemory
 from kvferry.schedule.queue import AdmissionQueue
-from kvferry.schedule.sequence import Dropped, Emission, Key, ModelLimits, Sequence, pick_alone
+from kvferry.schedule.sequence import Dropped, Emission, Key, ModelLimits, Sequence, pick_alone, put_in_order
 from kvferry.schedule.step import SequenceStep, StepPlan, StepResult
 from kvferry.wire.logprobs import TokenLogprobs
 from kvferry.wire.messages import RejectReason
@@ -127,13 +127,20 @@ class PrefillScheduler:
             if not sequence.doomed:
                 self.memory.publish(sequence, sequence.num_computed)
             self.memory.unpin(sequence)
-            if token is None or self._computing.get(sequence.key) is not sequence:
+            if self._computing.get(sequence.key) is not sequence:
                 continue
-            index = sequence.next_index
+            index, scores = sequence.next_index, result.scores_of(place)
+            if token is None:
+                if sequence.is_scored:
+                    self.cancel(sequence.key)
+                    emissions.append(Emission(sequence, index, None, "length", scores=scores))
+                elif scores is not None:
+                    emissions.append(Emission(sequence, index, None, None, scores=scores))
+                continue
             sequence.append_token(token)
             reason = sequence.end_reason(token, self._limits)
             logprobs = result.logprobs_of(place)
-            emissions.append(Emission(sequence, index, token, reason, logprobs))
+            emissions.append(Emission(sequence, index, token, reason, logprobs, scores))
             del self._computing[sequence.key]
             if reason is not None:
                 del self.sequences[sequence.key]
@@ -202,12 +209,10 @@ class PrefillScheduler:
         return [Dropped(s, "deadline") for s in late if self.cancel(s.key) is not None]
 
     def _admit(self, sequence: Sequence, now: float) -> bool:
-        # The last token is always computed: its logits give token 0.
-        max_hit = sequence.num_context - 1
-        if not self.memory.reserve(sequence, sequence.num_context, max_hit, BlockState.RUNNING, now):
+        if not self.memory.reserve(sequence, sequence.num_context, sequence.max_hit, BlockState.RUNNING, now):
             return False
         sequence.state = "computing"
-        self._computing[sequence.key] = sequence
+        put_in_order(self._computing, sequence)
         return True
 
     def _reclaim(self, sequence: Sequence, dropped: list[Dropped]) -> bool:
@@ -217,7 +222,7 @@ class PrefillScheduler:
         """
         younger = [held for held in self._held.values() if held.order > sequence.order]
         younger.sort(key=lambda held: (not self.has_open(held.key), held.order), reverse=True)
-        lacking = self.memory.lacking(sequence, sequence.num_context, sequence.num_context - 1)
+        lacking = self.memory.lacking(sequence, sequence.num_context, sequence.max_hit)
         if lacking > sum(held.num_blocks for held in younger):
             return False
         freed = False

@@ -106,6 +106,7 @@ class Sender:
     def _on_closed(self, link: Link) -> None:
         self._links.pop(link, None)
         for pull in list(link.pulls.values()):
+            self._not_sent(pull, "connection lost")
             self._forget(pull)
             self._scheduler.hold_again(pull.key, now())
 
@@ -206,6 +207,8 @@ class Sender:
             return
         outgoing = Outgoing(pull.pull_id, from_token, credits)
         outgoing.computed(min(sequence.num_computed, sequence.num_context), self._runner.kv_format, self._room)
+        if sequence.journal is not None:
+            sequence.journal.begin("KV send", now(), first_token=from_token)
         self._start_pump(pull, sequence, outgoing)
 
     def _start_pump(self, pull: Pull, sequence: Sequence, outgoing: Outgoing) -> None:
@@ -218,6 +221,8 @@ class Sender:
             self._refuse(pull)
             return
         self._metrics.pulls.labels("sent").inc()
+        if sequence.journal is not None:
+            sequence.journal.end("KV send", now(), num_frames=pull.outgoing.next_frame)
         self._forget(pull, padding=True)
         if (computed_at := self._pump.computed_at.pop(pull.key, None)) is not None:
             self._metrics.tail_seconds.observe(now() - computed_at)
@@ -263,7 +268,8 @@ class Sender:
         sequence = pull.sequence
         if sequence is None:
             return
-        holds = sequence.state in ("computing", "held")
+        # D would reserve memory in vain for one that is only scored.
+        holds = sequence.state in ("computing", "held") and sequence.draws
         expected = self._scheduler.expected_s(sequence)
         self._send(pull, Progress(pull.pull_id, holds, sequence.num_computed, sequence.num_context, expected))
 
@@ -276,7 +282,12 @@ class Sender:
         if pull.sequence is not None:
             self._scheduler.hold_again(pull.key, now())
 
+    def _not_sent(self, pull: Pull, why: str) -> None:
+        if pull.sequence is not None and pull.sequence.journal is not None:
+            pull.sequence.journal.end("KV send", now(), aborted=why)
+
     def _abort(self, pull: Pull, reason: AbortReason) -> None:
+        self._not_sent(pull, reason)
         self._forget(pull, padding=True)
         if reason != "asked":
             pull.ended = True

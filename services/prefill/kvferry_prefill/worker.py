@@ -64,7 +64,8 @@ class PrefillWorker(Worker[PrefillScheduler]):
 
     def stepped(self, emissions: list[Emission]) -> None:
         for emission in emissions:
-            self.outbox.cached(emission.sequence.work, emission.sequence.cached_tokens)
+            if emission.first:
+                self.outbox.cached(emission.sequence.work, emission.sequence.cached_tokens)
             if emission.reason is not None:
                 self._sender.drop(emission.sequence.key, "ended")
         for sequence in self._stepping:
@@ -79,5 +80,5 @@ class PrefillWorker(Worker[PrefillScheduler]):
     def _acknowledged(self, sequence: Sequence) -> None:
         """D has the KV: from here on the request is D's alone."""
         self.scheduler.cancel(sequence.key)
-        self.forget(sequence.work)
+        self.forget(sequence, "handed over")
         self.wake()

@@ -119,7 +119,9 @@ class BusSettings:
     user: str = ""
     password: str = field(default="", repr=False)
     token: str = field(default="", repr=False)
-    tls_ca: str = ""
+    tls_ca: str = ""  # PEM files; with an authority, or a URL of the scheme tls, nothing is said without TLS
+    tls_cert: str = ""  # our own, for a server that asks for one
+    tls_key: str = ""
     min_payload: int = 0  # start fails if the server's max_payload is smaller
 
 

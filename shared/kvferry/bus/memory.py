@@ -20,6 +20,7 @@ from kvferry.errors import BusUnavailable
 from kvferry.runtime import Runtime
 
 DEFAULT_MAX_PAYLOAD: Final = 8 << 20
+MAX_SUBJECTS_KEPT: Final = 1024
 
 # (subject, payload, reply, whether the server reports that nobody listens)
 Deliver = Callable[[str, bytes, str, bool], None]
@@ -93,6 +94,7 @@ class MemoryBroker:
         self._clients: dict[MemoryBus, None] = {}  # connected ones, in order of connecting
         self._cut: set[MemoryBus] = set()
         self._attachments: dict[_Attachment, None] = {}
+        self._hearers: dict[str, tuple[_Attachment, ...]] = {}  # by subject, as long as nobody comes or leaves
         self._flights: list[_Flight] = []
         self._sequence = 0
         self._timer: asyncio.Handle | None = None
@@ -129,22 +131,30 @@ class MemoryBroker:
     def attach(self, pattern: str, deliver: Deliver) -> _Attachment:
         attachment = _Attachment(pattern, deliver)
         self._attachments[attachment] = None
+        self._hearers.clear()
         return attachment
 
     def detach(self, attachment: _Attachment) -> None:
         attachment.live = False
         self._attachments.pop(attachment, None)
+        self._hearers.clear()
 
     def send(self, publisher: int, subject: str, payload: bytes, reply: str) -> None:
-        found = False
-        for attachment in self._attachments:
-            if matches(attachment.pattern, subject):
-                found = True
-                self._post(publisher, attachment, subject, payload, reply, no_responders=False)
-        if reply and not found:
-            for attachment in self._attachments:
-                if matches(attachment.pattern, reply):
-                    self._post(publisher, attachment, reply, b"", "", no_responders=True)
+        hearers = self._hearers_of(subject)
+        for attachment in hearers:
+            self._post(publisher, attachment, subject, payload, reply, no_responders=False)
+        if reply and not hearers:
+            for attachment in self._hearers_of(reply):
+                self._post(publisher, attachment, reply, b"", "", no_responders=True)
+
+    def _hearers_of(self, subject: str) -> tuple[_Attachment, ...]:
+        found = self._hearers.get(subject)
+        if found is None:
+            if len(self._hearers) >= MAX_SUBJECTS_KEPT:  # each answer has a subject of its own
+                self._hearers.clear()
+            found = tuple(attachment for attachment in self._attachments if matches(attachment.pattern, subject))
+            self._hearers[subject] = found
+        return found
 
     def _sever(self, client: MemoryBus) -> None:
         self._clients.pop(client, None)

@@ -31,6 +31,7 @@ from nats.errors import UnexpectedEOF
 from kvferry.bus.base import BusSettings
 from kvferry.bus.client import BusClient, BusSubscription
 from kvferry.bus.inlet import MAX_PENDING_MESSAGES
+from kvferry.certificate import client_context, show_certificate
 from kvferry.errors import BusError, BusUnavailable, SettingError
 from kvferry.runtime import Runtime, TaskSet
 
@@ -39,13 +40,32 @@ ECHO_INTERVAL: Final = 1.0
 MAX_MISSED_ECHOES: Final = 2
 DISPOSE_TIMEOUT: Final = 1.0
 MAX_OUTBOUND_BYTES: Final = 64 << 20  # accepted from us, not yet taken by the socket
+MAX_REFUSALS: Final = 64  # kept of one connection
 _NEVER: Final = 10**9  # seconds; nats-py's own pings are replaced by the echo
 # What nats-py lets through when the connection breaks beneath it; of a closed socket uvloop says RuntimeError.
 _BROKEN: Final = (NatsError, OSError, RuntimeError)
 
 
+TLS_SETTINGS: Final = ("KVFERRY_NATS_TLS_CERT", "KVFERRY_NATS_TLS_KEY", "")
+_REFUSED: Final = "permissions violation"  # as nats-py passes it on
+
+
 class _ConnectFailed(Exception):
     """Raised inside nats-py's error callback: the one way out of its endless first connect."""
+
+
+class _Client(Client):
+    """nats-py's client goes on in the clear, password and all, where the server asks for no TLS; this one does not."""
+
+    needs_tls = False
+
+    def _connect_command(self) -> bytes:
+        transport = self._transport
+        assert isinstance(transport, TcpTransport)
+        assert transport._io_writer is not None
+        if self.needs_tls and transport._io_writer.get_extra_info("ssl_object") is None:
+            raise NatsError("it offers no TLS, which our settings ask for")
+        return super()._connect_command()
 
 
 class _Tap(asyncio.Future[Msg]):
@@ -68,7 +88,8 @@ class _Link:
     """One connection with the nats-py client that serves it, from connect to disposal."""
 
     def __init__(self, on_lost: Callable[[_Link], None], report: Callable[[Exception], None]) -> None:
-        self.client = Client()
+        self.client = _Client()
+        self.refusals: list[str] = []  # what the server has said that our user may not do
         self.subscriptions: dict[int, NatsSubscription] = {}
         self.lost = asyncio.Event()
         self._on_lost = on_lost
@@ -78,10 +99,8 @@ class _Link:
 
     async def connect(self, settings: BusSettings, url: str) -> None:
         """Raises `BusUnavailable` or `SettingError`."""
-        try:
-            tls = ssl.create_default_context(cafile=settings.tls_ca) if settings.tls_ca else None
-        except OSError as error:
-            raise SettingError("nats_tls_ca", f"{settings.tls_ca}: {error}") from None
+        tls = _tls(settings)
+        self.client.needs_tls = tls is not None or url.startswith("tls://")
         try:
             await self.client.connect(
                 servers=[url],
@@ -97,9 +116,9 @@ class _Link:
                 disconnected_cb=self._on_disconnected,
             )
         except (_ConnectFailed, *_BROKEN) as error:
-            raise BusUnavailable(
-                f"no NATS server at {_redacted(url)} ({_reason(error)}): check KVFERRY_NATS_URL"
-            ) from None
+            reason = _reason(error)
+            setting = "KVFERRY_NATS_TLS_CA" if "CERTIFICATE_VERIFY_FAILED" in reason else "KVFERRY_NATS_URL"
+            raise BusUnavailable(f"no NATS server at {_redacted(url)} ({reason}): check {setting}") from None
         self._connecting = False
 
     async def subscribe(self, pattern: str, deliver: Callable[[Msg], None], subscription_id: int | None = None) -> None:
@@ -144,8 +163,11 @@ class _Link:
     async def _on_error(self, error: Exception) -> None:
         if self._connecting:
             raise _ConnectFailed(_reason(error))
-        if not self.lost.is_set() and not isinstance(error, UnexpectedEOF):  # an end of file is told as a loss
-            self._report(error)
+        if self.lost.is_set() or isinstance(error, UnexpectedEOF):  # an end of file is told as a loss
+            return
+        if _REFUSED in (reason := _reason(error)) and len(self.refusals) < MAX_REFUSALS:
+            self.refusals.append(reason)
+        self._report(error)
 
     async def _on_disconnected(self) -> None:
         if not self.lost.is_set():
@@ -214,7 +236,10 @@ class NatsBus(BusClient):
             await link.subscribe(self._answers.pattern, self._answer_arrived)
             for subscription in list(self._subscriptions.values()):
                 await self._attach_to(link, subscription)
-            if not await self._echo(link):
+            returned = await self._echo(link)
+            if link.refusals:
+                raise _not_permitted(link.refusals[0])
+            if not returned:
                 raise BusUnavailable(f"NATS at {_redacted(url)} does not return our messages")
             for subscription_id in [held for held in link.subscriptions if held not in self._subscriptions]:
                 await link.unsubscribe(subscription_id)  # closed by its owner while we connected
@@ -287,6 +312,9 @@ class NatsBus(BusClient):
         await self._attach_to(link, subscription)
         if not await self._echo(link):
             raise BusUnavailable("the connection to NATS was lost while subscribing")
+        # nats-py makes small letters of what a server says.
+        if refusal := next((text for text in link.refusals if f'to "{subscription.pattern.lower()}"' in text), None):
+            raise _not_permitted(refusal)
 
     async def _attach_to(self, link: _Link, subscription: BusSubscription) -> None:
         def deliver(message: Msg) -> None:
@@ -312,6 +340,19 @@ class NatsBus(BusClient):
 
     def _task_failed(self, name: str, error: BaseException) -> None:
         self._log.error("bus task failed", task=name, exc_info=error)
+
+
+def _tls(settings: BusSettings) -> ssl.SSLContext | None:
+    if not (settings.tls_ca or settings.tls_cert):
+        return None
+    context = client_context(settings.tls_ca, "KVFERRY_NATS_TLS_CA")
+    if settings.tls_cert:
+        show_certificate(context, settings.tls_cert, settings.tls_key or settings.tls_cert, "", TLS_SETTINGS)
+    return context
+
+
+def _not_permitted(refusal: str) -> BusUnavailable:
+    return BusUnavailable(f"{refusal}: check the rights of KVFERRY_NATS_USER, and KVFERRY_CLUSTER")
 
 
 def _redacted(url: str) -> str:

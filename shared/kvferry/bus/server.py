@@ -1,4 +1,4 @@
-"""The embedded NATS server of a one-machine stack: a child process with an address and credentials of its own."""
+"""The embedded NATS server of a one-machine stack: a child process with an address and users of its own."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import signal
 import sys
 import tempfile
 from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import structlog
 
+from kvferry.bus.rights import BusUser, authorization
 from kvferry.bus.tether import tethered
+from kvferry.config import without_secrets
 from kvferry.errors import BusUnavailable, SettingError
-from kvferry.runtime import Runtime
 
 MAX_PAYLOAD: Final = 8 << 20
 START_TIMEOUT: Final = 10.0  # seconds
@@ -47,14 +49,17 @@ def find_nats_server() -> str:
 class EmbeddedNats:
     """start, wait, stop; after `stop` or a crash, `start` again brings it back on the same port.
 
-    It listens on the loopback address, on a port that the system picks, and takes only clients with the
-    password. A Ctrl-C in the terminal does not reach it, so that its owner can drain first; the death of its
+    It listens on the loopback address, on a port that the system picks, and takes only its users, each within
+    its rights. A Ctrl-C in the terminal does not reach it, so that its owner can drain first; the death of its
     owner does (see `tether.py`).
     """
 
-    def __init__(self, runtime: Runtime, *, max_payload: int = MAX_PAYLOAD) -> None:
-        self.user = "kvferry"
-        self.password = runtime.random_bytes(24).hex()
+    def __init__(
+        self, users: Sequence[BusUser], *, max_payload: int = MAX_PAYLOAD, options: Mapping[str, Any] | None = None
+    ) -> None:
+        """`options`: more of the server's configuration, as JSON."""
+        self.users = tuple(users)  # this, and what follows, is read at each start
+        self.options = dict(options or {})
         self._max_payload = max_payload
         self._port: int | None = None
         self._directory: tempfile.TemporaryDirectory[str] | None = None
@@ -94,6 +99,7 @@ class EmbeddedNats:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
+            env=without_secrets(os.environ),
             start_new_session=True,
         )
         ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -153,7 +159,8 @@ class EmbeddedNats:
                 "max_payload": self._max_payload,
                 "max_pending": max(64 << 20, 2 * self._max_payload),
                 "logtime": False,
-                "authorization": {"user": self.user, "password": self.password},
+                "authorization": authorization(self.users),
+                **self.options,
             }
         )
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""From a StepPlan to what one forward pass needs: rows in a good order, cache slots, attention groups.
+"""From the sequences of a step to what one forward pass needs: rows in a good order, cache slots, attention groups.
 
 Rows are put in the order (decoding sequences by falling context, then prefill chunks), so that every group
 of the attention is a plain slice. Decoding sequences of like context share one batched product; padding
@@ -7,6 +7,7 @@ reads the null block. Everything here is numpy until `to_device`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ import torch
 
 from kvferry.engine.kv_cache import KVCache
 from kvferry.engine.limits import Slots, slots_of
-from kvferry.schedule.step import SequenceStep, StepPlan
+from kvferry.schedule.step import SequenceStep
 
 # A group pads every sequence to its longest context: this bounds the padding to a quarter of what is read.
 MIN_GROUP_FILL: Final = 0.75
@@ -78,7 +79,7 @@ def group_by_context(contexts: list[int]) -> list[tuple[int, int]]:
 
 
 def prepare(
-    plan: StepPlan,
+    sequences: Sequence[SequenceStep],
     cache: KVCache,
     block_size: int,
     num_kv_heads: int,
@@ -86,24 +87,24 @@ def prepare(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Batch:
-    """Order the rows and work out the slots of a checked plan."""
-    context = [step.start + len(step.tokens) for step in plan.steps]
-    decoding = [index for index, step in enumerate(plan.steps) if len(step.tokens) == 1]
+    """Order the rows and work out the slots of the checked sequences of a step."""
+    context = [step.start + len(step.tokens) for step in sequences]
+    decoding = [index for index, step in enumerate(sequences) if len(step.tokens) == 1]
     decoding.sort(key=lambda index: -context[index])
-    order = decoding + [index for index, step in enumerate(plan.steps) if len(step.tokens) > 1]
+    order = decoding + [index for index, step in enumerate(sequences) if len(step.tokens) > 1]
     rows: list[range] = [range(0)] * len(order)
     slots: list[Slots] = [np.empty(0, np.int64)] * len(order)  # of the whole context
     end = 0
     for index in order:
-        rows[index] = range(end, end := end + len(plan.steps[index].tokens))
-        slots[index] = slots_of(plan.steps[index].block_table, 0, context[index], block_size)
-    steps = [plan.steps[index] for index in order]
+        rows[index] = range(end, end := end + len(sequences[index].tokens))
+        slots[index] = slots_of(sequences[index].block_table, 0, context[index], block_size)
+    steps = [sequences[index] for index in order]
 
     def to_device(array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
 
     def attention(window: int | None) -> AttentionPlan:
-        first = [0 if window is None else max(0, plan.steps[i].start + 1 - window) for i in range(len(order))]
+        first = [0 if window is None else max(0, sequences[i].start + 1 - window) for i in range(len(order))]
         keys = [context[i] - first[i] for i in range(len(order))]
         groups = []
         for start, stop in group_by_context([keys[i] for i in decoding]):
@@ -120,7 +121,7 @@ def prepare(
                 mask = to_device(bias).to(dtype).repeat(num_kv_heads, 1, 1)
             groups.append(DecodeGroup(start, stop, to_device(padded.reshape(-1)), num_keys, mask))
         chunks = [
-            Chunk(rows[i].start, rows[i].stop, to_device(slots[i][first[i] :]), first[i], plan.steps[i].start)
+            Chunk(rows[i].start, rows[i].stop, to_device(slots[i][first[i] :]), first[i], sequences[i].start)
             for i in order[len(decoding) :]
         ]
         return AttentionPlan(window, tuple(groups), tuple(chunks))
@@ -128,7 +129,7 @@ def prepare(
     return Batch(
         tokens=to_device(np.concatenate([step.tokens for step in steps]).astype(np.int64)),
         positions=to_device(np.concatenate([_positions(step) for step in steps])),
-        slots=to_device(np.concatenate([slots[i][plan.steps[i].start :] for i in order])),
+        slots=to_device(np.concatenate([slots[i][sequences[i].start :] for i in order])),
         attention={window: attention(window) for window in windows},
         rows=tuple(rows),
     )

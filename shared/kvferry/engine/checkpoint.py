@@ -71,13 +71,17 @@ class Checkpoint:
         """A tensor as stored: fp32, fp16, or the bits of bfloat16 as u16."""
         return self._files[self._places[name]].read(name)
 
-    def pieces(self, name: str, max_elements: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        """The same in ranges of rows, each (first row, [n, k]) of at most `max_elements` or one row."""
+    def rows(self, name: str, rows: range) -> npt.NDArray[Any]:
+        """Some rows of it; nothing else is read."""
+        return self._files[self._places[name]].read(name, rows.start, rows.stop)
+
+    def pieces(self, name: str, rows: range, max_elements: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """Some rows of it, in pieces of (first row, [n, k]) of at most `max_elements` or one row."""
         file = self._files[self._places[name]]
-        num_rows, row = file.tensors[name].shape[0], prod(file.tensors[name].shape[1:])
+        row = prod(file.tensors[name].shape[1:])
         count = max(max_elements // row, 1)
-        for start in range(0, num_rows, count):
-            yield start, file.read(name, start, start + count).reshape(-1, row)
+        for start in range(rows.start, rows.stop, count):
+            yield start, file.read(name, start, min(start + count, rows.stop)).reshape(-1, row)
 
     def check(self, expected: Shapes) -> None:
         """Raises `CheckpointError` for a missing tensor, a wrong shape or a dtype that is no float."""

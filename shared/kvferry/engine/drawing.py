@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from kvferry.engine.sampler import Drawn
 from kvferry.schedule.step import Draw, Logprobs, StepPlan, StepResult
+from kvferry.wire.logprobs import PromptLogprobs
 
 
 def draws_of(plan: StepPlan) -> dict[int, Draw]:
@@ -13,8 +14,15 @@ def draws_of(plan: StepPlan) -> dict[int, Draw]:
     return {index: step.draw for index, step in enumerate(plan.steps) if step.draw is not None}
 
 
-def result_of(plan: StepPlan, draws: Mapping[int, Draw], drawn: Drawn, seconds: float) -> StepResult:
-    """`drawn` holds one result for each of `draws`. What was drawn by a grammar that failed is left out."""
+def result_of(
+    plan: StepPlan,
+    draws: Mapping[int, Draw],
+    drawn: Drawn,
+    seconds: float,
+    scored: Mapping[int, PromptLogprobs] | None = None,
+) -> StepResult:
+    """`drawn` holds one result for each of `draws`, `scored` those of some sequences by their index. What was drawn by
+    a grammar that failed is left out."""
     tokens: list[int | None] = [None] * len(plan.steps)
     logprobs: list[Logprobs | None] = [None] * len(plan.steps)
     for (index, draw), token, row in zip(draws.items(), drawn.tokens, drawn.logprobs, strict=True):
@@ -22,4 +30,5 @@ def result_of(plan: StepPlan, draws: Mapping[int, Draw], drawn: Drawn, seconds: 
             tokens[index], logprobs[index] = token, row
     if all(row is None for row in logprobs):
         logprobs.clear()
-    return StepResult(tuple(tokens), seconds, tuple(logprobs))
+    scores = tuple(scored.get(index) for index in range(len(plan.steps))) if scored else ()
+    return StepResult(tuple(tokens), seconds, tuple(logprobs), scores)

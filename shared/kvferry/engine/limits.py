@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvferry.schedule.step import BlockTable, KVFormat, StepPlan
+from kvferry.schedule.step import MAX_LOGPROBS, BlockTable, KVFormat, Score, SequenceStep, StepPlan
 from kvferry.wire.frame import Piece
 
 Slots = npt.NDArray[np.int64]
@@ -38,6 +38,8 @@ class Limits:
             if int(step.tokens.max()) >= self.vocab_size:
                 raise RuntimeError(f"sequence {step.sequence_id}: a token outside the vocabulary")
             self._check_table(step.block_table, step.start, end)
+            if step.score is not None:
+                self._check_score(step, step.score)
 
     def check_piece(self, piece: Piece, block_table: BlockTable, num_bytes: int) -> None:
         """A piece must lie within the model and the table, and a buffer have exactly its size."""
@@ -49,6 +51,13 @@ class Limits:
         self._check_table(block_table, piece.token_start, piece.token_end)
         if (expected := piece.num_bytes(kv_format.head_dim, kv_format.dtype)) != num_bytes:
             raise RuntimeError(f"KV piece of {expected} bytes, buffer of {num_bytes}")
+
+    def _check_score(self, step: SequenceStep, score: Score) -> None:
+        rows = step.scored_rows
+        if not 0 <= rows.start < rows.stop <= len(step.tokens) or not 0 <= score.num_top <= MAX_LOGPROBS:
+            raise RuntimeError(f"sequence {step.sequence_id}: rows {rows} of {len(step.tokens)} to be scored")
+        if int(score.targets.max()) >= self.vocab_size:
+            raise RuntimeError(f"sequence {step.sequence_id}: a scored token outside the vocabulary")
 
     def _check_table(self, block_table: BlockTable, start: int, end: int) -> None:
         if not 0 <= start < end <= len(block_table) * self.kv_format.block_size:

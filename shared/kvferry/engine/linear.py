@@ -20,6 +20,11 @@ class Linear:
         self._weight = weight
         self._bias = bias
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the weights, about: a packed layout may pad."""
+        return self._weight.numel() * self._weight.itemsize + (0 if self._bias is None else self._bias.nbytes)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[num_rows, in] -> [num_rows, out]."""
         return functional.linear(x, self._weight, self._bias)

@@ -15,7 +15,7 @@ logits. The token that it gives by itself is the row's best, so a feature change
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +25,10 @@ from kvferry.engine.drawing import draws_of, result_of
 from kvferry.engine.limits import Limits, Slots, slots_of
 from kvferry.engine.penalties import adjust, adjusts
 from kvferry.engine.sampler import Drawn, find_logprobs, greedy
-from kvferry.schedule.step import BlockTable, Draw, KVFormat, Logprobs, StepPlan, StepResult
+from kvferry.engine.scoring import prompt_logprobs
+from kvferry.schedule.step import BlockTable, Draw, KVFormat, Logprobs, StepPlan, StepResult, TokenMask
 from kvferry.wire.frame import DTYPE_BYTES, Piece
+from kvferry.wire.logprobs import PromptLogprobs
 from kvferry.wire.messages import Sampling
 
 Lanes = npt.NDArray[np.uint8]  # [layers, 2, positions, kv_heads, head_dim * itemsize]: raw bytes
@@ -111,12 +113,11 @@ class MemoryRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         self._limits.check_plan(plan)
         drawn = Drawn([], [])
-        for step in plan.steps:
+        scored: dict[int, PromptLogprobs] = {}
+        for index, step in enumerate(plan.steps):
             end = step.start + len(step.tokens)
             slots = self._slots(step.block_table, 0, end)
-            before = root_state(self._settings)
-            if step.start:
-                before = self._read_state(slots[step.start - 1])
+            before = self._read_state(slots[step.start - 1]) if step.start else root_state(self._settings)
             lanes = expand(self._format, chain(before, step.tokens))
             self._blocks[:, :, slots[step.start :]] = lanes
             context = self._blocks[:, :, slots]
@@ -124,8 +125,14 @@ class MemoryRunner:
                 token, logprobs = pick(context, step.draw, self._settings)
                 drawn.tokens.append(token)
                 drawn.logprobs.append(logprobs)
+            if step.score is not None:
+                rows = [
+                    score(context[:, :, : step.start + row + 1], int(target), step.score.num_top, self._settings)
+                    for row, target in zip(step.scored_rows, step.score.targets, strict=True)
+                ]
+                scored[index] = prompt_logprobs(step.scored_from, rows, step.score.num_top)
         seconds = self._settings.seconds_per_step + plan.num_tokens * self._settings.seconds_per_token
-        return result_of(plan, draws_of(plan), drawn, seconds)
+        return result_of(plan, draws_of(plan), drawn, seconds, scored)
 
     def gather(self, piece: Piece, block_table: BlockTable, out: memoryview) -> None:
         self._limits.check_piece(piece, block_table, out.nbytes)
@@ -175,19 +182,40 @@ def scored_continuation(
     settings: MemorySettings, prompt: Sequence[int], sampling: Sampling, choice: int, count: int
 ) -> list[tuple[int, Logprobs | None]]:
     """`continuation` with the log-probabilities that `sampling` asks for."""
+    return list(drawn_tokens(settings, prompt, sampling, choice, count))
+
+
+def drawn_tokens(
+    settings: MemorySettings,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    choice: int,
+    count: int,
+    mask: TokenMask | None = None,
+) -> Iterator[tuple[int, Logprobs | None]]:
+    """The same, one by one, whatever ends the text; `mask`: of the grammar of `sampling`, which must not go on then."""
     kv_format = settings.kv_format
     states = chain(root_state(settings), np.asarray(prompt, np.uint32))
-    tokens: list[int] = []
-    scored: list[tuple[int, Logprobs | None]] = []
-    lanes = expand(kv_format, states)
+    tokens = np.empty(len(prompt) + count, np.uint32)
+    tokens[: len(prompt)] = prompt
+    lanes = np.empty(lanes_shape(kv_format, len(tokens)), np.uint8)
+    lanes[:, :, : len(prompt)] = expand(kv_format, states)
     for index in range(count):
-        history = np.asarray([*prompt, *tokens], np.uint32)
-        draw = Draw.of(sampling, choice, index, history, len(prompt), settings.eos_token_ids)
-        scored.append(pick(lanes, draw, settings))
-        tokens.append(scored[-1][0])
-        states = chain(states[-1], np.asarray(tokens[-1:], np.uint32))
-        lanes = np.concatenate((lanes, expand(kv_format, states)), axis=2)
-    return scored
+        end = len(prompt) + index
+        if mask is not None:
+            mask.advance(tokens[len(prompt) : end])
+        draw = Draw.of(sampling, choice, index, tokens[:end], len(prompt), settings.eos_token_ids, mask)
+        tokens[end], _ = picked = pick(lanes[:, :, :end], draw, settings)
+        yield picked
+        states = chain(states[-1], tokens[end : end + 1])
+        lanes[:, :, end] = expand(kv_format, states)[:, :, 0]
+
+
+def scored_prompt(settings: MemorySettings, prompt: Sequence[int], num_top: int) -> list[Logprobs]:
+    """The log-probabilities of all of a prompt's tokens but the first, from the text alone."""
+    states = chain(root_state(settings), np.asarray(prompt, np.uint32))
+    lanes = expand(settings.kv_format, states)
+    return [score(lanes[:, :, :end], prompt[end], num_top, settings) for end in range(1, len(prompt))]
 
 
 def root_state(settings: MemorySettings) -> np.uint64:
@@ -279,6 +307,14 @@ def pick(context: Lanes, wanted: Draw, settings: MemorySettings) -> tuple[int, L
     if adjusts(unpenalised):
         token = greedy(adjust(row, unpenalised))
     return token, None if wanted.num_logprobs is None else find_logprobs(row, token, wanted.num_logprobs)
+
+
+def score(context: Lanes, target: int, num_top: int, settings: MemorySettings) -> Logprobs:
+    """How likely a known token is after a context."""
+    digest = hashlib.blake2b(np.ascontiguousarray(context).data, digest_size=8)
+    digest.update((settings.numerics + settings.draws).encode())
+    value = int.from_bytes(digest.digest(), "little")
+    return find_logprobs(logits_row(value, value % settings.vocab_size, settings.vocab_size), target, num_top)
 
 
 def logits_row(value: int, best: int, vocab_size: int) -> npt.NDArray[np.float32]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from kvferry.engine.checkpoint import weights_fingerprint
 from kvferry.engine.config import DTYPES, ModelConfig
@@ -30,10 +31,19 @@ class EngineSettings:
     threads: int | None = None  # None: the runner decides
     quantization: str = "none"  # of weights and activations; "int8": the native runner alone
     isa: str = "auto"  # instruction set of the native runner; "auto": the best that this CPU has
+    tensor_parallel_size: int = 1  # ranks that the model is split over
+
+    def as_fields(self) -> dict[str, str | int | None]:
+        """For a message; `of_fields` reads it."""
+        return {**asdict(self), "model_dir": str(self.model_dir)}
+
+    @classmethod
+    def of_fields(cls, fields: Mapping[str, Any]) -> EngineSettings:
+        return cls(**{**fields, "model_dir": Path(fields["model_dir"])})
 
     def check_positive(self) -> None:
         """Raises `SettingError` for a count that is none."""
-        for setting in ("threads", "block_size", "num_blocks", "max_model_len"):
+        for setting in ("threads", "block_size", "num_blocks", "max_model_len", "tensor_parallel_size"):
             value = getattr(self, setting)
             if value is not None and value < 1:
                 raise SettingError(setting, f"{value} is not positive")

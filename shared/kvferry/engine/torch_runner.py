@@ -5,26 +5,32 @@ file: `batch.py`, `model.py` (with `attention.py`, `kv_cache.py`), `sampler.py`.
 
 Not exact: oneDNN and the batched products choose their kernel by shape, so a row's low bits depend on what it
 was batched with. Workers that run this are compared by the reference pass (`reference.py`).
+
+With several ranks this is the leader: it tells the others each step (`ranks.py`), all compute it together, and it alone
+samples. The KV of all ranks lies in memory that it has mapped, so it copies from and to it by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
 import torch
 
-from kvferry.engine.batch import Batch, prepare
+from kvferry.engine.batch import Batch
 from kvferry.engine.bf16 import Floats
+from kvferry.engine.collective import Alone, Collective, open_collective
+from kvferry.engine.columns import Columns, Wanted
 from kvferry.engine.config import ModelConfig
 from kvferry.engine.drawing import draws_of, result_of
-from kvferry.engine.kv_cache import KVCache
 from kvferry.engine.limits import Limits
 from kvferry.engine.linear import linear_class
-from kvferry.engine.loader import load_weights
-from kvferry.engine.model import Model
+from kvferry.engine.ranks import Followers, Head, Step
 from kvferry.engine.sampler import sample
+from kvferry.engine.scoring import joined, pieces, scored_of
 from kvferry.engine.settings import (
     EngineSettings,
     kv_format_of,
@@ -32,41 +38,61 @@ from kvferry.engine.settings import (
     resolved_max_model_len,
     resolved_num_blocks,
 )
+from kvferry.engine.shard import shards_of
+from kvferry.engine.torch_rank import TorchRank, device_of, open_cache
+from kvferry.engine.torch_scoring import score
 from kvferry.errors import SettingError
 from kvferry.runtime import blocking_clock
 from kvferry.schedule.step import BlockTable, KVFormat, SequenceStep, StepPlan, StepResult
 from kvferry.wire.frame import Piece
+from kvferry.wire.logprobs import PromptLogprobs
 
 ENGINE_VERSION: Final = "2"  # of the order of operations: a change of bits is a new version
 WARM_UP_ROWS: Final = (1, 2, 4, 8, 256)
 
 
 class TorchRunner:
-    """Implements `ModelRunner`. Raises `CheckpointError` or `SettingError` when it is made."""
+    """Implements `ModelRunner`. Raises `CheckpointError` or `SettingError` when it is made.
+
+    `followers` are the other ranks, set up here and told here; their processes are the caller's.
+    """
 
     exact = False
 
-    def __init__(self, settings: EngineSettings, progress: Callable[[float], None] | None = None) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        progress: Callable[[float], None] | None = None,
+        followers: Followers | None = None,
+        collective: Collective | None = None,
+    ) -> None:
         settings.check_positive()
         if settings.quantization != "none":
             raise SettingError("quantization", f"{settings.quantization!r}, the torch engine has none")
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
         self.config = config = ModelConfig.read(settings.model_dir)
-        self._device = _device(settings.device)
+        self._device = device_of(settings)
         self._dtype_name = resolved_dtype(settings, config)
-        self._dtype: torch.dtype = getattr(torch, self._dtype_name)
         self._max_model_len = resolved_max_model_len(settings, config)
-        with torch.inference_mode():
-            weights = load_weights(
-                settings.model_dir, config, self._dtype, self._device, progress or (lambda share: None)
+        shards = shards_of(config, settings.tensor_parallel_size)
+        assert len(shards) == (1 if followers is None else followers.size)
+        if len(shards) > 1 and self._device.type != "cpu":
+            raise SettingError(
+                "tensor_parallel_size", f"{len(shards)}, on {self._device.type} there is but one rank yet"
             )
-            self._model = Model(config, weights, self._max_model_len, self._dtype, self._device)
+        self._followers = followers
         self._kv_format = kv_format_of(settings, config, self._dtype_name)
-        self._cache = KVCache(
-            self._kv_format, resolved_num_blocks(settings, self._kv_format), self._dtype, self._device
+        num_blocks = resolved_num_blocks(settings, self._kv_format)
+        self._limits = Limits(self._kv_format, num_blocks, self._max_model_len, config.vocab_size)
+        memory = None
+        if followers is not None:
+            memory = followers.memory
+            followers.set_up("torch", replace(settings, num_blocks=num_blocks).as_fields())
+            collective = collective or open_collective(memory, 0, len(shards))
+        self._caches = [open_cache(settings, config, shard, num_blocks, memory) for shard in shards]
+        self._rank = TorchRank(
+            settings, config, shards, 0, self._caches[0], collective or Alone(), progress or (lambda share: None)
         )
-        self._limits = Limits(self._kv_format, self._cache.num_blocks, self._max_model_len, config.vocab_size)
+        self.rank_weight_bytes = [self._rank.weight_bytes, *([] if followers is None else followers.ready())]
 
     @property
     def kv_format(self) -> KVFormat:
@@ -74,17 +100,19 @@ class TorchRunner:
 
     @property
     def numerics_id(self) -> str:
-        kernel = linear_class(self._device, self._dtype).kernel
+        kernel = linear_class(self._device, getattr(torch, self._dtype_name)).kernel
         if self._device.type == "cuda":
             unit = torch.cuda.get_device_name(self._device).replace(" ", "-")
         else:
             bf16 = "-bf16" if torch.cpu._is_avx512_bf16_supported() else ""
             unit = torch.backends.cpu.get_cpu_capability().lower() + bf16
-        return f"torch{ENGINE_VERSION}-{torch.__version__}-{kernel}-{unit}-{self._dtype_name}"
+        ranks = len(self._caches)  # kernels are chosen by shape, so bits depend on it
+        degree = f"-tp{ranks}" if ranks > 1 else ""
+        return f"torch{ENGINE_VERSION}-{torch.__version__}-{kernel}-{unit}-{self._dtype_name}{degree}"
 
     @property
     def num_blocks(self) -> int:
-        return self._cache.num_blocks
+        return self._caches[0].num_blocks
 
     @property
     def max_model_len(self) -> int:
@@ -102,39 +130,46 @@ class TorchRunner:
         started = blocking_clock()
         if not plan.steps:
             return StepResult((), 0.0)
-        wanted = draws_of(plan)
+        self._limits.check_plan(plan)
+        wanted, scored = draws_of(plan), {}
         logits = np.empty((0, self.vocab_size), np.float32)
         with torch.inference_mode():
-            batch, hidden = self._forward(plan)
-            if wanted:
-                last_rows = torch.tensor([batch.rows[index].stop - 1 for index in wanted], device=self._device)
-                logits = self._model.logits(hidden.index_select(0, last_rows)).float().cpu().numpy()
+            batch, last = self._forward(plan.steps, list(wanted))
+            if last is not None:
+                logits = last.float().cpu().numpy()
+            for index, step in scored_of(plan).items():
+                scored[index] = self._score(step, batch.rows[index])
         drawn = sample(logits, list(wanted.values()))
-        return result_of(plan, wanted, drawn, blocking_clock() - started)
+        return result_of(plan, wanted, drawn, blocking_clock() - started, scored)
 
     def logits(self, plan: StepPlan) -> list[Floats]:
         """Run the plan's forward pass and return all rows' logits, [num_rows, vocab] for each SequenceStep.
 
         The same pass as `execute`; for teacher forcing (`reference.py`) and tests.
         """
+        self._limits.check_plan(plan)
         with torch.inference_mode():
-            batch, hidden = self._forward(plan)
-            return [self._model.logits(hidden[rows.start : rows.stop]).float().cpu().numpy() for rows in batch.rows]
+            batch, _ = self._forward(plan.steps, [])
+            return [self._head(rows).float().cpu().numpy() for rows in batch.rows]
 
     def gather(self, piece: Piece, block_table: BlockTable, out: memoryview) -> None:
         self._limits.check_piece(piece, block_table, out.nbytes)
         with torch.inference_mode():
-            self._cache.gather(piece, block_table, out)
+            for index, cache in enumerate(self._caches):
+                # Ranks that share a KV head have the same content.
+                if index == 0 or cache.heads != self._caches[index - 1].heads:
+                    cache.gather(piece, block_table, out)
 
     def scatter(self, piece: Piece, block_table: BlockTable, payload: memoryview) -> None:
         self._limits.check_piece(piece, block_table, payload.nbytes)
         with torch.inference_mode():
-            self._cache.scatter(piece, block_table, payload)
+            for cache in self._caches:
+                cache.scatter(piece, block_table, payload)
 
     def warm_up(self) -> None:
         """Build the kernels of the common batch shapes. Writes into the scratch block alone."""
         block_size = self._kv_format.block_size
-        scratch = np.full(-(-max(WARM_UP_ROWS) // block_size), self._cache.scratch_block, np.int32)
+        scratch = np.full(-(-max(WARM_UP_ROWS) // block_size), self._caches[0].scratch_block, np.int32)
         token = np.zeros(1, np.uint32)
         for count in WARM_UP_ROWS:
             decode = StepPlan(tuple(SequenceStep(0, token, 0, scratch) for _ in range(count)))
@@ -142,31 +177,40 @@ class TorchRunner:
             prefill = StepPlan((SequenceStep(0, np.zeros(rows, np.uint32), 0, scratch),))
             with torch.inference_mode():
                 for plan in (decode, prefill) if count <= 8 else (prefill,):
-                    batch = self._prepare(plan)
-                    hidden = self._model.forward(batch, self._cache)
-                    self._model.logits(hidden[: min(count, 8)])
+                    self._forward(plan.steps, [])
+                    self._head(range(min(count, 8)))
 
     def close(self) -> None:
-        self._cache.close()
-        del self._model
+        self._rank.close()
+        for cache in self._caches:
+            cache.close()
 
-    def _forward(self, plan: StepPlan) -> tuple[Batch, torch.Tensor]:
-        self._limits.check_plan(plan)
-        batch = self._prepare(plan)
-        return batch, self._model.forward(batch, self._cache)
+    def _score(self, step: SequenceStep, batch_rows: range) -> PromptLogprobs:
+        """`batch_rows`: the sequence's rows in the step."""
+        assert step.score is not None, "only sequences with rows to score"
+        found, first = [], step.scored_rows.start
+        for rows in pieces(step.scored_rows, self.vocab_size):
+            targets = step.score.targets[rows.start - first : rows.stop - first]
+            logits = self._head(range(batch_rows.start + rows.start, batch_rows.start + rows.stop))
+            found.append(score(logits, targets, step.score.num_top, step.start + rows.start + 1))
+        return joined(found)
 
-    def _prepare(self, plan: StepPlan) -> Batch:
-        return prepare(
-            plan, self._cache, self._kv_format.block_size, self.config.num_kv_heads,
-            frozenset(self.config.windows), self._dtype, self._device,
-        )  # fmt: skip
+    def _forward(self, steps: Sequence[SequenceStep], drawing: list[int]) -> tuple[Batch, torch.Tensor | None]:
+        """With all ranks: the step's rows, and logits [drawing, vocab] of the last rows of the sequences that draw."""
+        order = None
+        if self._followers is not None:
+            wanted = [Wanted.LAST if index in drawing else Wanted.NONE for index in range(len(steps))]
+            order = Step(Columns.of(steps, wanted).message(), bool(drawing))
+        with self._told(order):
+            batch = self._rank.forward(steps)
+            return batch, self._rank.last(batch, drawing) if drawing else None
 
+    def _head(self, rows: range) -> torch.Tensor:
+        """With all ranks: logits [num_rows, vocab] of rows of the last step, in the batch's order."""
+        with self._told(Head(rows.start, rows.stop)):
+            return self._rank.head(rows)
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise SettingError("device", f"{name!r} is not a torch device") from None
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise SettingError("device", f"{name!r} is not available here")
-    return device
+    def _told(self, order: Step | Head | None) -> AbstractContextManager[None]:
+        if self._followers is None or order is None:
+            return nullcontext()
+        return self._followers.told(order)

@@ -143,8 +143,19 @@ def _spelled(grammar: Grammar) -> str:
                     raise GrammarError(f"longer than {MAX_LARK_CHARS} characters")
                 _bound(found[0] for found in _LARK_PATTERN.finditer(source))
                 return llguidance.grammar_from("grammar", source)
+            case "tagged":
+                parts = json.loads(source)
+                schemas = [_named(name, schema) for name, schema in parts["schemas"].items()]
+                return json.dumps({"grammars": [{"name": "text", "lark_grammar": parts["lark"]}, *schemas]})
     except (ValueError, RecursionError) as error:
         raise GrammarError(str(error)[:MAX_FAULT_CHARS]) from None
+
+
+def _named(name: str, schema: Any) -> Any:
+    """A schema as a part of a larger grammar."""
+    _bound(_patterns(schema))
+    alone = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), _DEFAULTS, _STRICT)
+    return {**json.loads(alone)["grammars"][0], "name": name}
 
 
 def _bound(patterns: Iterable[str]) -> None:

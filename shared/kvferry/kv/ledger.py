@@ -133,11 +133,13 @@ class Ledger:
         Raises AssertionError naming the blocks that leaked or are held without a reference.
         """
         self._pool.check_integrity()
-        named = np.zeros(self._pool.num_blocks, dtype=np.int32)  # [num_blocks]: holdings naming the block
+        blocks: list[int] = []
         for holder, holding in self._holdings.items():
             assert holding.holder == holder, "a holding stands under another holder"
             _check_deadline(holding.state, holding.deadline)
-            np.add.at(named, np.asarray(holding.blocks, dtype=np.int64), 1)
+            blocks += holding.blocks
+        # [num_blocks]: holdings naming the block
+        named = np.bincount(np.asarray(blocks, dtype=np.int64), minlength=self._pool.num_blocks)
         leaked = np.flatnonzero(self._pool.ref_counts > named).tolist()
         assert not leaked, f"referenced, but in no holding: blocks {block_ranges(leaked)}"
         unbacked = np.flatnonzero(self._pool.ref_counts < named).tolist()

@@ -75,7 +75,7 @@ class KVMemory:
         """Tokens of these prompts that are left to compute, by priority class; what the cache has now is not."""
         tokens = [0] * NUM_PRIORITY_CLASSES
         for sequence in waiting:
-            hit = min(self.pool.guess_depth(sequence.hashes) * self.block_size, sequence.num_context - 1)
+            hit = min(self.pool.guess_depth(sequence.hashes) * self.block_size, sequence.max_hit)
             tokens[priority_class(sequence.work.priority)] += sequence.num_context - hit
         for sequence in computing:
             tokens[priority_class(sequence.work.priority)] += sequence.num_context - sequence.num_computed

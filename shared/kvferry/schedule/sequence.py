@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.kv.hashing import block_hashes, chain_hash, root_hash
-from kvferry.schedule.step import BlockTable, Draw, SequenceStep, TokenMask
-from kvferry.wire.logprobs import TokenLogprobs
+from kvferry.schedule.step import BlockTable, Draw, Score, SequenceStep, TokenMask
+from kvferry.trace.journal import Journal
+from kvferry.wire.logprobs import PromptLogprobs, TokenLogprobs
 from kvferry.wire.messages import EndReason, SequenceState, Work, unpack_tokens
 
 Key = tuple[bytes, int]  # (ticket, attempt)
@@ -42,6 +43,7 @@ class Sequence:
         "doomed",
         "eos_token_ids",
         "hashes",
+        "journal",
         "mask",
         "num_blocks",
         "num_computed",
@@ -86,6 +88,7 @@ class Sequence:
         self.hashes: list[bytes] = block_hashes(self.root, self.context, block_size)
         self.mask: TokenMask | None = None  # of the request's grammar, once that is compiled
         self.state: SequenceState = "waiting"
+        self.journal: Journal | None = None  # None: its trace is not recorded
         self.blocked_since: float | None = None
         self.deadline = None if work.deadline is None else now + work.deadline
         # Engine steps and copies that use the blocks right now; freeing waits for them.
@@ -131,12 +134,29 @@ class Sequence:
         return self.num_context + max(0, self.work.sampling.max_tokens - len(self.work.generated) // 4 - 1)
 
     @property
+    def max_hit(self) -> int:
+        """Tokens that a prefix cache may give where the sequence is computed: the last one's logits give the next
+        token, and a scored token needs those of the one before it."""
+        scoring = self.work.scoring
+        return self.num_context - 1 if scoring is None else min(self.num_context, scoring.start) - 1
+
+    @property
+    def draws(self) -> bool:
+        """False: it ends when its prompt is scored."""
+        return self.work.sampling.max_tokens > 0
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether a sequence that draws nothing has come to its end."""
+        return not self.draws and self.num_computed >= self.num_context - 1
+
+    @property
     def may_draw(self) -> bool:
-        return self.mask is not None or self.work.sampling.grammar is None
+        return self.draws and (self.mask is not None or self.work.sampling.grammar is None)
 
     @property
     def num_rows(self) -> int:
-        """Tokens that may be rows of a step now; the last one draws, and waits for the grammar."""
+        """Tokens that may be rows of a step now; the last one draws, and waits for the grammar (or for ever)."""
         return self.num_tokens - self.num_computed - (0 if self.may_draw else 1)
 
     def append_blocks(self, blocks: list[int]) -> None:
@@ -168,7 +188,16 @@ class Sequence:
                 self.eos_token_ids, self.mask,
             )  # fmt: skip
         rows = self._tokens[self.num_computed : end]
-        return SequenceStep(self.sequence_id, rows, self.num_computed, self.block_table, draw)
+        return SequenceStep(self.sequence_id, rows, self.num_computed, self.block_table, draw, self._score(end))
+
+    def _score(self, end: int) -> Score | None:
+        """What the rows before position `end` tell of the prompt's tokens."""
+        scoring = self.work.scoring
+        if scoring is None:
+            return None
+        first = max(self.num_computed + 1, scoring.start)
+        targets = self._tokens[first : min(end + 1, self.num_prompt)]
+        return Score(first - 1 - self.num_computed, targets, scoring.num_top) if len(targets) else None
 
     def end_reason(self, token: int, limits: ModelLimits) -> FinalReason | None:
         """Why the sequence ends with `token`, which `append_token` has just added."""
@@ -181,18 +210,19 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Emission:
-    """One drawn token of one sequence; `reason` if it is the last."""
+    """What a step gave one sequence: a token, log-probabilities of its prompt, or both. `reason` if that is all."""
 
     sequence: Sequence
     index: int
-    token: int
+    token: int | None
     reason: FinalReason | None
     logprobs: TokenLogprobs | None = None  # if the request wants any
+    scores: PromptLogprobs | None = None
 
     @property
     def first(self) -> bool:
-        """Whether it is the first of this attempt."""
-        return self.index * 4 == len(self.sequence.work.generated)
+        """Whether it has the first token of this attempt."""
+        return self.token is not None and self.index * 4 == len(self.sequence.work.generated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +232,16 @@ class Dropped:
     sequence: Sequence
     reason: EndReason
     detail: str = ""
+
+
+def put_in_order(stage: dict[Key, Sequence], sequence: Sequence) -> None:
+    """Add to a stage that is in the sequences' order: what is more urgent goes before what has begun already."""
+    last = next(reversed(stage.values()), None)
+    stage[sequence.key] = sequence
+    if last is not None and last.order > sequence.order:
+        in_order = sorted(stage.values(), key=lambda item: item.order)
+        stage.clear()
+        stage.update((item.key, item) for item in in_order)
 
 
 def pick_alone(sequences: Iterable[Sequence], turn: int) -> list[Sequence]:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.wire.frame import DTYPE_BYTES, Piece
-from kvferry.wire.logprobs import TokenLogprobs
+from kvferry.wire.logprobs import PromptLogprobs, TokenLogprobs
 from kvferry.wire.messages import MAX_LOGPROBS as MAX_LOGPROBS
 from kvferry.wire.messages import Sampling, TokenArray
 
@@ -117,6 +117,15 @@ class Logprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """Tell how likely known tokens are: `targets[i]` after row `first_row + i` of a sequence's chunk."""
+
+    first_row: int
+    targets: TokenArray  # [num_scored], at least one
+    num_top: int  # best tokens told beside each one
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceStep:
     """One sequence's rows in a step: `tokens` at positions `start`, `start + 1`, …
 
@@ -128,6 +137,18 @@ class SequenceStep:
     start: int
     block_table: BlockTable
     draw: Draw | None = None
+    score: Score | None = None
+
+    @property
+    def scored_rows(self) -> range:
+        """Rows of the chunk whose next tokens are scored."""
+        score = self.score
+        return range(0) if score is None else range(score.first_row, score.first_row + len(score.targets))
+
+    @property
+    def scored_from(self) -> int:
+        """Position of the first token that is scored."""
+        return self.start + self.scored_rows.start + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +165,16 @@ class StepResult:
     tokens: tuple[int | None, ...]  # drawn token of each SequenceStep, in plan order; None without a draw
     seconds: float  # spent inside the runner
     logprobs: tuple[Logprobs | None, ...] = ()  # of each SequenceStep, or empty if no draw wanted any
+    scores: tuple[PromptLogprobs | None, ...] = ()  # of each SequenceStep, or empty if none was to be scored
 
     def logprobs_of(self, place: int) -> TokenLogprobs | None:
         """What goes to the client of the SequenceStep at a place of the plan."""
         found = self.logprobs[place] if self.logprobs else None
         return None if found is None else TokenLogprobs(found.logprob, found.top_tokens, found.top_logprobs)
+
+    def scores_of(self, place: int) -> PromptLogprobs | None:
+        """Of the SequenceStep at a place of the plan."""
+        return self.scores[place] if self.scores else None
 
 
 class ModelRunner(Protocol):

@@ -81,6 +81,10 @@ class TokenTexts:
         hidden = self._tokenizer.special_token_ids - shown if skip_special_tokens else frozenset()
         return WindowDetokenizer(self._tokenizer, self._byte_tokens, hidden)
 
+    def is_special(self, token_id: int) -> bool:
+        """Whether it is a mark for the model rather than text."""
+        return token_id in self._tokenizer.special_token_ids
+
     def bytes_of(self, token_id: int) -> bytes:
         """What a token stands for by itself, special tokens as they are spelled; b"" for ids without a token."""
         backend = self._tokenizer.backend

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from kvferry.errors import MalformedMessage
-from kvferry.wire.messages import MAX_LOGPROBS, LogprobColumns, pack_tokens
+from kvferry.wire.messages import MAX_LOGPROBS, LogprobColumns, PromptLogprobColumns, TokenArray, pack_tokens
 
 
 class TokenLogprobs(NamedTuple):
@@ -55,3 +57,44 @@ def unpack_logprobs(columns: LogprobColumns, num_rows: int) -> list[tuple[int, T
         found.append((row, TokenLogprobs(logprobs[first], tuple(tokens[start : start + count]), best)))
         start += count
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of a run of a prompt's tokens: what the model, at the token before, gave each of them."""
+
+    start: int  # position of the first of them; the prompt's first token has none
+    ranks: TokenArray  # u32 [num_tokens]: tokens of the vocabulary that are at least as likely, itself included
+    top_tokens: TokenArray  # u32 [num_tokens, num_top]: best first
+    logprobs: npt.NDArray[np.float32]  # [num_tokens, 1 + num_top]: the token's own, then the best tokens'
+
+    @property
+    def end(self) -> int:
+        """Position behind the last of them."""
+        return self.start + len(self.ranks)
+
+    def part(self, start: int, end: int) -> PromptLogprobs:
+        """Those of the tokens at positions `start` to `end` (exclusive)."""
+        rows = slice(start - self.start, end - self.start)
+        return PromptLogprobs(start, self.ranks[rows], self.top_tokens[rows], self.logprobs[rows])
+
+
+def pack_prompt_logprobs(stream_id: int, found: PromptLogprobs) -> PromptLogprobColumns:
+    return PromptLogprobColumns(
+        stream_id, found.start, pack_tokens(found.ranks), pack_tokens(found.top_tokens),
+        found.logprobs.astype("<f4", copy=False).tobytes(),
+    )  # fmt: skip
+
+
+def unpack_prompt_logprobs(columns: PromptLogprobColumns) -> PromptLogprobs:
+    """Views of the columns. Raises `MalformedMessage` for columns that don't fit together."""
+    sizes = (len(columns.ranks), len(columns.top_tokens), len(columns.logprobs))
+    num_tokens, odd = divmod(sizes[0], 4)
+    if odd or not num_tokens or sizes[1] % sizes[0] or sizes[1] > MAX_LOGPROBS * sizes[0] or sizes[2] != sum(sizes[:2]):
+        raise MalformedMessage("columns of a prompt's log-probabilities that don't fit together")
+    return PromptLogprobs(
+        columns.start,
+        np.frombuffer(columns.ranks, "<u4"),
+        np.frombuffer(columns.top_tokens, "<u4").reshape(num_tokens, -1),
+        np.frombuffer(columns.logprobs, "<f4").reshape(num_tokens, -1),
+    )

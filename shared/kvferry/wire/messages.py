@@ -28,8 +28,11 @@ MAX_LOGPROBS: Final = 20  # best tokens told beside a drawn one
 MAX_LOGIT_BIAS: Final = 1024  # entries of one request
 MAX_TOKEN_LIST: Final = 1024  # stop tokens, or banned tokens, of one request
 MAX_GRAMMAR_CHARS: Final = 1 << 17  # of a grammar's source
+MAX_TRACE_STATE_CHARS: Final = 512  # of W3C's `tracestate`; longer ones are not passed on
 NUM_PRIORITY_CLASSES: Final = 3
 MAX_RECENT_PULLS: Final = 32  # in one heartbeat
+MAX_SCORED_ROWS: Final = 512  # tokens of prompts whose log-probabilities are in one message, up to 168 bytes each
+MAX_FEATURES: Final = 64  # of one worker
 
 U16 = Annotated[int, Meta(ge=0, le=(1 << 16) - 1)]
 U32 = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
@@ -61,7 +64,7 @@ def unpack_tokens(column: bytes) -> TokenArray:
     return np.frombuffer(column, dtype="<u4")
 
 
-GrammarKind = Literal["json", "regex", "choice", "grammar"]
+GrammarKind = Literal["json", "regex", "choice", "grammar", "tagged"]
 
 
 class Grammar(Message, frozen=True):
@@ -71,6 +74,7 @@ class Grammar(Message, frozen=True):
     regex    a regular expression (Rust's syntax) that the whole text matches
     choice   a JSON list of the texts that may be
     grammar  context-free: Lark as llguidance has it, or GBNF
+    tagged   free text with parts that follow a schema: JSON of {"lark": Lark, "schemas": {name that it uses: schema}}
     """
 
     kind: GrammarKind
@@ -86,7 +90,7 @@ class Sampling(Message, frozen=True):
     top_k: Count = 0  # 0: no limit
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     seed: U64 = 0
-    max_tokens: Annotated[int, Meta(ge=1, le=1 << 32)] = 16  # of the whole choice, over all attempts
+    max_tokens: Annotated[int, Meta(ge=0, le=1 << 32)] = 16  # of the whole choice, over all attempts; 0: only scored
     ignore_eos: bool = False
     # As in vLLM: the first two count generated tokens, the last one looks at the prompt too.
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
@@ -125,6 +129,21 @@ class Sampling(Message, frozen=True):
         return (*self.banned, *(sorted(eos_token_ids) if no_eos else ()), *(self.stop_token_ids if early else ()))
 
 
+class Scoring(Message, frozen=True):
+    """Log-probabilities of the prompt's own tokens are wanted, from whoever computes the prompt."""
+
+    num_top: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]  # best tokens told beside each one
+    start: Annotated[int, Meta(ge=1, le=(1 << 32) - 1)] = 1  # position of the first token that lacks them
+
+
+class TraceContext(Message, frozen=True):
+    """A span of a trace that is recorded, for spans of others to go under (W3C Trace Context)."""
+
+    trace_id: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    span_id: Annotated[bytes, Meta(min_length=8, max_length=8)]
+    state: Annotated[str, Meta(max_length=MAX_TRACE_STATE_CHARS)] = ""  # `tracestate`, as the client sent it
+
+
 class Work(Message, frozen=True):
     """One attempt at one unit: what both workers of a pair are asked to do."""
 
@@ -145,6 +164,8 @@ class Work(Message, frozen=True):
     alone: bool = False  # runs in steps of its own: its last two workers crashed under it
     deadline: Seconds | None = None  # seconds left
     unit: U64 = 0  # gateway's number of the unit: a newer attempt at it cancels older ones on a worker
+    scoring: Scoring | None = None  # None: nobody asks how likely the prompt is, or the gateway knows by now
+    trace: TraceContext | None = None  # the span of the attempt; None: nobody records it
 
     @property
     def key(self) -> tuple[bytes, int]:
@@ -213,13 +234,19 @@ class Resend(Message, frozen=True, tag="resend"):
 
     gateway_incarnation: U64
     streams: Annotated[tuple[tuple[U32, U32], ...], Meta(max_length=MAX_ROWS)]  # (stream_id, next index)
+    # (stream_id, position of the prompt's first token that lacks its log-probabilities)
+    prompts: Annotated[tuple[tuple[U32, U32], ...], Meta(max_length=MAX_ROWS)] = ()
 
 
 class EndAck(Message, frozen=True, tag="end_ack"):
-    """Gateway -> worker: these streams' ends have arrived; their tokens may be forgotten."""
+    """Gateway -> worker: these streams' ends have arrived; their tokens may be forgotten.
+
+    `scored`: of these the log-probabilities of the whole prompt have arrived, which may be forgotten, too.
+    """
 
     gateway_incarnation: U64
     stream_ids: Annotated[tuple[U32, ...], Meta(max_length=MAX_ROWS)]
+    scored: Annotated[tuple[U32, ...], Meta(max_length=MAX_ROWS)] = ()
 
 
 class Ping(Message, frozen=True, tag="ping"):
@@ -277,6 +304,21 @@ class LogprobColumns(Message, frozen=True):
     logprobs: Tokens
 
 
+class PromptLogprobColumns(Message, frozen=True):
+    """Log-probabilities of a run of one prompt's tokens, as little-endian columns.
+
+    ranks          u32 [num_tokens]                 as in `kvferry.wire.logprobs.PromptLogprobs`, and so the others
+    top_tokens     u32 [num_tokens, num_top]
+    logprobs       f32 [num_tokens, 1 + num_top]
+    """
+
+    stream_id: U32
+    start: Annotated[int, Meta(ge=1, le=(1 << 32) - 1)]  # position of the first of these tokens
+    ranks: Tokens
+    top_tokens: Tokens
+    logprobs: Tokens
+
+
 class TokenBatch(Message, frozen=True, tag="tokens"):
     """Worker -> gateway, one per step: the new tokens of all that gateway's sequences, as columns.
 
@@ -293,6 +335,7 @@ class TokenBatch(Message, frozen=True, tag="tokens"):
     ends: Annotated[tuple[End, ...], Meta(max_length=MAX_ROWS)] = ()
     cached: Annotated[tuple[tuple[U32, U32], ...], Meta(max_length=MAX_ROWS)] = ()  # (stream_id, cached tokens)
     logprobs: LogprobColumns | None = None  # of the rows whose sequences want any
+    prompts: Annotated[tuple[PromptLogprobColumns, ...], Meta(max_length=MAX_SCORED_ROWS)] = ()
 
 
 class WorkerRecord(Message, frozen=True):
@@ -317,6 +360,14 @@ class WorkerRecord(Message, frozen=True):
     engine: Name = ""  # what runs the model
     engine_reason: Text = ""  # why that one
     grammars: bool = False  # it follows grammars
+    kv_dtype: Name = ""  # that the KV format names, for people; empty from a worker that does not say
+    vocabulary_id: Name = ""  # of its tokenizer, see `kvferry.text.vocabulary`; empty: not known
+    features: Annotated[tuple[Name, ...], Meta(max_length=MAX_FEATURES)] = ()  # `Feature`s, and those of later versions
+    ranks: U16 = 1  # processes that its model is split over
+
+
+# What a worker of an older version would pass over in silence, or not understand.
+Feature = Literal["scoring", "tagged"]
 
 
 WorkerState = Literal["loading", "ready", "draining", "wedged"]
@@ -348,6 +399,7 @@ class Held(Message, frozen=True):
     stream_id: U32
     state: SequenceState
     next_index: U32
+    next_scored: U32 = 0  # position behind the prompt's last token whose log-probabilities were sent; 0: none were
 
 
 class Heartbeat(Message, frozen=True, tag="heartbeat"):

@@ -22,7 +22,11 @@ def refuse(
         return "malformed"
     if (len(work.prompt) + len(work.generated)) // 4 >= runner.max_model_len:
         return "too_long"
-    if len(work.generated) // 4 >= work.sampling.max_tokens:
+    if work.scoring is not None and work.scoring.start >= len(work.prompt) // 4:
+        return "malformed"  # no such token
+    if work.sampling.max_tokens == 0 and (work.scoring is None or work.generated):
+        return "malformed"  # nothing is asked for
+    if 0 < work.sampling.max_tokens <= len(work.generated) // 4:
         return "malformed"  # nothing is left to draw
     for column in (work.prompt, work.generated):
         if column and int(unpack_tokens(column).max()) >= runner.vocab_size:

@@ -6,10 +6,8 @@ It binds the worker's `host`; `/debug` answers loopback clients only.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ipaddress
 import socket
-from collections.abc import Iterator
 from typing import Any, Final
 
 import uvicorn
@@ -20,10 +18,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from kvferry.errors import SettingError
+from kvferry.http_port import BoundedProtocol, QuietServer
 from kvferry.worker.report import blocks, refresh_metrics
 from kvferry.worker.worker import Worker
 
-MAX_CONNECTIONS: Final = 64  # more are answered with 503
+MAX_CONNECTIONS: Final = 64  # one more is closed at once
+RECEIVE_TIMEOUT: Final = 10.0  # seconds for a request to arrive whole
 
 
 def debug_app(worker: Worker[Any]) -> Starlette:
@@ -71,14 +71,6 @@ def _is_local(request: Request) -> bool:
         return False
 
 
-class _Server(uvicorn.Server):
-    """Leaves signals to the service."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 class DebugServer:
     """Serves a worker's debug port until `stop`."""
 
@@ -92,22 +84,22 @@ class DebugServer:
             self._socket.close()
             raise SettingError("--debug-port", f"cannot listen on {host}:{port}: {error.strerror}") from None
         self.port: int = self._socket.getsockname()[1]
-        self._server: _Server | None = None
+        self._server: QuietServer | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, worker: Worker[Any]) -> None:
         config = uvicorn.Config(
             debug_app(worker),
+            http=BoundedProtocol.with_limits(RECEIVE_TIMEOUT, MAX_CONNECTIONS),
             log_config=None,
             access_log=False,
             lifespan="off",
             ws="none",
             proxy_headers=False,  # who is local is read from the socket alone
             server_header=False,
-            limit_concurrency=MAX_CONNECTIONS,
             timeout_graceful_shutdown=1,
         )
-        self._server = _Server(config)
+        self._server = QuietServer(config)
         self._task = asyncio.get_running_loop().create_task(self._server.serve([self._socket]), name="debug port")
 
     async def stop(self) -> None:

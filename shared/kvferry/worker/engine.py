@@ -10,11 +10,13 @@ from kvferry import ready
 from kvferry.engine.choice import Choice, choose
 from kvferry.engine.config import ModelConfig
 from kvferry.engine.native.library import Library, LibraryUnavailable, open_library
+from kvferry.engine.ranks import Followers
 from kvferry.engine.settings import EngineSettings
 from kvferry.errors import SettingError
 from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.log import get_logger
 from kvferry.schedule.step import ModelRunner
+from kvferry.text.vocabulary import vocabulary_id
 from kvferry.worker.settings import WorkerSettings
 
 log = get_logger(__name__)
@@ -27,28 +29,36 @@ class Loaded:
     runner: ModelRunner
     choice: Choice
     grammars: GrammarCompiler
+    vocabulary_id: str
 
 
-def load_engine(settings: WorkerSettings) -> Loaded:
-    """Blocking, for seconds; runs on a lane. Raises `SettingError` or `CheckpointError`."""
+def load_engine(settings: WorkerSettings, followers: Followers | None = None) -> Loaded:
+    """Blocking, for seconds; runs on a lane. `followers`: the other ranks, if there are any; they load meanwhile.
+
+    Raises `SettingError`, `CheckpointError` or `RankLost`.
+    """
     if not settings.model:
-        raise SettingError("--model", "is not set; give a model directory, or join a run file with --join")
+        raise SettingError("--model", "is not set; give a model directory, or --join a stack of one model")
     try:
-        loaded = _load(settings, engine_settings(settings))
+        loaded = _load(settings, engine_settings(settings), followers)
     except SettingError as error:
         flag = _FLAGS.get(error.setting, "--" + error.setting.replace("_", "-"))
         raise SettingError(flag, error.problem) from None
     if settings.exactness == "exact" and not loaded.runner.exact:
         reason = f"the {loaded.choice.engine} engine is not exact ({loaded.choice.why}); use fast or auto"
         raise SettingError("--exactness", reason)
+    return loaded
+
+
+def warm_up(loaded: Loaded) -> None:
+    """Blocking, too: with several ranks until all of them have taken part."""
     ready.report("warm-up")
     loaded.runner.warm_up()
-    return loaded
 
 
 def engine_settings(settings: WorkerSettings) -> EngineSettings:
     return EngineSettings(
-        model_dir=Path(settings.model),
+        model_dir=Path(settings.source.where).expanduser(),
         device=settings.device,
         dtype=settings.dtype,
         num_blocks=settings.num_blocks or None,
@@ -58,10 +68,11 @@ def engine_settings(settings: WorkerSettings) -> EngineSettings:
         threads=settings.threads,
         quantization=settings.quantization,
         isa=settings.isa,
+        tensor_parallel_size=settings.tensor_parallel_size,
     )
 
 
-def _load(settings: WorkerSettings, engine: EngineSettings) -> Loaded:
+def _load(settings: WorkerSettings, engine: EngineSettings, followers: Followers | None) -> Loaded:
     library: Library | None = None
 
     def library_problem() -> str | None:
@@ -80,16 +91,16 @@ def _load(settings: WorkerSettings, engine: EngineSettings) -> Loaded:
         from kvferry.engine.native.runner import NativeRunner
 
         ready.report("load")
-        return _loaded(NativeRunner(engine, _progress, library), choice, engine.model_dir)
+        return _loaded(NativeRunner(engine, _progress, library, followers), choice, engine.model_dir)
     from kvferry.engine.torch_runner import TorchRunner
 
     ready.report("load")
-    return _loaded(TorchRunner(engine, _progress), choice, engine.model_dir)
+    return _loaded(TorchRunner(engine, _progress, followers), choice, engine.model_dir)
 
 
 def _loaded(runner: ModelRunner, choice: Choice, model_dir: Path) -> Loaded:
     compiler = GrammarCompiler(model_dir / "tokenizer.json", runner.vocab_size, runner.eos_token_ids)
-    return Loaded(runner, choice, compiler)
+    return Loaded(runner, choice, compiler, vocabulary_id(model_dir / "tokenizer.json"))
 
 
 def _progress(share: float) -> None:

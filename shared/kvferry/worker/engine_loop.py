@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 STEP_SMOOTHING: Final = 0.1
+MAX_STEP_GROWTH: Final = 8.0  # of one step over the mean, as far as the mean takes it in
 
 
 class EngineLoop:
@@ -85,6 +86,7 @@ class EngineLoop:
             self._step_began = None
         self._account(plan, result, now() - began)
         emissions = worker.scheduler.finish(plan, result, now())
+        worker.traces.stepped(began)
         worker.grammars.ended(plan)
         for emission in emissions:
             worker.emit(emission)
@@ -93,9 +95,20 @@ class EngineLoop:
     def _account(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         metrics = self._worker.metrics
         self.num_steps += 1
-        self.step_s += (seconds - self.step_s) * (STEP_SMOOTHING if self.step_s else 1.0)
+        self.step_s = smoothed(self.step_s, seconds)
         drawn = sum(token is not None for token in result.tokens)
         metrics.steps.observe(seconds)
         metrics.batch.set(len(plan.steps))
         metrics.tokens.labels("drawn").inc(drawn)
         metrics.tokens.labels("prefill").inc(sum(len(s.tokens) for s in plan.steps if len(s.tokens) > 1))
+
+
+def smoothed(mean: float, seconds: float) -> float:
+    """The mean of late with another step; 0 before the first.
+
+    A step that was frozen with its process, or paged out, tells nothing of those to come: it counts as
+    `MAX_STEP_GROWTH` times the mean at the most. Steps that stay long are followed all the same, a few later.
+    """
+    if not mean:
+        return seconds
+    return mean + (min(seconds, MAX_STEP_GROWTH * mean) - mean) * STEP_SMOOTHING

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from kvferry.bus.base import BusMessage, Subscription
 from kvferry.bus.liveness import Liveness
-from kvferry.errors import BusError, WireError
+from kvferry.errors import BusError, Impostor, WireError
 from kvferry.log import get_logger
 from kvferry.runtime import now
 from kvferry.schedule.sequence import Sequence
@@ -29,7 +29,7 @@ from kvferry.wire.messages import (
     Resend,
     Work,
 )
-from kvferry.wire.subjects import role_beats
+from kvferry.wire.subjects import all_mail, beat_subject, check_origin, role_beats, sender_of
 from kvferry.worker.admission import refuse, retry_after
 from kvferry.worker.gateways import Gateways
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from kvferry.worker.worker import Worker
 
 log = get_logger(__name__)
+ANYBODYS: Final = (Ping, Drain)  # what operators may say, too
 
 
 class Inbox:
@@ -55,7 +56,7 @@ class Inbox:
         worker = self._worker
         worker.bus.on_change(self._bus_changed)
         beats = role_beats(worker.settings.cluster, "gateway")
-        self._subscriptions.append(await worker.bus.subscribe(worker.subject, self._on_message))
+        self._subscriptions.append(await worker.bus.subscribe(all_mail(worker.process), self._on_message))
         self._subscriptions.append(await worker.bus.subscribe(beats, self._on_gateway_beat))
 
     async def close(self) -> None:
@@ -68,6 +69,8 @@ class Inbox:
         worker = self._worker
         try:
             request = self._codecs.to_worker.decode(message.payload)
+            if not isinstance(request, ANYBODYS) and (sender := sender_of(message.subject)) != "gateway":
+                raise Impostor(f"{type(request).__name__} from a process of the role {sender!r}")
         except WireError as error:
             worker.metrics.wire_errors.labels("bus", error.kind).inc()
             log.warning("message dropped", kind=error.kind, bytes=len(message.payload), version=WIRE_VERSION)
@@ -81,11 +84,11 @@ class Inbox:
             case Fence(incarnation, gateway, highest) if incarnation == worker.incarnation:
                 worker.fences.fence(gateway, highest)
                 self._give_up(work for work in self._works_of(gateway) if work.attempt <= highest)
-            case Resend(gateway, streams):
-                worker.outbox.resend(gateway, streams)
+            case Resend(gateway, streams, prompts):
+                worker.outbox.resend(gateway, streams, prompts)
                 worker.mail()
-            case EndAck(gateway, streams):
-                worker.outbox.acknowledge(gateway, streams)
+            case EndAck(gateway, streams, scored):
+                worker.outbox.acknowledge(gateway, streams, scored)
             case Ping(nonce):
                 self._answer(message, Pong(nonce, worker.incarnation))
             case Drain(incarnation) if incarnation == worker.incarnation:
@@ -121,6 +124,7 @@ class Inbox:
         if older is not None:
             worker.cancel(older)
         worker.grammars.accepted(sequence)
+        worker.traces.accepted(sequence)
         worker.wake()
         return Accepted(work.ticket, work.attempt)
 
@@ -152,10 +156,12 @@ class Inbox:
     def _on_gateway_beat(self, message: BusMessage) -> None:
         try:
             beat = self._codecs.beat.decode(message.payload)
+            if not isinstance(beat, GatewayHeartbeat):
+                return
+            cluster = self._worker.settings.cluster
+            check_origin(message.subject, beat_subject(cluster, "gateway", beat.name, beat.incarnation))
         except WireError as error:
             self._worker.metrics.wire_errors.labels("bus", error.kind).inc()
-            return
-        if not isinstance(beat, GatewayHeartbeat):
             return
         self._give_up(self._gateways.observe(beat, self._works_of(beat.incarnation), now()))
 

@@ -10,6 +10,11 @@ class WorkerMetrics(Metrics):
 
     def __init__(self) -> None:
         super().__init__()
+        self.identity = self.gauge(
+            "kvferry_worker_info",
+            "Always 1: joins a worker's other metrics with its model",
+            ("model", "role", "engine"),
+        )
         self.steps = self.histogram("kvferry_step_seconds", "Engine steps", buckets=STEP_BUCKETS)
         self.tokens = self.counter("kvferry_token", "Tokens by kind: prefill rows, drawn tokens", ("kind",))
         self.batch = self.gauge("kvferry_batch_size", "Sequences in the last engine step")
@@ -37,3 +42,4 @@ class WorkerMetrics(Metrics):
         self.cancel_seconds = self.histogram("kvferry_cancel_to_free_seconds", "From cancel to free blocks")
         self.lease_expiries = self.counter("kvferry_lease_expiry", "Held KV whose lease ran out")
         self.wire_errors = self.counter("kvferry_wire_error", "Messages dropped by kind", ("plane", "kind"))
+        self.spans = self.counter("kvferry_span", "Spans of traces by outcome: sent, failed, dropped", ("outcome",))

@@ -1,7 +1,8 @@
 """Tokens and ends on their way to gateways: batched per step, repeated until confirmed. Pure.
 
 One `TokenBatch` per gateway and flush. A stream's tokens are kept until its end is acknowledged (or its
-gateway has forgotten it), so that `Resend` can be served.
+gateway has forgotten it), so that `Resend` can be served. Log-probabilities of its prompt are kept until they are
+acknowledged themselves, even when all else of the stream is another worker's by then.
 """
 
 from __future__ import annotations
@@ -9,8 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-from kvferry.wire.logprobs import TokenLogprobs, pack_logprobs
-from kvferry.wire.messages import End, EndReason, Held, TokenBatch, Work, pack_tokens
+from kvferry.wire.logprobs import PromptLogprobs, TokenLogprobs, pack_logprobs, pack_prompt_logprobs
+from kvferry.wire.messages import (
+    MAX_SCORED_ROWS,
+    End,
+    EndReason,
+    Held,
+    PromptLogprobColumns,
+    TokenBatch,
+    Work,
+    pack_tokens,
+)
 
 REPEAT_END_S: Final = 0.5
 # Bounds of one batch, which is then smaller than NATS' default max_payload of 1 MiB.
@@ -29,6 +39,17 @@ class _Stream:
     cached_tokens: int = 0
     end: End | None = None
     repeat_at: float = 0.0
+    prompt: list[PromptLogprobs] = field(default_factory=list)  # not acknowledged, by position
+    is_over: bool = False  # this worker's part, but for `prompt`
+
+    @property
+    def next_index(self) -> int:
+        return self.first_index + len(self.tokens)
+
+    @property
+    def next_scored(self) -> int:
+        """Position behind the prompt's last token whose log-probabilities are here; 0 without any."""
+        return self.prompt[-1].end if self.prompt else 0
 
 
 @dataclass(slots=True)
@@ -45,6 +66,7 @@ class _Mailbox:
     logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)  # (row of the columns above, …)
     ends: list[End] = field(default_factory=list)
     cached: list[tuple[int, int]] = field(default_factory=list)
+    prompts: list[tuple[int, PromptLogprobs]] = field(default_factory=list)  # (stream_id, a run), each within a batch
 
     def add(self, stream: _Stream, offset: int) -> None:
         """A row for a stream's token with this offset from its first one."""
@@ -56,13 +78,30 @@ class _Mailbox:
 
     @property
     def waiting(self) -> bool:
-        return bool(self.tokens or self.ends or self.cached)
+        return bool(self.tokens or self.ends or self.cached or self.prompts)
 
     @property
     def num_rows_of_batch(self) -> int:
         if len(self.logprobs) > MAX_BATCH_LOGPROBS:
             return min(MAX_BATCH_TOKENS, self.logprobs[MAX_BATCH_LOGPROBS][0])
         return min(MAX_BATCH_TOKENS, len(self.tokens))
+
+    def score(self, stream: _Stream, start: int) -> None:
+        """Runs for a prompt's log-probabilities from a position on."""
+        for found in stream.prompt:
+            for begin in range(max(start, found.start), found.end, MAX_SCORED_ROWS):
+                self.prompts.append((stream.work.stream_id, found.part(begin, min(begin + MAX_SCORED_ROWS, found.end))))
+
+    def take_prompts(self) -> tuple[PromptLogprobColumns, ...]:
+        """Runs that fit one batch."""
+        num_rows = num_runs = 0
+        for _, found in self.prompts:
+            num_rows += found.end - found.start
+            if num_rows > MAX_SCORED_ROWS:
+                break
+            num_runs += 1
+        taken, self.prompts = self.prompts[:num_runs], self.prompts[num_runs:]
+        return tuple(pack_prompt_logprobs(stream_id, found) for stream_id, found in taken)
 
 
 class Outbox:
@@ -91,6 +130,19 @@ class Outbox:
             stream.logprobs.append(logprobs)
         box.add(stream, len(stream.tokens) - 1)
 
+    def scored(self, work: Work, prompt: PromptLogprobs) -> None:
+        """Log-probabilities of the prompt's tokens behind those that were given before."""
+        found = self._find(work)
+        if found is not None:
+            box, stream = found
+            stream.prompt.append(prompt)
+            box.score(stream, prompt.start)
+
+    def next_scored(self, work: Work) -> int:
+        """Position behind the prompt's last token whose log-probabilities wait to be acknowledged; 0: none do."""
+        found = self._find(work)
+        return 0 if found is None else found[1].next_scored
+
     def cached(self, work: Work, num_tokens: int) -> None:
         """How many prompt tokens came from a prefix cache: for the usage figures."""
         found = self._find(work)
@@ -104,7 +156,7 @@ class Outbox:
         if found is None or found[1].end is not None:
             return
         box, stream = found
-        stream.end = End(work.stream_id, stream.first_index + len(stream.tokens), reason, detail[:1024])
+        stream.end = End(work.stream_id, stream.next_index, reason, detail[:1024])
         stream.repeat_at = now + REPEAT_END_S
         box.ends.append(stream.end)
 
@@ -114,15 +166,38 @@ class Outbox:
         if found is not None:
             del found[0].streams[work.stream_id]
 
-    def acknowledge(self, gateway_incarnation: int, stream_ids: tuple[int, ...]) -> None:
-        box = self._mailboxes.get(gateway_incarnation)
-        for stream_id in stream_ids if box else ():
-            assert box is not None
-            if (stream := box.streams.get(stream_id)) is not None and stream.end is not None:
-                del box.streams[stream_id]
+    def leave(self, work: Work) -> None:
+        """Nothing more comes for this stream: its tokens are another worker's now."""
+        found = self._find(work)
+        if found is not None:
+            box, stream = found
+            stream.is_over = True
+            if not stream.prompt:
+                del box.streams[work.stream_id]
 
-    def resend(self, gateway_incarnation: int, streams: tuple[tuple[int, int], ...]) -> None:
-        """Put tokens from the given indices on, and ends, into the next batch once more."""
+    def acknowledge(self, gateway_incarnation: int, stream_ids: tuple[int, ...], scored: tuple[int, ...] = ()) -> None:
+        """Forget streams whose end has arrived, and of those in `scored` their prompt's log-probabilities."""
+        box = self._mailboxes.get(gateway_incarnation)
+        if box is None:
+            return
+        for stream_id in stream_ids:
+            stream = box.streams.get(stream_id)
+            if stream is not None and (stream.end is not None or stream.is_over):
+                del box.streams[stream_id]
+        for stream_id in scored:
+            if (stream := box.streams.get(stream_id)) is not None:
+                stream.prompt.clear()
+                if stream.is_over:
+                    del box.streams[stream_id]
+
+    def resend(
+        self,
+        gateway_incarnation: int,
+        streams: tuple[tuple[int, int], ...],
+        prompts: tuple[tuple[int, int], ...] = (),
+    ) -> None:
+        """Put tokens from the given indices on, ends, and prompts' log-probabilities from the given positions on, into
+        the next batches once more."""
         box = self._mailboxes.get(gateway_incarnation)
         # A stream asked for twice in one message is sent once.
         for stream_id, index in dict(streams).items() if box else ():
@@ -137,6 +212,10 @@ class Outbox:
                 box.ends.append(stream.end)
             if stream.cached_tokens:
                 box.cached.append((stream_id, stream.cached_tokens))
+        for stream_id, position in dict(prompts).items() if box else ():
+            assert box is not None
+            if (stream := box.streams.get(stream_id)) is not None:
+                box.score(stream, position)
 
     def repeat_ends(self, now: float) -> None:
         """Queue ends that have waited too long for their acknowledgement."""
@@ -161,6 +240,7 @@ class Outbox:
                     tuple(box.ends[:MAX_BATCH_ENDS]),
                     tuple(box.cached[:MAX_BATCH_CACHED]),
                     pack_logprobs([item for item in box.logprobs if item[0] < num_rows]) if box.logprobs else None,
+                    box.take_prompts() if box.prompts else (),
                 )
                 for column in (box.stream_ids, box.indices, box.tokens):
                     del column[:num_rows]
@@ -173,17 +253,18 @@ class Outbox:
         return batches
 
     def ended(self, gateway_incarnation: int) -> list[Work]:
-        """Streams that have ended and wait for their acknowledgement."""
+        """Streams that have ended, or are over, and wait for an acknowledgement."""
         box = self._mailboxes.get(gateway_incarnation)
-        return [stream.work for stream in box.streams.values() if stream.end is not None] if box else []
+        return [s.work for s in box.streams.values() if s.end is not None or s.is_over] if box else []
 
     def held(self) -> dict[str, list[Held]]:
-        """Ended streams as rows of a heartbeat, by gateway subject."""
+        """Streams that have ended, or are over, as rows of a heartbeat, by gateway subject."""
         rows: dict[str, list[Held]] = {}
         for box in self._mailboxes.values():
             for stream_id, stream in box.streams.items():
-                if stream.end is not None:
-                    rows.setdefault(box.subject, []).append(Held(stream_id, "ended", stream.end.index))
+                if stream.end is not None or stream.is_over:
+                    row = Held(stream_id, "ended", stream.next_index, stream.next_scored)
+                    rows.setdefault(box.subject, []).append(row)
         return rows
 
     def forget_gateway(self, gateway_incarnation: int) -> None:

@@ -19,7 +19,8 @@ from kvferry.engine.native.cpu import cpu_flags, usable_isas
 from kvferry.errors import CheckpointError, KvferryError, SettingError
 from kvferry.log import setup_logging
 from kvferry.runtime import blocking_clock
-from kvferry.worker.engine import load_engine
+from kvferry.worker.engine import load_engine, warm_up
+from kvferry.worker.ranks import ranks_of
 from kvferry.worker.settings import WorkerSettings
 
 
@@ -32,14 +33,16 @@ def main() -> None:
     try:
         settings = load_settings(WorkerSettings, config_file=None, environ=os.environ, flags=json.loads(sys.argv[1]))
         began = blocking_clock()
-        loaded = load_engine(settings)
+        with ranks_of(settings) as ranks:
+            loaded = load_engine(settings, ranks.followers)
+            warm_up(loaded)
+            loaded.runner.close()
         answer |= {
             "engine": loaded.choice.engine,
             "why": loaded.choice.why,
             "exact": loaded.runner.exact,
             "seconds": blocking_clock() - began,
         }
-        loaded.runner.close()
     except SettingError as error:
         answer |= {"setting": error.setting, "problem": error.problem}
     except CheckpointError as error:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 from kvferry.runtime import now
 from kvferry.transport.slots import SlotPool, SlotState
-from kvferry.wire.messages import Held, Load, WorkerAddress, WorkerRecord
+from kvferry.wire.messages import Feature, Held, Load, WorkerAddress, WorkerRecord
 
 if TYPE_CHECKING:
     from kvferry.worker.worker import Worker
+
+
+FEATURES: Final[tuple[Feature, ...]] = get_args(Feature)  # all that this version knows
 
 
 def record(worker: Worker[Any]) -> WorkerRecord:
@@ -36,6 +39,10 @@ def record(worker: Worker[Any]) -> WorkerRecord:
         engine=worker.engine,
         engine_reason=worker.engine_reason,
         grammars=worker.grammars.followed,
+        kv_dtype=kv_format.dtype,
+        vocabulary_id=worker.vocabulary_id,
+        features=FEATURES,
+        ranks=worker.settings.tensor_parallel_size,
     )
 
 
@@ -61,7 +68,8 @@ def held(worker: Worker[Any]) -> dict[str, tuple[Held, ...]]:
     """Its sequences and its unconfirmed ends, by gateway subject."""
     rows = worker.outbox.held()
     for sequence in worker.scheduler.sequences.values():
-        row = Held(sequence.work.stream_id, sequence.state, sequence.next_index)
+        scored = 0 if sequence.work.scoring is None else worker.outbox.next_scored(sequence.work)
+        row = Held(sequence.work.stream_id, sequence.state, sequence.next_index, scored)
         rows.setdefault(sequence.work.gateway, []).append(row)
     return {subject: tuple(held) for subject, held in rows.items()}
 
@@ -93,6 +101,10 @@ def refresh_metrics(worker: Worker[Any]) -> None:
     slots = _slot_counts(worker.slots)
     for name in get_args(SlotState):
         metrics.slots.labels(name).set(slots.get(name, 0))
+    counters = worker.transport.counters
+    for kind, count in (("handshake", counters.refused_handshakes), ("transport", counters.protocol_errors)):
+        known = metrics.value("kvferry_wire_error_total", plane="data", kind=kind)
+        metrics.wire_errors.labels("data", kind).inc(count - known)
     metrics.prefix_hits.inc(memory.hit_tokens - metrics.value("kvferry_prefix_cache_hit_token_total"))
     metrics.prefix_queries.inc(memory.queried_tokens - metrics.value("kvferry_prefix_cache_query_token_total"))
 

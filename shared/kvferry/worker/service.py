@@ -5,22 +5,24 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from kvferry import ready
 from kvferry.advertise import advertised_host
-from kvferry.bus.base import BusSettings, least_payload
+from kvferry.bus.base import least_payload
+from kvferry.bus.login import service_login
 from kvferry.bus.nats import NatsBus
 from kvferry.errors import SettingError
 from kvferry.log import get_logger
 from kvferry.runtime import Runtime, SystemRuntime, now, stop_signals
+from kvferry.trace.factory import open_exporter
+from kvferry.trace.span import SpanExporter
 from kvferry.transport.base import TransportSettings
 from kvferry.transport.factory import open_transport
 from kvferry.transport.slots import SlotPool
-from kvferry.wire.subjects import inbox_prefix
 from kvferry.worker.debug import DebugServer
-from kvferry.worker.engine import Loaded, load_engine
+from kvferry.worker.engine import Loaded, load_engine, warm_up
+from kvferry.worker.ranks import ranks_of
 from kvferry.worker.settings import WorkerSettings
 from kvferry.worker.worker import MakeWorker, Parts
 
@@ -35,18 +37,22 @@ async def serve_worker(settings: WorkerSettings, make_worker: MakeWorker) -> Non
     """
     _pin(settings.cpus)
     runtime = SystemRuntime()
+    spans = open_exporter(settings, runtime)
     incarnation = runtime.random_u64()
     debug = DebugServer(settings.host, settings.debug_port)
-    with stop_signals(asyncio.get_running_loop()) as stop:
+    with stop_signals(asyncio.get_running_loop()) as stop, ranks_of(settings) as ranks:
         began = now()
         loading = runtime.lane("load")
-        loaded = await _unless(stop, loading.run(load_engine, settings))
+        loaded = await _unless(stop, loading.run(load_engine, settings, ranks.followers))
+        if loaded is not None:
+            ranks.watch()
+            await loading.run(warm_up, loaded)
         loading.close()
         if loaded is None:
             return
         runner = loaded.runner
         log.info("model ready", seconds=round(now() - began, 2), blocks=runner.num_blocks, numerics=runner.numerics_id)
-        worker = make_worker(settings, await _parts(settings, runtime, incarnation, loaded))
+        worker = make_worker(settings, await _parts(settings, runtime, incarnation, loaded, spans))
         worker.debug_port = debug.port
         await worker.transport.start(worker.attach)
         await worker.start()
@@ -64,7 +70,9 @@ async def serve_worker(settings: WorkerSettings, make_worker: MakeWorker) -> Non
         runner.close()
 
 
-async def _parts(settings: WorkerSettings, runtime: Runtime, incarnation: int, loaded: Loaded) -> Parts:
+async def _parts(
+    settings: WorkerSettings, runtime: Runtime, incarnation: int, loaded: Loaded, spans: SpanExporter | None
+) -> Parts:
     transport = open_transport(
         settings.transport,
         TransportSettings(
@@ -77,19 +85,7 @@ async def _parts(settings: WorkerSettings, runtime: Runtime, incarnation: int, l
         ),
         runtime,
     )
-    bus = NatsBus(
-        BusSettings(
-            url=settings.nats_url,
-            name=settings.name,
-            inbox_prefix=inbox_prefix(settings.cluster, settings.role),
-            user=settings.nats_user,
-            password=settings.nats_password.get_secret_value(),
-            token=settings.nats_token.get_secret_value(),
-            tls_ca=settings.nats_tls_ca,
-            min_payload=least_payload(loaded.runner.max_model_len),
-        ),
-        runtime,
-    )
+    bus = NatsBus(service_login(settings, least_payload(loaded.runner.max_model_len)), runtime)
     await bus.start()
     return Parts(
         runtime=runtime,
@@ -98,11 +94,13 @@ async def _parts(settings: WorkerSettings, runtime: Runtime, incarnation: int, l
         slots=SlotPool(settings.num_slots, settings.slot_kb << 10),
         runner=loaded.runner,
         incarnation=incarnation,
-        model_name=settings.served_model_name or Path(settings.model).name,
+        model_name=settings.source.served_name,
         pid=os.getpid(),
         engine=loaded.choice.engine,
         engine_reason=loaded.choice.why,
         grammars=loaded.grammars,
+        vocabulary_id=loaded.vocabulary_id,
+        spans=spans,
     )
 
 

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from kvferry.config import Port, ServiceSettings
+from kvferry.engine.shard import MAX_RANKS
+from kvferry.model_source import ModelSource, model_sources
 
 Positive = Annotated[int, Field(ge=1)]
 Duration = Annotated[float, Field(gt=0, le=3600)]
@@ -15,7 +17,7 @@ Duration = Annotated[float, Field(gt=0, le=3600)]
 class WorkerSettings(ServiceSettings):
     """A worker: one model, one engine thread, one data-plane address."""
 
-    model: str = Field("", description="Model directory in Hugging Face form.")
+    model: str = Field("", description="Model directory in Hugging Face form, or NAME=DIRECTORY.")
     served_model_name: str = Field("", description="Name of the model in requests; the directory's name unless given.")
     max_model_len: Annotated[int, Field(ge=0)] = Field(
         0, description="Longest prompt + output in tokens; 0: what the model and the KV pool allow."
@@ -34,7 +36,13 @@ class WorkerSettings(ServiceSettings):
         "auto", description="Instruction set of the native engine; auto: the best that this processor has."
     )
     device: str = Field("cpu", description="Where the model runs: cpu, or a torch device as cuda or cuda:1.")
-    threads: Positive = Field(1, description="Compute threads; workers that share cores must not ask for more in sum.")
+    threads: Positive = Field(
+        1, description="Compute threads of each rank; workers that share cores must not ask for more in sum."
+    )
+    tensor_parallel_size: Annotated[int, Field(ge=1, le=MAX_RANKS)] = Field(
+        1,
+        description="Processes that the model is split over, each with its own threads; prefill and decode may differ.",
+    )
     cpus: str = Field("", description="Pin the process to these cores, as 0,2 or 0-3; empty: not pinned.")
     block_size: Annotated[int, Field(ge=1, le=256)] = Field(
         16, description="Tokens per KV block; equal on all workers."
@@ -62,3 +70,9 @@ class WorkerSettings(ServiceSettings):
     debug_digests: bool = Field(
         False, description="Keep a digest of every transferred token slot for /debug/digests (tests and benchmarks)."
     )
+
+    @property
+    def source(self) -> ModelSource:
+        """Its model, which must be set. Raises `SettingError`."""
+        (source,) = model_sources((self.model,), self.served_model_name)
+        return source

@@ -27,6 +27,8 @@ from kvferry.runtime import Runtime, TaskSet, now
 from kvferry.schedule.memory import KVMemory
 from kvferry.schedule.sequence import Dropped, Emission, Key, ModelLimits, Sequence
 from kvferry.schedule.step import ModelRunner
+from kvferry.trace.span import SpanExporter
+from kvferry.trace.tracer import Tracer
 from kvferry.transport.base import Connection, Transport
 from kvferry.transport.slots import SlotPool
 from kvferry.wire.messages import (
@@ -38,10 +40,9 @@ from kvferry.wire.messages import (
     PullTime,
     RejectReason,
     Role,
-    Work,
     WorkerState,
 )
-from kvferry.wire.subjects import beat_subject, cache_subject, process_subject
+from kvferry.wire.subjects import beat_subject, cache_subject, mail_subject, process_subject
 from kvferry.worker.cache_news import CacheNews
 from kvferry.worker.digests import Digests
 from kvferry.worker.engine_loop import EngineLoop
@@ -53,6 +54,7 @@ from kvferry.worker.outbox import Outbox
 from kvferry.worker.report import held, load, record
 from kvferry.worker.scheduler import Decision, Scheduler
 from kvferry.worker.settings import WorkerSettings
+from kvferry.worker.traces import Traces
 
 log = get_logger(__name__)
 S = TypeVar("S", bound=Scheduler)
@@ -74,6 +76,8 @@ class Parts:
     engine: str = ""
     engine_reason: str = ""
     grammars: GrammarCompiler | None = None  # None: requests with a grammar end in an error
+    spans: SpanExporter | None = None  # None: no traces
+    vocabulary_id: str = ""  # of the model's tokenizer, where it is known
 
 
 class Worker(ABC, Generic[S]):
@@ -92,8 +96,10 @@ class Worker(ABC, Generic[S]):
         self.model_name = parts.model_name
         self.scheduler = scheduler
         self.metrics = WorkerMetrics()
+        self.metrics.identity.labels(parts.model_name, self.role, parts.engine).set(1)
         self.state: WorkerState = "loading"
-        self.subject = process_subject(settings.cluster, self.role, settings.name, parts.incarnation)
+        self.process = process_subject(settings.cluster, self.role, settings.name, parts.incarnation)
+        self.subject = mail_subject(self.process, "gateway")  # as gateways are told
         self.draining = asyncio.Event()  # asked for over the bus
         self.wedged = asyncio.Event()
         self.digests = Digests(enabled=settings.debug_digests)
@@ -107,8 +113,11 @@ class Worker(ABC, Generic[S]):
         self.pid = parts.pid
         self.engine = parts.engine
         self.engine_reason = parts.engine_reason
+        self.vocabulary_id = parts.vocabulary_id
         self.fences = Fences()
         self.grammars = Grammars(self, parts.grammars)
+        self.tracer = None if parts.spans is None else Tracer(parts.runtime, parts.spans, self.metrics.spans)
+        self.traces = Traces(self, self.tracer)
         self.engine_loop = EngineLoop(self)
         self._inbox = Inbox(self)
         self._codecs = Codecs()
@@ -164,6 +173,8 @@ class Worker(ABC, Generic[S]):
         await self.copy_lane.drain()  # what copies still run hold slots and pins
         await self.tasks.cancel()
         self.copy_lane.close()
+        if self.tracer is not None:
+            await self.tracer.close()
         await self.bus.close()
 
     # -- what a phase adds -----------------------------------------------------------------------------------
@@ -211,9 +222,12 @@ class Worker(ABC, Generic[S]):
         self._mail.set()
 
     def emit(self, emission: Emission) -> None:
-        """Put a token, and the end it may be, into the outbox."""
+        """Put what a step gave a sequence, and the end it may be, into the outbox."""
         work = emission.sequence.work
-        self.outbox.token(work, emission.index, emission.token, emission.logprobs)
+        if emission.scores is not None:
+            self.outbox.scored(work, emission.scores)
+        if emission.token is not None:
+            self.outbox.token(work, emission.index, emission.token, emission.logprobs)
         if emission.reason is not None:
             self._end(emission.sequence, emission.reason, "")
         self.mail()
@@ -243,6 +257,7 @@ class Worker(ABC, Generic[S]):
     def _end(self, sequence: Sequence, reason: EndReason, detail: str) -> None:
         self.outbox.end(sequence.work, reason, detail, now())
         self.fences.end(sequence.work, now())
+        self.traces.ended(sequence, reason)
 
     def cancel(self, key: Key) -> bool:
         """The gateway wants nothing more of an attempt: forget it in whatever phase it is."""
@@ -254,14 +269,16 @@ class Worker(ABC, Generic[S]):
         self.observe_freed()
         self.outbox.close(sequence.work)
         self.fences.cancel(sequence.work, now())
+        self.traces.ended(sequence, "cancelled")
         self.released(sequence, "cancelled")
         self.wake()
         return True
 
-    def forget(self, work: Work) -> None:
+    def forget(self, sequence: Sequence, outcome: str) -> None:
         """This worker's part of the attempt is over, and nothing more will be said of it."""
-        self.outbox.close(work)
-        self.fences.end(work, now())
+        self.outbox.leave(sequence.work)
+        self.fences.end(sequence.work, now())
+        self.traces.ended(sequence, outcome)
 
     def unpin(self, sequence: Sequence) -> None:
         """A gather or scatter has ended."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 import xml.etree.ElementTree as ElementTree
+from fnmatch import fnmatch
 from typing import Any
 
 import pytest
 from bench.page import DOCS, UNMEASURED, files, page, read_results, write
+from bench.page_choice import CHOICE, TABLES, filled
 from bench.page_targets import SECTIONS
 
 # The table of what the native engine is to reach.
@@ -41,7 +44,20 @@ def rows(text: str) -> dict[str, list[str]]:
 def test_the_page_is_current() -> None:
     made = files(read_results())
     assert {name: (DOCS / name).read_text() for name in made if (DOCS / name).exists()} == made, "python -m bench page"
-    assert {f"pictures/{path.name}" for path in (DOCS / "pictures").glob("*")} == set(made) - {"performance.md"}
+    drawn = {name for name in made if name.endswith(".svg")}
+    assert {f"pictures/{path.name}" for path in (DOCS / "pictures").glob("*")} == drawn
+
+
+def test_the_page_on_when_not_to_has_every_table_and_only_rows_that_a_benchmark_writes() -> None:
+    text = (DOCS / CHOICE).read_text()
+    assert set(re.findall(r"<!-- figures (\w+) -->", text)) == set(TABLES)
+    results = read_results()
+    for row in (row for table in TABLES.values() for row in table if row.benchmark in results):
+        assert [figure for figure in results[row.benchmark]["figures"] if fnmatch(figure["name"], row.figure)], row
+    unmeasured = rows(filled(text, {}))
+    assert unmeasured["weights, in each worker"] == ["not yet measured: `python -m bench memory`"]
+    figure = {"name": "weights", "value": 269.0, "unit": "MB"}
+    assert rows(filled(text, {"memory": results_file("memory", figure)}))["weights, in each worker"] == ["269 MB"]
 
 
 def test_what_was_not_measured_has_a_row_and_no_number() -> None:

@@ -16,20 +16,22 @@ import pytest
 
 from kvferry.bus.base import BusSettings
 from kvferry.bus.nats import NatsBus
+from kvferry.bus.rights import BusUser
 from kvferry.bus.server import EmbeddedNats, find_nats_server
 from kvferry.bus.tether import tethered
 from kvferry.errors import BusUnavailable, SettingError
 from kvferry.runtime import SystemRuntime
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
+ME = BusUser("me", "a password that nobody else has")
 
 
 def settings(server: EmbeddedNats) -> BusSettings:
-    return BusSettings(server.url, "t", "inbox.t", server.user, server.password, min_payload=8 << 20)
+    return BusSettings(server.url, "t", "inbox.t", ME.name, ME.password, min_payload=8 << 20)
 
 
 async def test_it_takes_large_messages_from_those_who_know_the_password_and_nobody_else() -> None:
-    server = EmbeddedNats(SystemRuntime())
+    server = EmbeddedNats([ME])
     await server.start()
     bus = NatsBus(settings(server), SystemRuntime())
     await bus.start()
@@ -44,12 +46,12 @@ async def test_it_takes_large_messages_from_those_who_know_the_password_and_nobo
 async def test_its_password_is_in_a_private_file_and_not_in_its_arguments_or_its_log(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    server = EmbeddedNats(SystemRuntime())
+    server = EmbeddedNats([ME])
     await server.start()
     config = check_privacy(server)
     await server.stop()
     assert not exists(config)
-    assert server.password not in "".join(capsys.readouterr())
+    assert ME.password not in "".join(capsys.readouterr())
 
 
 def check_privacy(server: EmbeddedNats) -> Path:
@@ -57,11 +59,11 @@ def check_privacy(server: EmbeddedNats) -> Path:
     process = Path(f"/proc/{server.pid}")
     arguments = (process / "cmdline").read_bytes().split(b"\0")
     config = Path(arguments[arguments.index(b"--config") + 1].decode())
-    assert server.password in config.read_text()
+    assert ME.password in config.read_text()
     assert stat.S_IMODE(config.stat().st_mode) == 0o600
     assert stat.S_IMODE(config.parent.stat().st_mode) == 0o700
-    assert server.password.encode() not in b"".join(arguments)
-    assert server.password.encode() not in (process / "environ").read_bytes()
+    assert ME.password.encode() not in b"".join(arguments)
+    assert ME.password.encode() not in (process / "environ").read_bytes()
     return config
 
 
@@ -76,7 +78,7 @@ def listening_sockets() -> list[str]:
 
 
 async def test_it_listens_on_the_loopback_address_alone() -> None:
-    server = EmbeddedNats(SystemRuntime())
+    server = EmbeddedNats([ME])
     await server.start()
     port = int(server.url.rpartition(":")[2])
     assert [address for address in listening_sockets() if address.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
@@ -84,7 +86,7 @@ async def test_it_listens_on_the_loopback_address_alone() -> None:
 
 
 async def test_a_ctrl_c_in_the_terminal_does_not_reach_it() -> None:
-    server = EmbeddedNats(SystemRuntime())
+    server = EmbeddedNats([ME])
     await server.start()
     assert os.getsid(server.pid) != os.getsid(0)
     assert os.getpgid(server.pid) != os.getpgid(0)
@@ -92,7 +94,7 @@ async def test_a_ctrl_c_in_the_terminal_does_not_reach_it() -> None:
 
 
 async def test_after_a_crash_it_comes_back_on_the_same_port_with_the_same_password() -> None:
-    server = EmbeddedNats(SystemRuntime())
+    server = EmbeddedNats([ME])
     await server.start()
     url, pid = server.url, server.pid
     os.kill(pid, signal.SIGKILL)
@@ -108,7 +110,7 @@ async def test_after_a_crash_it_comes_back_on_the_same_port_with_the_same_passwo
 
 
 async def test_a_frozen_server_is_stopped_too() -> None:
-    server = EmbeddedNats(SystemRuntime())
+    server = EmbeddedNats([ME])
     await server.start()
     os.kill(server.pid, signal.SIGSTOP)
     began = time.monotonic()
@@ -118,7 +120,7 @@ async def test_a_frozen_server_is_stopped_too() -> None:
 
 
 async def test_a_port_that_is_taken_is_an_error_with_its_cause() -> None:
-    server = EmbeddedNats(SystemRuntime())
+    server = EmbeddedNats([ME])
     await server.start()
     port = int(server.url.rpartition(":")[2])
     await server.stop()
@@ -127,12 +129,11 @@ async def test_a_port_that_is_taken_is_an_error_with_its_cause() -> None:
     assert not server.running
 
 
-async def test_two_servers_get_two_ports_and_two_passwords() -> None:
-    first, second = EmbeddedNats(SystemRuntime()), EmbeddedNats(SystemRuntime())
+async def test_two_servers_get_two_ports() -> None:
+    first, second = EmbeddedNats([ME]), EmbeddedNats([ME])
     await first.start()
     await second.start()
     assert first.url != second.url
-    assert first.password != second.password
     await first.stop()
     await second.stop()
 
@@ -150,10 +151,10 @@ def test_without_a_binary_the_error_says_what_to_install_or_set(
 
 OWNER = """
 import asyncio
+from kvferry.bus.rights import BusUser
 from kvferry.bus.server import EmbeddedNats
-from kvferry.runtime import SystemRuntime
 async def main():
-    server = EmbeddedNats(SystemRuntime())
+    server = EmbeddedNats([BusUser("me", "secret")])
     await server.start()
     print("pid", server.pid, flush=True)
     await asyncio.Event().wait()

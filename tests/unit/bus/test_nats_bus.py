@@ -16,6 +16,7 @@ from nats_server import NatsServer, running_nats
 from kvferry.bus.base import BusSettings
 from kvferry.bus.client import ReceivedMessage
 from kvferry.bus.nats import NatsBus
+from kvferry.bus.rights import BusUser
 from kvferry.errors import BusUnavailable, SettingError
 from kvferry.runtime import SystemRuntime
 
@@ -149,7 +150,7 @@ async def test_bad_credentials_are_refused_and_not_repeated_in_the_error(
     with pytest.raises(BusUnavailable, match="Authorization Violation") as caught:
         await NatsBus(settings, SystemRuntime()).start()
     assert address in str(caught.value)
-    for secret in ("hidden", "wrong", server.embedded.password):
+    for secret in ("hidden", "wrong", server.password):
         assert secret not in str(caught.value) + repr(settings).replace(settings.url, "")
 
 
@@ -179,14 +180,14 @@ async def test_credentials_that_are_refused_for_a_while_do_not_end_the_reconnect
     bus = NatsBus(server.settings("a"), runtime)
     await bus.start()
     changes = Changes(bus)
-    right = server.embedded.password
+    right = server.embedded.users
     await server.kill()
-    server.embedded.password = "changed"
+    server.embedded.users = (BusUser(server.user, "changed"),)
     await server.restart()
     await runtime.one_more_failure()
     assert not bus.connected
     await server.kill()
-    server.embedded.password = right
+    server.embedded.users = right
     await server.restart()
     await changes.until(True)
     assert (bus.counters.reconnects, changes.seen) == (1, [False, True])
@@ -194,7 +195,7 @@ async def test_credentials_that_are_refused_for_a_while_do_not_end_the_reconnect
 
 
 async def test_a_missing_certificate_file_names_the_setting(server: NatsServer) -> None:
-    with pytest.raises(SettingError, match="nats_tls_ca"):
+    with pytest.raises(SettingError, match="KVFERRY_NATS_TLS_CA"):
         await NatsBus(server.settings("a", tls_ca="/nowhere/ca.pem"), SystemRuntime()).start()
 
 
@@ -207,9 +208,9 @@ async def test_an_address_that_is_none_is_a_clear_error() -> None:
 async def test_of_several_servers_the_next_one_is_taken_when_one_is_down_or_goes(server: NatsServer) -> None:
     async with running_nats() as other:
         nobody = "nats://127.0.0.1:1"
-        account = f"{server.embedded.user}:{server.embedded.password}"
+        account = f"{server.user}:{server.password}"
         mine = server.embedded.url.replace("//", f"//{account}@")
-        theirs = other.embedded.url.replace("//", f"//{other.embedded.user}:{other.embedded.password}@")
+        theirs = other.embedded.url.replace("//", f"//{other.user}:{other.password}@")
         settings = server.settings("several", url=f"{nobody}, {mine},{theirs}", user="", password="")
         bus = NatsBus(settings, SystemRuntime())
         changes = Changes(bus)

@@ -252,3 +252,16 @@ def test_a_drain_hands_back_all_that_does_not_run_yet() -> None:
     assert {d.sequence for d in scheduler.drain()} == {opening, fetching, waiting}
     assert [d.sequence for d in scheduler.hand_over()] == [running]
     assert_all_free(scheduler.memory)
+
+
+def test_an_urgent_prompt_is_prefilled_before_those_that_have_begun() -> None:
+    scheduler = scheduler_of(num_blocks=30, max_num_batched_tokens=8)
+    old, urgent = sequence_of(24), sequence_of(12, priority=-5)
+    scheduler.add(old, pull=False)
+    step(scheduler)
+    scheduler.add(urgent, pull=False)
+    started = []
+    while len(started) < 2:
+        _, emissions = step(scheduler)
+        started += [emission.sequence for emission in emissions if emission.index == 0]
+    assert started == [urgent, old]

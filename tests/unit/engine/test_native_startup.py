@@ -16,10 +16,11 @@ import numpy as np
 from kvferry.schedule.step import Draw, SequenceStep, StepPlan
 from kvferry.wire.frame import Piece
 from kvferry.wire.messages import Sampling
-from kvferry.worker.engine import load_engine
+from kvferry.worker.engine import load_engine, warm_up
 from kvferry_decode.settings import DecodeSettings
 
 loaded = load_engine(DecodeSettings(model=sys.argv[1], max_model_len=512, num_blocks=64, engine=sys.argv[2]))
+warm_up(loaded)
 runner = loaded.runner
 tokens = np.arange(100, 140, dtype=np.uint32)
 table = np.arange(3, dtype=np.int32)

@@ -37,7 +37,7 @@ def whole(runner: TorchRunner, start: int, end: int) -> Piece:
 
 def poison(runner: TorchRunner) -> None:
     """NaN in every slot of the pool."""
-    for layer in runner._cache.layers:
+    for layer in runner._caches[0].layers:
         layer[:, : runner.num_blocks * runner.kv_format.block_size] = torch.nan
 
 
@@ -57,18 +57,18 @@ def test_poisoned_blocks_never_leak_into_a_row(checkpoint: Path) -> None:
     dirty = runner.logits(prefill) + runner.logits(decode_plan(table_a, table_b))
     assert all(np.array_equal(a, b) for a, b in zip(clean, dirty, strict=True))
     # Negative control: one NaN inside the context does show.
-    for layer in runner._cache.layers:
+    for layer in runner._caches[0].layers:
         layer[0, int(table_a[0]) * 16] = torch.nan
     assert np.isnan(runner.logits(decode_plan(table_a, table_b))[0]).any()
 
 
 def test_warm_up_touches_no_block_of_the_pool(checkpoint: Path) -> None:
     runner = runner_of(checkpoint)
-    for layer in runner._cache.layers:
+    for layer in runner._caches[0].layers:
         layer[:, : runner.num_blocks * 16] = 7
     runner.warm_up()
     null = slice(runner.num_blocks * 16, (runner.num_blocks + 1) * 16)
-    for layer in runner._cache.layers:
+    for layer in runner._caches[0].layers:
         assert (layer[:, : runner.num_blocks * 16] == 7).all()
         assert (layer[:, null] == 0).all()
 
@@ -101,7 +101,7 @@ def test_kv_moved_to_another_pool_gives_identical_logits(checkpoint: Path) -> No
 def test_a_frame_is_layers_kinds_tokens_heads_dims(checkpoint: Path) -> None:
     runner = runner_of(checkpoint, dtype="float32")
     table = np.asarray([4, 9], np.int32)
-    for index, layer in enumerate(runner._cache.layers):
+    for index, layer in enumerate(runner._caches[0].layers):
         layer.copy_(torch.arange(layer.numel(), dtype=torch.float32).view_as(layer) + 1000 * index)
     piece = Piece(1, 3, 14, 18, 1, 3)
     slot = bytearray(piece.num_bytes(64, "float32"))
@@ -112,7 +112,7 @@ def test_a_frame_is_layers_kinds_tokens_heads_dims(checkpoint: Path) -> None:
         for kind in range(2):
             for token in range(4):
                 for head in range(2):
-                    expected = runner._cache.layers[layer + 1][kind * 3 + head + 1, slots[token]].numpy()
+                    expected = runner._caches[0].layers[layer + 1][kind * 3 + head + 1, slots[token]].numpy()
                     assert np.array_equal(frame[layer, kind, token, head], expected)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvferry.errors import SettingError
-from kvferry_gateway.auth import ApiKeys
+from kvferry_gateway.auth import ApiKeys, first_key
 from kvferry_gateway.rate_limit import RateLimits
 
 DEFAULT = RateLimits(requests=10, tokens=1000)
@@ -56,3 +56,10 @@ def test_what_is_wrong_in_a_line_is_told_without_showing_it(tmp_path: Path, line
     assert refused.value.setting == "--api-key-file"
     for word in ("secret", "more"):
         assert word not in str(refused.value).replace(str(path), "")
+
+
+def test_who_may_read_the_file_finds_a_key_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# for us\n\nkey requests_per_minute=60\nother\n")
+    assert first_key(path) == b"key"
+    assert ApiKeys(path).find(b"Bearer " + first_key(path)) is not None

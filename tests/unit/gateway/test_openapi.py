@@ -14,7 +14,7 @@ APP = Path(__file__).parents[3] / "services" / "gateway" / "kvferry_gateway" / "
 def test_every_route_is_told_with_its_method_and_whether_it_needs_a_key() -> None:
     told = {(op.path, op.method.upper(), op.needs_key) for op in OPERATIONS if "{" not in op.path}
     text = APP.read_text().replace("MODELS: _Route", '"/v1/models": _Route')
-    routes = re.findall(r'"(/[\w./]+)": _Route\("(\w+)", self\.\w+, "(\w+)"\)', text)
+    routes = re.findall(r'"(/[\w./]+)": _Route\("(\w+)", self\.\w+, "(\w+)"(?:, traced=True)?\)', text)
     assert told == {(path, method, access != "open") for path, method, access in routes}
 
 

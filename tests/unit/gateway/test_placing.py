@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from scripted_worker import CLUSTER, EOS, PATIENCE_S, Cluster, ScriptedWorker, completion, tokens_of
+from scripted_worker import CLUSTER, EOS, MODEL, PATIENCE_S, Cluster, ScriptedWorker, completion, tokens_of
 
 from kvferry.kv.events import pack_keys
 from kvferry.kv.hashing import block_hashes, root_hash
@@ -51,14 +51,14 @@ async def test_a_prompt_goes_to_the_prefill_worker_that_has_its_prefix_and_the_c
     async with Cluster(tmp_path) as cluster:
         workers = [await cluster.worker("prefill", f"prefill-{number}") for number in range(4)]
         speaks(await cluster.worker("decode", "decode-0"))
-        index = cluster.gateway.fleet.placer.snapshot.index
+        index = cluster.gateway.fleet.placers[MODEL].snapshot.index
         for number in (2, 1):
             holder = workers[number]
             await tell(holder, CacheEvents(holder.incarnation, 1, column(PROMPT)))
             await until(lambda holder=holder: index.num_blocks(holder.incarnation) == 6)
             await cluster.client.post("/v1/completions", json=completion(PROMPT + "?"))
             assert await holder.wait_for(PrefillRequest)
-            placement = (await cluster.client.get("/v1/cluster")).json()["gateway"]["placement"]
+            placement = (await cluster.client.get("/v1/cluster")).json()["gateway"]["placement"][MODEL]
             assert placement["latest"][0]["prefill"] == holder.record.name
             assert placement["latest"][0]["cached_tokens"] == 96
             await tell(holder, CacheEvents(holder.incarnation, 2, b"", column(PROMPT)))
@@ -74,7 +74,7 @@ async def test_who_is_behind_asks_for_a_snapshot_until_it_has_come(tmp_path: Pat
         asked = await worker.wait_for(CacheResync, 2)
         assert asked == CacheResync(worker.incarnation)
         await tell(worker, CacheSnapshot(worker.incarnation, 5, 0, 1, column(PROMPT)))
-        index = cluster.gateway.fleet.placer.snapshot.index
+        index = cluster.gateway.fleet.placers[MODEL].snapshot.index
         await until(lambda: index.num_blocks(worker.incarnation) == 6)
         await worker.beat()
         count = len(worker.got(CacheResync))
@@ -94,14 +94,14 @@ async def test_garbage_among_the_cache_news_is_counted_and_ignored(tmp_path: Pat
 async def test_a_worker_that_is_gone_is_forgotten(tmp_path: Path) -> None:
     async with Cluster(tmp_path) as cluster:
         worker = await cluster.worker("decode", "decode-0")
-        placer = cluster.gateway.fleet.placer
+        placer = cluster.gateway.fleet.placers[MODEL]
         await tell(worker, CacheEvents(worker.incarnation, 1, column(PROMPT)))
         await until(lambda: len(placer.snapshot.index) == 6)
-        assert placer.block_format(worker.record.model) == ("format", 16)
+        assert placer.block_format == ("format", 16)
         await worker.exit("killed")
         await until(lambda: worker.incarnation not in placer.snapshot.roster)
         assert len(placer.snapshot.index) == 0
-        assert placer.block_format(worker.record.model) is None
+        assert placer.block_format is None
 
 
 async def test_a_queue_that_is_too_long_is_a_429_at_once_that_says_when_to_come_back(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ async def test_a_queue_that_is_too_long_is_a_429_at_once_that_says_when_to_come_
     async with Cluster(tmp_path, scaling_file=scaling) as cluster:
         prefill, decode = await cluster.pair()
         speaks(decode)
-        roster = cluster.gateway.fleet.placer.snapshot.roster
+        roster = cluster.gateway.fleet.placers[MODEL].snapshot.roster
         prefill.load = msgspec.structs.replace(prefill.load, waiting_tokens=10_000, prefill_tokens_per_s=1000.0)
         await until(lambda: roster.queue_seconds(roster.of_role("prefill"), 0, 0.0)[0] > 9)
         refused = await cluster.client.post("/v1/completions", json=completion(PROMPT))
@@ -133,7 +133,7 @@ async def test_forecasts_are_corrected_by_what_happens_and_pulls_tell_the_links(
             decode.publish(work, end=("stop", len(ANSWER)))
 
         decode.accepted = lambda work: decode._spawn(speak_slowly(work))
-        snapshot = cluster.gateway.fleet.placer.snapshot
+        snapshot = cluster.gateway.fleet.placers[MODEL].snapshot
         decode.load = msgspec.structs.replace(
             decode.load, pulls=((prefill.incarnation, 1 << 20, 0.5), (99, 1 << 20, 0.001))
         )

@@ -15,6 +15,8 @@ from kvferry_gateway.metrics import GatewayMetrics, HotHistogram
 from kvferry_gateway.registry import Registry
 from kvferry_gateway.settings import GatewaySettings
 
+SERVED = {"m": "words"}
+
 
 def beat(
     number: int, incarnation: int = 5, role: str = "decode", state: WorkerState = "ready", waiting: int = 0
@@ -32,7 +34,7 @@ def waiting(registry: Registry) -> int:
 
 
 def test_an_overtaken_or_doubled_heartbeat_changes_nothing() -> None:
-    registry = Registry(0.0)
+    registry = Registry(0.0, SERVED)
     assert registry.observe(beat(7, waiting=1), 0.0) is Seen.NEW
     assert registry.observe(beat(6, waiting=9), 0.1) is None
     assert registry.observe(beat(7, waiting=9), 0.1) is None
@@ -42,19 +44,19 @@ def test_an_overtaken_or_doubled_heartbeat_changes_nothing() -> None:
 
 
 def test_a_beat_number_may_wrap_around() -> None:
-    registry = Registry(0.0)
+    registry = Registry(0.0, SERVED)
     registry.observe(beat((1 << 32) - 1), 0.0)
     assert registry.observe(beat(0), 0.1) is Seen.ALIVE
 
 
 def test_a_gateway_is_no_worker() -> None:
-    registry = Registry(0.0)
+    registry = Registry(0.0, SERVED)
     assert registry.observe(beat(1, role="gateway"), 0.0) is None
     assert len(registry) == 0
 
 
 def test_a_worker_that_was_gone_is_known_when_it_returns() -> None:
-    registry = Registry(0.0)
+    registry = Registry(0.0, SERVED)
     now = 0.0
     registry.observe(beat(1), now)
     while not (gone := registry.liveness.verdicts(now)):
@@ -70,7 +72,7 @@ def test_a_worker_that_was_gone_is_known_when_it_returns() -> None:
 
 
 def test_the_cause_of_an_end_is_what_the_supervisor_says() -> None:
-    registry = Registry(0.0)
+    registry = Registry(0.0, SERVED)
     registry.observe(beat(1), 0.0)
     assert registry.exited(5, "crashed", 0.1), "it is to be pinged"
     assert registry.has_crashed(5)
@@ -81,7 +83,7 @@ def test_the_cause_of_an_end_is_what_the_supervisor_says() -> None:
 
 
 def test_the_longest_request_is_what_the_largest_decode_worker_holds() -> None:
-    registry = Registry(0.0)
+    registry = Registry(0.0, SERVED)
     assert registry.max_model_len("m") is None
     registry.observe(beat(1, role="prefill"), 0.0)
     assert registry.max_model_len("m") is None
@@ -123,17 +125,22 @@ def test_no_origin_is_allowed_unless_it_is_named() -> None:
 
 def test_the_hot_histogram_counts_as_prometheus_does() -> None:
     metrics = GatewayMetrics()
-    reference = metrics.histogram("kvferry_reference_seconds", "x", buckets=(0.1, 0.2))
+    reference = metrics.histogram("kvferry_reference_seconds", "x", ("model",), buckets=(0.1, 0.2))
     hot = HotHistogram("kvferry_hot_seconds", "x", (0.1, 0.2))
     metrics.registry.register(hot)
-    for value in (0.05, 0.1, 0.15, 0.2, 7.0):
-        hot.observe(value)
-        reference.observe(value)
-    for sample in ("count", "sum"):
-        assert metrics.value(f"kvferry_hot_seconds_{sample}") == metrics.value(f"kvferry_reference_seconds_{sample}")
-    for bound in ("0.1", "0.2", "+Inf"):
-        expected = metrics.value("kvferry_reference_seconds_bucket", le=bound)
-        assert metrics.value("kvferry_hot_seconds_bucket", le=bound) == expected > 0
+    for model, values in {"m": (0.05, 0.1, 0.15, 0.2, 7.0), "n": (0.05,)}.items():
+        hot.begin(model)
+        for value in values:
+            hot.observe(model, value)
+            reference.labels(model).observe(value)
+    for model in ("m", "n"):
+        for sample in ("count", "sum"):
+            expected = metrics.value(f"kvferry_reference_seconds_{sample}", model=model)
+            assert metrics.value(f"kvferry_hot_seconds_{sample}", model=model) == expected > 0
+        for bound in ("0.1", "0.2", "+Inf"):
+            expected = metrics.value("kvferry_reference_seconds_bucket", model=model, le=bound)
+            assert metrics.value("kvferry_hot_seconds_bucket", model=model, le=bound) == expected > 0
+    assert metrics.value("kvferry_hot_seconds_count") == 6
 
 
 def test_the_settings_of_the_design_are_the_defaults() -> None:

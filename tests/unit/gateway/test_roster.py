@@ -61,7 +61,7 @@ def test_what_is_said_of_unknown_workers_is_ignored() -> None:
     roster.remove(9)
     assert len(roster) == 0
     assert roster.rows_of([9]) == []
-    assert roster.id_of("model", "m") == -1
+    assert roster.id_of("numerics", "n") == -1
 
 
 def test_a_queue_drains_at_the_worker_s_rate_but_never_for_longer_than_heartbeats_may_be_late() -> None:

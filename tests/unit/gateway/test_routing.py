@@ -56,7 +56,7 @@ class World:
         self.snapshot.index.apply(CacheEvents(number(name), 1, pack_keys(hashes)))
 
     def place(self, num_tokens: int = 100, **fields: Any) -> Decision:
-        fields = {"model": "m", "num_tokens": num_tokens, "max_total": num_tokens + 50} | fields
+        fields = {"num_tokens": num_tokens, "max_total": num_tokens + 50} | fields
         return place(Request(**fields), self.snapshot, 0.0)
 
 
@@ -189,7 +189,7 @@ def test_a_queue_drains_between_heartbeats() -> None:
     world = World("p0", "p1", "d0")
     world.load("p0", waiting_tokens=200, now=0.0)
     world.load("p1", waiting_tokens=100, now=0.2)
-    request = Request("m", 100, 150)
+    request = Request(100, 150)
     assert names(place(request, world.snapshot, 0.2)) == ("p0", "d0")
 
 
@@ -219,10 +219,9 @@ def test_a_follow_up_turn_is_prefilled_where_its_cache_lies() -> None:
     assert names(world.place(500, keys=keys(1, 50))) == ("d1",)
 
 
-def test_workers_pair_only_with_the_same_kv_format_and_model() -> None:
+def test_workers_pair_only_with_the_same_kv_format() -> None:
     world = World("d0")
     world.add("p1", kv_format_id="g")
-    world.add("p2", model="x")
     assert names(world.place()) == ("d0",)
     world.add("p0")
     assert names(world.place()) == ("p0", "d0")
@@ -355,9 +354,7 @@ def test_a_decision_is_allowed_pure_and_near_the_best_of_all_pairs(
         world.add(name, load={"waiting_tokens": waiting, "num_running": running, "free_blocks": free})
         world.cache(name, 1, cached)
     full = {number(listed[i]) for i in refused if i < len(listed)}
-    request = Request(
-        "m", num_tokens, num_tokens + 50, seed=seed, keys=keys(1, min(50, num_tokens // BLOCK)), full=full
-    )
+    request = Request(num_tokens, num_tokens + 50, seed=seed, keys=keys(1, min(50, num_tokens // BLOCK)), full=full)
     before = copy.deepcopy(world.snapshot.roster.queued_tokens)
     decision = place(request, world.snapshot, 0.0)
     assert decision == place(request, world.snapshot, 0.0)

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 async def process(nats: NatsServer, *flags: str, **environment: str) -> AsyncIterator[asyncio.subprocess.Process]:
     variables = {
         "KVFERRY_NATS_URL": nats.embedded.url,
-        "KVFERRY_NATS_USER": nats.embedded.user,
-        "KVFERRY_NATS_PASSWORD": nats.embedded.password,
+        "KVFERRY_NATS_USER": nats.user,
+        "KVFERRY_NATS_PASSWORD": nats.password,
     }
     running = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "kvferry_gateway", *flags,

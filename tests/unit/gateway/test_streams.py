@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 
+import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from scripted_worker import EOS, tokens_of, write_model
 from kvferry.errors import MalformedMessage
 from kvferry.text.detokenizer import TokenTexts
 from kvferry.text.tokenizer import Tokenizer
+from kvferry.wire.logprobs import PromptLogprobs, pack_prompt_logprobs
 from kvferry.wire.messages import End, EndReason, Held, TokenBatch, WorkerAddress, WorkerRecord, pack_tokens
 from kvferry_gateway.attempt import Attempt, AttemptTable, Finished, Lost, audit
 from kvferry_gateway.connection import AsgiConnection, ClientConnection
@@ -21,6 +24,7 @@ from kvferry_gateway.dispatcher import Dispatcher, WorkerMail
 from kvferry_gateway.estimates import ForecastError
 from kvferry_gateway.forecast import Forecast
 from kvferry_gateway.metrics import GatewayMetrics
+from kvferry_gateway.prompt_scores import PromptScores
 from kvferry_gateway.streams import TokenStream
 
 P, D = 11, 22  # incarnations
@@ -31,13 +35,22 @@ TOKENS = [*tokens_of(TEXT), EOS]
 class Mail(WorkerMail):
     def __init__(self) -> None:
         self.acks: list[tuple[int, tuple[int, ...]]] = []
+        self.scored: list[tuple[int, tuple[int, ...]]] = []
         self.resends: list[tuple[int, tuple[tuple[int, int], ...], str]] = []
+        self.rescored: list[tuple[int, tuple[tuple[int, int], ...]]] = []
 
-    def acknowledge(self, incarnation: int, stream_ids: tuple[int, ...]) -> None:
-        self.acks.append((incarnation, stream_ids))
+    def acknowledge(self, incarnation: int, stream_ids: tuple[int, ...], scored: tuple[int, ...]) -> None:
+        if stream_ids:
+            self.acks.append((incarnation, stream_ids))
+        if scored:
+            self.scored.append((incarnation, scored))
 
-    def resend(self, incarnation: int, streams: tuple[tuple[int, int], ...], cause: str) -> None:
+    def resend(
+        self, incarnation: int, streams: tuple[tuple[int, int], ...], prompts: tuple[tuple[int, int], ...], cause: str
+    ) -> None:
         self.resends.append((incarnation, streams, cause))
+        if prompts:
+            self.rescored.append((incarnation, prompts))
 
 
 class Client(ClientConnection):
@@ -78,7 +91,7 @@ class Desk:
     def __init__(self, texts: TokenTexts, *stops: str, limit: int = 1000) -> None:
         self.mail = Mail()
         self.table = AttemptTable()
-        self.metrics = GatewayMetrics()
+        self.metrics = GatewayMetrics(["m"])
         self.dispatcher = Dispatcher(self.table, self.mail, self.metrics)
         self.stream = TokenStream(texts, stops, limit)
         self.seq = {P: 0, D: 0}
@@ -102,7 +115,9 @@ class Desk:
         sender: int = D,
         stream_id: int | None = None,
         seq: int | None = None,
+        scored: tuple[int, int] | None = None,
     ) -> None:
+        """`scored`: of the prompt, the tokens at these positions."""
         stream_id = self.attempt.stream_id if stream_id is None else stream_id
         seq = self.seq[sender] if seq is None else seq
         self.seq[sender] = seq + 1
@@ -110,6 +125,7 @@ class Desk:
             TokenBatch(
                 sender, seq, pack_tokens([stream_id] * len(rows)), pack_tokens([i for i, _ in rows]),
                 pack_tokens([t for _, t in rows]), () if end is None else (End(stream_id, end[1], end[0]),),
+                prompts=() if scored is None else (pack_prompt_logprobs(stream_id, logprobs_of(*scored)),),
             )
         )  # fmt: skip
 
@@ -117,6 +133,11 @@ class Desk:
     def text(self) -> str:
         text: str = json.loads(b'"' + b"".join(self.stream.pieces) + b'"')
         return text
+
+
+def logprobs_of(start: int, end: int) -> PromptLogprobs:
+    size = end - start
+    return PromptLogprobs(start, np.ones(size, np.uint32), np.ones((size, 1), np.uint32), np.zeros((size, 2), "f4"))
 
 
 async def turn() -> None:
@@ -386,3 +407,90 @@ async def test_plain_asgi_gets_the_same_bytes_and_tells_of_a_disconnect() -> Non
     connection.write(b"nobody reads this")
     await connection.close()
     assert b"".join(sent) == b"abcde"
+
+
+def scored_desk(texts: TokenTexts) -> Desk:
+    desk = Desk(texts)
+    desk.stream.scores = PromptScores(10, 1)
+    return desk
+
+
+async def test_a_choice_is_complete_only_with_its_prompts_log_probabilities(texts: TokenTexts) -> None:
+    desk = scored_desk(texts)
+    desk.say(scored=(1, 5), sender=P)
+    desk.say((0, TOKENS[0]), (1, EOS), end=("stop", 2))
+    await turn()
+    assert not desk.attempt.over.done()
+    assert not desk.attempt.running, "P is needed for what is missing"
+    assert desk.mail.scored == []
+    desk.say(scored=(5, 10), sender=P)
+    await turn()
+    assert desk.attempt.over.result() == Finished("stop")
+    assert desk.attempt.running
+    assert desk.mail.scored == [(P, (desk.attempt.stream_id,))]
+
+
+@pytest.mark.parametrize(("scored", "sender"), [((1, 11), P), ((1, 10), D)], ids=["of another prompt", "by D"])
+async def test_log_probabilities_that_can_not_be_end_the_attempt(
+    texts: TokenTexts, scored: tuple[int, int], sender: int
+) -> None:
+    desk = scored_desk(texts)
+    desk.say(scored=scored, sender=sender)
+    assert desk.attempt.over.result() == Lost("error")
+
+
+async def test_log_probabilities_that_nobody_asked_for_end_the_attempt(texts: TokenTexts) -> None:
+    desk = Desk(texts)
+    desk.say(scored=(1, 10), sender=P)
+    assert desk.attempt.over.result() == Lost("error")
+
+
+async def test_columns_that_do_not_fit_are_refused_whole(texts: TokenTexts) -> None:
+    desk = scored_desk(texts)
+    good = pack_prompt_logprobs(desk.attempt.stream_id, logprobs_of(1, 4))
+    for fields in (
+        {"ranks": b""},
+        {"ranks": good.ranks[:-1]},
+        {"logprobs": good.logprobs[:-4]},
+        {"top_tokens": b"1234"},
+    ):
+        bad = msgspec.structs.replace(good, **fields)
+        with pytest.raises(MalformedMessage):
+            desk.dispatcher.take(TokenBatch(P, 0, b"", b"", b"", prompts=(good, bad)))
+    assert desk.stream.scores is not None
+    assert desk.stream.scores.next == 1
+
+
+async def test_a_gap_asks_for_log_probabilities_that_may_have_been_in_it(texts: TokenTexts) -> None:
+    desk = scored_desk(texts)
+    desk.say(scored=(1, 4), sender=P)
+    desk.say((0, TOKENS[0]), sender=P, seq=2)
+    assert desk.mail.rescored == [(P, ((desk.attempt.stream_id, 4),))]
+    desk.say(scored=(4, 10), sender=P)
+    desk.say(sender=P, seq=9)
+    assert len(desk.mail.rescored) == 1
+
+
+async def test_a_heartbeat_shows_log_probabilities_that_never_came(texts: TokenTexts) -> None:
+    desk = scored_desk(texts)
+    attempt = desk.attempt
+
+    def beat(next_scored: int) -> Held:
+        return Held(attempt.stream_id, "ended", 1, next_scored)
+
+    assert audit(P, [beat(6)], [attempt]).resend_prompts == (), "they may be on their way"
+    assert audit(D, [beat(6)], [attempt]).resend_prompts == (), "D scores nothing"
+    assert audit(P, [beat(10)], [attempt]).resend_prompts == ((attempt.stream_id, 1),)
+    desk.say(scored=(1, 10), sender=P)
+    assert audit(P, [beat(10)], [attempt]).resend_prompts == ()
+
+
+async def test_who_has_forgotten_a_prompt_that_lacks_log_probabilities_loses_the_attempt(texts: TokenTexts) -> None:
+    desk = scored_desk(texts)
+    attempt = desk.attempt
+    assert audit(P, [], [attempt]).forgotten == ()
+    assert audit(P, [Held(attempt.stream_id, "held", 1, 3)], [attempt]).forgotten == ()
+    assert audit(P, [], [attempt]).forgotten == ()
+    assert audit(P, [], [attempt]).forgotten == (attempt,)
+    desk.say(scored=(1, 10), sender=P)
+    assert audit(P, [], [attempt]).forgotten == (), "all of it has come"

@@ -19,7 +19,7 @@ TEXT = '{"type":"object","properties":{"b":{"type":"string"},"a":{}}}'
 
 def constraint(**fields: Any) -> Constraint | None:
     request = parse(CompletionRequest, json.dumps({"model": "m", "prompt": "p", **fields}).encode())
-    return constraint_of(request.response_format, request.structured_outputs)
+    return constraint_of(request.response_format, request.structured_outputs, {})
 
 
 def json_schema(**fields: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from kvferry.wire.messages import (
     Work,
     unpack_tokens,
 )
-from kvferry.wire.subjects import role_beats
+from kvferry.wire.subjects import mail_subject, role_beats
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -223,7 +223,7 @@ async def test_what_comes_for_a_stream_that_is_over_is_dropped_counted_and_confi
 
 async def test_garbage_on_the_bus_is_counted_and_disturbs_nothing(cluster: Cluster) -> None:
     worker = await cluster.speaker(TEXT)
-    subject = cluster.gateway.fleet.subject
+    subject = cluster.gateway.fleet.mail_from("decode")
     good = Codecs()
     for payload in (b"", b"\x01", b"\x01garbage", b"\x63" + b"\x00" * 8, b"\xff" * 100):
         await worker.bus.publish(subject, payload)
@@ -580,7 +580,7 @@ async def test_the_heartbeat_names_the_live_streams_of_each_worker(cluster: Clus
             while (beat := await beats.get()).live == ():
                 pass
         assert set(beat.live) == live
-        assert beat.subject == work.gateway
+        assert work.gateway == mail_subject(beat.subject, "decode")
         assert beat.incarnation == work.gateway_incarnation
     async with asyncio.timeout(PATIENCE_S):
         while (await beats.get()).live != ():

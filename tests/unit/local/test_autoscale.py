@@ -13,7 +13,7 @@ from kvferry.scaling import DecodeRules, DecodeScaling, PrefillRules, PrefillSca
 from kvferry_gateway.targets import Targets
 from kvferry_local.autoscale.autoscaler import Autoscaler
 from kvferry_local.autoscale.decision import DecodeSignals, Patience, PrefillSignals, autoscale
-from kvferry_local.autoscale.service import parsed
+from kvferry_local.autoscale.service import chosen, parsed
 from kvferry_local.autoscale.signals import WINDOW_S, Watch, WorkerView
 from kvferry_local.autoscale.target import CommandTarget, ScalingFailed
 
@@ -202,9 +202,34 @@ def test_a_role_without_a_ready_worker_or_without_replicas_is_left_alone() -> No
 
 
 def test_a_gateway_that_answers_something_else_is_an_error_and_no_reason_to_scale() -> None:
-    for document in ({}, {"gateway": {"placement": {"targets": {"ttft_s": None, "itl_s": 1}}}, "workers": []}, []):
+    for document in (
+        {},
+        {"gateway": {"placement": {"m": {"targets": {"ttft_s": None, "itl_s": 1}}}}, "workers": []},
+        [],
+    ):
         with pytest.raises(KvferryError):
             parsed(document)  # type: ignore[arg-type]
+
+
+def row(name: str, model: str, unserved: str | None = None, **load: Any) -> dict[str, Any]:
+    zeros = dict.fromkeys(WorkerView.__slots__, 0)
+    return {**zeros, "name": name, "role": "decode", "state": "ready", "model": model, "unserved": unserved,
+            "load": zeros | load}  # fmt: skip
+
+
+def test_each_model_is_judged_by_its_own_workers_and_targets() -> None:
+    targets = {"a": {"ttft_s": 1.0, "itl_s": 0.05}, "b": {"ttft_s": 4.0, "itl_s": 0.2}}
+    workers = [row("d0", "a", num_running=9), row("d1", "b"), row("d2", "b", "another vocabulary"), row("d3", "gpt-9")]
+    placement = {model: {"targets": own} for model, own in targets.items()}
+    found = parsed({"gateway": {"placement": placement}, "workers": workers})
+    assert {model: [view.name for view in views] for model, (views, _) in found.items()} == {"a": ["d0"], "b": ["d1"]}
+    assert {model: own.itl_s for model, (_, own) in found.items()} == {"a": 0.05, "b": 0.2}
+    assert chosen(found, "", several=True) == found
+    assert chosen(found, "b", several=False) == {"b": found["b"]}
+    with pytest.raises(KvferryError, match="which of a, b"):
+        chosen(found, "", several=False)
+    with pytest.raises(KvferryError, match="serves no 'c'"):
+        chosen(found, "c", several=True)
 
 
 # -- commands --------------------------------------------------------------------------------------------------------
@@ -213,19 +238,25 @@ def test_a_gateway_that_answers_something_else_is_an_error_and_no_reason_to_scal
 async def test_a_command_is_given_role_and_replicas_as_words_without_a_shell(tmp_path: Any) -> None:
     told = tmp_path / "told $(it)"
     target = CommandTarget(f"/bin/sh -c 'echo \"$1 $2\" > \"$3\"' x {{role}} {{replicas}} '{told}'")
-    assert await target.replicas({"prefill": 1, "decode": 2}) == {"prefill": 1, "decode": 2}
-    await target.scale("decode", 3)
+    assert await target.replicas("m", {"prefill": 1, "decode": 2}) == {"prefill": 1, "decode": 2}
+    await target.scale("m", "decode", 3)
     assert told.read_text() == "decode 3\n"
-    assert await target.replicas({"prefill": 1, "decode": 2}) == {"prefill": 1, "decode": 3}
+    assert await target.replicas("m", {"prefill": 1, "decode": 2}) == {"prefill": 1, "decode": 3}
+    assert await target.replicas("n", {"prefill": 1, "decode": 2}) == {"prefill": 1, "decode": 2}
+    assert not target.tells_models_apart
+    target = CommandTarget(f"/bin/sh -c 'echo \"$1 $2\" > \"$3\"' x {{role}}-{{model}} {{replicas}} '{told}'")
+    assert target.tells_models_apart
+    await target.scale("{role}", "decode", 4)
+    assert told.read_text() == "decode-{role} 4\n", "a model's name is put in as it is"
 
 
 async def test_a_command_that_fails_says_why_and_counts_as_not_done() -> None:
     target = CommandTarget("/bin/sh -c 'echo no such set >&2; exit 3' {role} {replicas}")
     with pytest.raises(ScalingFailed, match="ended with 3: no such set"):
-        await target.scale("decode", 3)
-    assert await target.replicas({"decode": 2}) == {"decode": 2}
+        await target.scale("m", "decode", 3)
+    assert await target.replicas("m", {"decode": 2}) == {"decode": 2}
     with pytest.raises(ScalingFailed, match="No such file"):
-        await CommandTarget("/no/such/command {role} {replicas}").scale("decode", 1)
+        await CommandTarget("/no/such/command {role} {replicas}").scale("m", "decode", 1)
 
 
 @pytest.mark.parametrize("command", ["", "scale {role}", "scale {replicas}", "scale '{role} {replicas}"])

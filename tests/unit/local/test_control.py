@@ -14,6 +14,7 @@ from test_supervisor import Log
 
 from kvferry.config import load_settings
 from kvferry.errors import SettingError
+from kvferry.model_source import ModelSource
 from kvferry_local.control import (
     MAX_ASK_BYTES,
     ControlRefused,
@@ -33,20 +34,22 @@ from kvferry_local.supervisor import Supervisor
 class SmallPlan(Plan):
     """Workers that are small real programs."""
 
-    def worker(self, role: Role, index: int) -> Program:
+    def worker(self, role: Role, index: int, model: ModelSource) -> Program:
         return program(worker_name(role, index), role)
 
 
 @asynccontextmanager
-async def stack(folder: Path) -> AsyncIterator[tuple[Path, Supervisor, Log]]:
-    """One prefill and one decode worker under a supervisor; the run file's path."""
+async def stack(folder: Path, *models: str) -> AsyncIterator[tuple[Path, Supervisor, Log]]:
+    """One prefill and one decode worker of each model under a supervisor; the run file's path."""
     run_file = folder / "dev.json"
     settings = load_settings(UpSettings, config_file=None, environ={}, flags={})
-    plan = SmallPlan(settings, Place(run_file, folder, "m", (), (0, 1), "json"))
+    plan = SmallPlan(
+        settings, Place(run_file, tuple(ModelSource(name, "/m") for name in models or ("m",)), (), (0, 1), "json")
+    )
     log = Log()
     supervisor = Supervisor(plan.programs(), 10.0, log)
     running = asyncio.create_task(supervisor.run())
-    async with control_socket(run_file, Crew(plan, supervisor, 1, 1)):
+    async with control_socket(run_file, Crew(plan, supervisor)):
         await log.until("all ready")
         yield run_file, supervisor, log
     supervisor.ask_stop()
@@ -55,17 +58,33 @@ async def stack(folder: Path) -> AsyncIterator[tuple[Path, Supervisor, Log]]:
 
 async def test_workers_are_added_and_the_youngest_drain(tmp_path: Path) -> None:
     async with stack(tmp_path) as (run_file, supervisor, log):
-        assert await ask_stack(run_file, {}) == {"prefill": 1, "decode": 1}
-        assert await ask_stack(run_file, {"decode": 3, "prefill": 2}) == {"prefill": 2, "decode": 3}
+        assert await ask_stack(run_file, {}) == {"m": {"prefill": 1, "decode": 1}}
+        assert await ask_stack(run_file, {"decode": 3, "prefill": 2}) == {"m": {"prefill": 2, "decode": 3}}
         for name in ("decode-1", "decode-2", "prefill-1"):
             await log.until((name, "ready"))
         assert set(supervisor.pids()) == {"prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2"}
-        assert await ask_stack(run_file, {"decode": 1}) == {"prefill": 2, "decode": 1}
+        assert await ask_stack(run_file, {"decode": 1}) == {"m": {"prefill": 2, "decode": 1}}
         for name in ("decode-1", "decode-2"):
             await log.until(Announce(name, "decode", 1, "stopped"))
         assert supervisor.names == {"prefill-0", "prefill-1", "decode-0"}
-        assert await ask_stack(run_file, {"decode": 2}) == {"prefill": 2, "decode": 2}
+        assert await ask_stack(run_file, {"decode": 2}) == {"m": {"prefill": 2, "decode": 2}}
         await log.until(("decode-1", "ready"), times=2)
+
+
+async def test_a_model_s_workers_are_scaled_apart_from_another_s_and_without_a_name_all_are(tmp_path: Path) -> None:
+    async with stack(tmp_path, "a", "b") as (run_file, supervisor, log):
+        assert supervisor.names == {"prefill-0", "prefill-1", "decode-0", "decode-1"}
+        both = {"a": {"prefill": 1, "decode": 1}, "b": {"prefill": 1, "decode": 1}}
+        assert await ask_stack(run_file, {}) == both
+        assert await ask_stack(run_file, {"decode": 2}, "b") == {"b": {"prefill": 1, "decode": 2}}
+        await log.until(("decode-2", "ready"))
+        assert await ask_stack(run_file, {"prefill": 0}, "a") == {"a": {"prefill": 0, "decode": 1}}
+        await log.until(Announce("prefill-0", "prefill", 1, "stopped"))
+        assert supervisor.names == {"prefill-1", "decode-0", "decode-1", "decode-2"}, "the other model's stays"
+        assert await ask_stack(run_file, {"prefill": 1, "decode": 1}) == both
+        await log.until(Announce("decode-2", "decode", 1, "stopped"))
+        with pytest.raises(ControlRefused, match="there are: a, b"):
+            await ask_stack(run_file, {}, "c")
 
 
 @pytest.mark.parametrize("wanted", [{"decode": 0}, {"decode": 65}, {"prefill": -1}])
@@ -81,7 +100,8 @@ async def test_only_the_owner_reaches_the_socket_and_garbage_is_answered(tmp_pat
         path = socket_path(run_file)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         lines = (
-            b"\n", b"[]\n", b'{"scale": 3}\n', b'{"scale": {"decode": true}}\n', b'{"scale": {"gateway": 2}}\n',
+            b"\n", b"[]\n", b'{"scale": 3}\n', b'{"scale": {"decode": true}}\n', b'{"scale": {}, "model": 3}\n',
+            b'{"scale": {"gateway": 2}}\n',
             b"[" * 3000 + b"\n", b"x" * (2 * MAX_ASK_BYTES) + b"\n", b"\xff\n",
         )  # fmt: skip
         for line in lines:

@@ -84,9 +84,9 @@ def test_what_is_no_model_is_named(tmp_path: Path, tiny: Path, monkeypatch: pyte
 
 
 def test_a_machine_with_too_little_memory_is_told_so(tiny: Path, tmp_path: Path) -> None:
-    assert memory(tiny, 1, 1).status == "ok"
-    is_wrong(memory(tiny, 1 << 30, 2), "failed", "2 workers need", "KVFERRY_KV_MEMORY_MB")
-    is_wrong(memory(tiny, 1, 1, tmp_path / "meminfo"), "warning", "does not say", "free")
+    assert memory([tiny], 1, 1).status == "ok"
+    is_wrong(memory([tiny, tiny], 1 << 30, 2), "failed", "4 workers need", "KVFERRY_KV_MEMORY_MB")
+    is_wrong(memory([tiny], 1, 1, tmp_path / "meminfo"), "warning", "does not say", "free")
 
 
 # -- engine ----------------------------------------------------------------------------------------------------------
@@ -163,17 +163,15 @@ async def test_a_machine_without_ucx_is_told_how_to_get_it(tmp_path: Path, monke
 async def test_nats_answers_whether_it_is_embedded_or_named() -> None:
     assert [finding.status for finding in await bus(settings(), 8192)] == ["ok", "ok"]
     async with running_nats() as server:
-        named = settings(
-            nats_url=server.embedded.url, nats_user=server.embedded.user, nats_password=server.embedded.password
-        )
+        named = settings(nats_url=server.embedded.url, nats_user=server.user, nats_password=server.password)
         assert [finding.status for finding in await bus(named, 8192)] == ["ok", "ok"]
 
 
 async def test_nats_that_refuses_or_is_not_there_or_takes_too_little_is_named() -> None:
     async with running_nats(max_payload=1 << 16) as server:
         right = {
-            "nats_url": server.embedded.url, "nats_user": server.embedded.user,
-            "nats_password": server.embedded.password,
+            "nats_url": server.embedded.url, "nats_user": server.user,
+            "nats_password": server.password,
         }  # fmt: skip
         (finding,) = await bus(settings(**right | {"nats_password": "guess"}), 8192)
         is_wrong(finding, "failed", "uthorization", "KVFERRY_NATS_PASSWORD")
@@ -184,7 +182,7 @@ async def test_nats_that_refuses_or_is_not_there_or_takes_too_little_is_named() 
     (finding,) = await bus(settings(nats_url="nats://127.0.0.1:1"), 8192)
     is_wrong(finding, "failed", "no NATS server", "KVFERRY_NATS_URL")
     (finding,) = await bus(settings(**right | {"nats_tls_ca": "/no/such/file"}), 8192)
-    is_wrong(finding, "failed", "/no/such/file", "nats_tls_ca")
+    is_wrong(finding, "failed", "/no/such/file", "KVFERRY_NATS_TLS_CA")
 
 
 # -- machine and clock -----------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import pytest
 from nats_server import NatsServer
 
 from kvferry.bus.nats import NatsBus
-from kvferry.bus.server import EmbeddedNats
 from kvferry.errors import SettingError
 from kvferry.runtime import SystemRuntime
 from kvferry_local.keeper import keep_running, sole_owner
@@ -40,10 +39,11 @@ def test_the_run_file_goes_with_a_stack_that_fails(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_leaks")
 async def test_a_nats_server_that_dies_comes_back_on_its_port() -> None:
-    server = EmbeddedNats(SystemRuntime())
+    nats = NatsServer()
+    server = nats.embedded
     await server.start()
     keeper = asyncio.create_task(keep_running(server))
-    bus = NatsBus(NatsServer(server).settings("watcher"), SystemRuntime())
+    bus = NatsBus(nats.settings("watcher"), SystemRuntime())
     lost, back = asyncio.Event(), asyncio.Event()
     try:
         await bus.start()

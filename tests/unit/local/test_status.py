@@ -17,7 +17,8 @@ NAME = "prefill-" + "x" * 60
 LOAD = {"num_waiting": 1, "num_running": 2, "free_blocks": 3}
 ROW = {
     "name": NAME, "role": "prefill", "state": "draining", "pid": 4194304, "model": "m" * 60, "transport": "ucx",
-    "load": LOAD, "engine": "native", "engine_reason": "asked for",
+    "load": LOAD, "engine": "native", "ranks": 2, "engine_reason": "asked for", "unserved": "another vocabulary",
+    "refuses": {"prefill-1": "KV in float32 instead of bfloat16"},
 }  # fmt: skip
 
 
@@ -43,6 +44,11 @@ def test_no_name_is_cut_off_where_nobody_watches(capsys: pytest.CaptureFixture[s
         finally:
             server.shutdown()
             thread.join()
-    heading, row, *_ = capsys.readouterr().out.splitlines()
+    heading, row, *remarks = capsys.readouterr().out.splitlines()
     assert heading.split()[0] == "NAME"
     assert row.split() == [NAME, "prefill", "draining", "4194304", "m" * 60, "ucx", "1", "2", "3"]
+    assert remarks == [
+        f"{NAME}: engine native on 2 ranks, asked for",
+        f"{NAME}: gets no request: another vocabulary",
+        f"{NAME}: takes no KV from prefill-1: KV in float32 instead of bfloat16",
+    ]

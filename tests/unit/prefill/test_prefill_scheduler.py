@@ -231,3 +231,33 @@ def test_the_expected_end_counts_what_computes_ahead() -> None:
     scheduler.plan(0.0)
     assert scheduler.expected_s(first) == 0.0
     assert scheduler.expected_s(second) == 0.25
+
+
+def test_an_urgent_prompt_is_computed_before_those_that_have_begun_and_equals_keep_their_order() -> None:
+    scheduler = scheduler_of(num_blocks=30, rows=8)
+    background, old = sequence_of(24, priority=1), sequence_of(20)
+    for sequence in (old, background):
+        scheduler.add(sequence)
+    assert step(scheduler)[0].sequences == (old,)
+    young, urgent = sequence_of(8), sequence_of(12, priority=-5)
+    for sequence in (young, urgent):
+        scheduler.add(sequence)
+    computed = []
+    while len(scheduler.first_tokens) < 4:
+        decision, _ = step(scheduler)
+        computed += [sequence for sequence in decision.sequences if sequence not in computed]
+    assert computed == [urgent, old, young, background]
+    assert scheduler.expected_s(background) == 0.0
+
+
+def test_what_is_expected_of_a_prompt_counts_what_goes_before_it_alone() -> None:
+    scheduler = scheduler_of(num_blocks=30, rows=8)
+    first, second, urgent = sequence_of(24), sequence_of(20), sequence_of(12, priority=-5)
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    step(scheduler)
+    scheduler.add(urgent)
+    step(scheduler)
+    rate = scheduler.chunk.tokens_per_s
+    expected = [scheduler.expected_s(sequence) * rate for sequence in (urgent, first, second)]
+    assert [round(tokens) for tokens in expected] == [4, 20, 40]

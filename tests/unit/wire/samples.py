@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from kvferry.wire import flow, messages
 from kvferry.wire.codec import Codec, Message
-from kvferry.wire.logprobs import TokenLogprobs, pack_logprobs
+from kvferry.wire.logprobs import PromptLogprobs, TokenLogprobs, pack_logprobs, pack_prompt_logprobs
 from kvferry.wire.messages import pack_tokens
 
 GOLDEN = Path(__file__).with_name("golden_v1.json")
@@ -57,6 +58,14 @@ WORK = messages.Work(
     salt=bytes(16),
     alone=True,
     deadline=2.5,
+    scoring=messages.Scoring(20, 7),
+    trace=messages.TraceContext(bytes(range(16)), bytes(range(8)), "vendor=1"),
+)
+PROMPT_LOGPROBS = pack_prompt_logprobs(
+    6,
+    PromptLogprobs(
+        3, np.array([1], np.uint32), np.array([[49151, 7]], np.uint32), np.array([[-0.5, -0.5, -1.25]], "f4")
+    ),
 )
 LOGPROBS = pack_logprobs([(1, TokenLogprobs(-0.5, (49151, 7), (-0.5, -1.25)))])
 ADDRESS = messages.WorkerAddress(INCARNATION, ("ucx://00ff", "tcp://127.0.0.1:4000"))
@@ -80,17 +89,21 @@ RECORD = messages.WorkerRecord(
     engine="native",
     engine_reason="asked for",
     grammars=True,
+    kv_dtype="bfloat16",
+    vocabulary_id="vocabulary-1",
+    features=("scoring", "a later one"),
+    ranks=4,
 )
 LOAD = messages.Load(1, 2, 3, 4, 1500.5, 0.0125, 99, 12, (0, 1, 2), ((0xBB, 1 << 20, 0.5),))
-HELD = messages.Held(5, "running", 17)
+HELD = messages.Held(5, "running", 17, 40)
 
 TO_WORKER: list[Message] = [
     messages.PrefillRequest(WORK),
     messages.DecodeRequest(WORK, ADDRESS),
     messages.Cancel(TICKET, 7),
     messages.Fence(INCARNATION, 0xAA, 6),
-    messages.Resend(0xAA, ((5, 17), (6, 0))),
-    messages.EndAck(0xAA, (5, 6)),
+    messages.Resend(0xAA, ((5, 17), (6, 0)), ((6, 3),)),
+    messages.EndAck(0xAA, (5, 6), (6,)),
     messages.Ping(INCARNATION),
     messages.Drain(INCARNATION),
     messages.CacheResync(INCARNATION),
@@ -105,6 +118,7 @@ TO_GATEWAY: list[Message] = [
         (messages.End(5, 18, "stop", "EOS"),),
         ((6, 16),),
         LOGPROBS,
+        (PROMPT_LOGPROBS,),
     ),
 ]
 ANSWERS: list[Message] = [
@@ -136,7 +150,8 @@ FLOW: list[Message] = [
 MANIFESTS: list[Message] = [flow.Manifest(4, "kv-1", TICKET, TICKET[::-1], ((0, 42), (1, 43)), 16, 0.004, LOGPROBS)]
 
 
-BEFORE_GRAMMARS = msgspec.structs.replace(WORK, sampling=msgspec.structs.replace(WORK.sampling, grammar=None))
+BEFORE_SCORING = msgspec.structs.replace(WORK, scoring=None, trace=None)
+BEFORE_GRAMMARS = msgspec.structs.replace(BEFORE_SCORING, sampling=msgspec.structs.replace(WORK.sampling, grammar=None))
 BEFORE_LOGIT_BIAS = msgspec.structs.replace(
     BEFORE_GRAMMARS,
     sampling=msgspec.structs.replace(
@@ -150,13 +165,34 @@ BEFORE_PENALTIES = msgspec.structs.replace(
     ),
 )
 BEFORE_LOGPROBS = (
-    msgspec.structs.replace(TO_GATEWAY[0], logprobs=None),
+    msgspec.structs.replace(TO_GATEWAY[0], logprobs=None, prompts=()),
     msgspec.structs.replace(MANIFESTS[0], logprobs=None),
 )
 BEFORE_CACHE_NEWS = msgspec.structs.replace(LOAD, cache_seq=0, queued_tokens=(), pulls=())
-RECORD_BEFORE_GRAMMARS = msgspec.structs.replace(RECORD, grammars=False)
+RECORD_BEFORE_RANKS = msgspec.structs.replace(RECORD, ranks=1)
+RECORD_BEFORE_SCORING = msgspec.structs.replace(RECORD_BEFORE_RANKS, kv_dtype="", vocabulary_id="", features=())
+RECORD_BEFORE_GRAMMARS = msgspec.structs.replace(RECORD_BEFORE_SCORING, grammars=False)
+HELD_BEFORE_SCORING = msgspec.structs.replace(HELD, next_scored=0)
 BEFORE_EXACT = msgspec.structs.replace(RECORD_BEFORE_GRAMMARS, exact=False, engine="", engine_reason="")
 OLDER: dict[str, tuple[Codec[Any], Message]] = {  # what senders of version 1 wrote before a field was appended
+    "PrefillRequest before scoring": (messages.Codecs().to_worker, messages.PrefillRequest(BEFORE_SCORING)),
+    "DecodeRequest before scoring": (messages.Codecs().to_worker, messages.DecodeRequest(BEFORE_SCORING, ADDRESS)),
+    "Resend before scoring": (messages.Codecs().to_worker, messages.Resend(0xAA, ((5, 17), (6, 0)))),
+    "EndAck before scoring": (messages.Codecs().to_worker, messages.EndAck(0xAA, (5, 6))),
+    "TokenBatch before scoring": (
+        messages.Codecs().to_gateway,
+        msgspec.structs.replace(TO_GATEWAY[0], prompts=()),
+    ),
+    "Heartbeat before scoring": (
+        messages.Codecs().beat,
+        messages.Heartbeat(
+            8, "ready", RECORD_BEFORE_SCORING, LOAD, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD_BEFORE_SCORING,)}
+        ),
+    ),
+    "Heartbeat before ranks": (
+        messages.Codecs().beat,
+        messages.Heartbeat(8, "ready", RECORD_BEFORE_RANKS, LOAD, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD,)}),
+    ),
     "PrefillRequest before penalties": (messages.Codecs().to_worker, messages.PrefillRequest(BEFORE_PENALTIES)),
     "DecodeRequest before penalties": (messages.Codecs().to_worker, messages.DecodeRequest(BEFORE_PENALTIES, ADDRESS)),
     "PrefillRequest before logit_bias": (messages.Codecs().to_worker, messages.PrefillRequest(BEFORE_LOGIT_BIAS)),
@@ -169,13 +205,21 @@ OLDER: dict[str, tuple[Codec[Any], Message]] = {  # what senders of version 1 wr
     "Heartbeat before exact": (
         messages.Codecs().beat,
         messages.Heartbeat(
-            8, "ready", BEFORE_EXACT, BEFORE_CACHE_NEWS, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD,)}
+            8,
+            "ready",
+            BEFORE_EXACT,
+            BEFORE_CACHE_NEWS,
+            {"kvferry.c1.gateway.g0.00000000000000aa": (HELD_BEFORE_SCORING,)},
         ),
     ),
     "Heartbeat before cache news": (
         messages.Codecs().beat,
         messages.Heartbeat(
-            8, "ready", RECORD_BEFORE_GRAMMARS, BEFORE_CACHE_NEWS, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD,)}
+            8,
+            "ready",
+            RECORD_BEFORE_GRAMMARS,
+            BEFORE_CACHE_NEWS,
+            {"kvferry.c1.gateway.g0.00000000000000aa": (HELD_BEFORE_SCORING,)},
         ),
     ),
     "PrefillRequest before grammars": (messages.Codecs().to_worker, messages.PrefillRequest(BEFORE_GRAMMARS)),
@@ -183,7 +227,7 @@ OLDER: dict[str, tuple[Codec[Any], Message]] = {  # what senders of version 1 wr
     "Heartbeat before grammars": (
         messages.Codecs().beat,
         messages.Heartbeat(
-            8, "ready", RECORD_BEFORE_GRAMMARS, LOAD, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD,)}
+            8, "ready", RECORD_BEFORE_GRAMMARS, LOAD, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD_BEFORE_SCORING,)}
         ),
     ),
 }

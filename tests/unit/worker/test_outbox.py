@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 from sequences import GATEWAY, work_of
 
-from kvferry.wire.logprobs import TokenLogprobs, unpack_logprobs
-from kvferry.wire.messages import MAX_LOGPROBS, Codecs, TokenBatch, unpack_tokens
+from kvferry.wire.logprobs import PromptLogprobs, TokenLogprobs, unpack_logprobs, unpack_prompt_logprobs
+from kvferry.wire.messages import MAX_LOGPROBS, MAX_SCORED_ROWS, Codecs, Held, TokenBatch, unpack_tokens
 from kvferry.worker.outbox import (
     MAX_BATCH_CACHED,
     MAX_BATCH_ENDS,
@@ -109,6 +110,7 @@ def test_a_flood_is_split_and_the_largest_batch_stays_under_the_default_payload_
         outbox.token(works[0], index, (1 << 32) - 1)
     for _ in range(MAX_BATCH_CACHED):
         outbox.cached(works[0], 1 << 31)
+    outbox.scored(works[0], of_prompt(1, 1 + MAX_SCORED_ROWS))
     for work in works:
         outbox.end(work, "transfer_failed", "\U0001f600" * 2000, 0.0)
     batches = taken(outbox)
@@ -190,3 +192,75 @@ def test_a_flood_of_log_probabilities_is_split_and_stays_under_the_default_paylo
         assert list(scored(batch)) == wanting
         assert len(Codecs().to_gateway.encode(batch)) < 1 << 20
     assert len(batches) >= 2
+
+
+def of_prompt(start: int, end: int) -> PromptLogprobs:
+    """Marked by their positions."""
+    places = np.arange(start, end)
+    return PromptLogprobs(
+        start, places.astype(np.uint32), np.zeros((len(places), 20), np.uint32), np.zeros((len(places), 21), np.float32)
+    )
+
+
+def prompts(batches: list[TokenBatch]) -> list[tuple[int, int, list[int]]]:
+    runs = [(columns.stream_id, unpack_prompt_logprobs(columns)) for batch in batches for columns in batch.prompts]
+    return [(stream_id, run.start, run.ranks.tolist()) for stream_id, run in runs]
+
+
+def test_a_prompts_log_probabilities_go_out_in_batches_of_bounded_size_and_in_order() -> None:
+    outbox = Outbox(9)
+    work, other = work_of(4), work_of(4)
+    outbox.open(work)
+    outbox.open(other)
+    outbox.scored(work, of_prompt(1, 2 * MAX_SCORED_ROWS))
+    outbox.scored(other, of_prompt(1, 4))
+    outbox.token(work, 0, 7)
+    batches = taken(outbox)
+    found = prompts(batches)
+    assert [(stream_id, start) for stream_id, start, _ in found] == [
+        (work.stream_id, 1), (work.stream_id, 1 + MAX_SCORED_ROWS), (other.stream_id, 1),
+    ]  # fmt: skip
+    assert [rank for _, _, run in found[:2] for rank in run] == list(range(1, 2 * MAX_SCORED_ROWS))
+    assert all(sum(len(c.ranks) // 4 for c in batch.prompts) <= MAX_SCORED_ROWS for batch in batches)
+    assert [row for batch in batches for row in rows(batch)] == [(work.stream_id, 0, 7)]
+    assert outbox.next_scored(work) == 2 * MAX_SCORED_ROWS
+
+
+def test_a_prompts_log_probabilities_are_kept_until_they_are_acknowledged_whoever_has_the_stream_by_then() -> None:
+    outbox = Outbox(9)
+    work = work_of(4)
+    outbox.open(work)
+    outbox.scored(work, of_prompt(1, 5))
+    outbox.scored(work, of_prompt(5, 9))
+    outbox.token(work, 0, 3)
+    outbox.leave(work)
+    outbox.take()
+    assert outbox.held() == {work.gateway: [Held(work.stream_id, "ended", 1, 9)]}
+    assert outbox.ended(GATEWAY) == [work]
+    outbox.resend(GATEWAY, (), ((work.stream_id, 3),))
+    assert prompts(taken(outbox)) == [(work.stream_id, 3, [3, 4]), (work.stream_id, 5, [5, 6, 7, 8])]
+    outbox.acknowledge(GATEWAY, (), (work.stream_id,))
+    assert len(outbox) == 0
+
+
+def test_a_stream_whose_log_probabilities_have_arrived_is_left_without_a_trace() -> None:
+    outbox = Outbox(9)
+    work = work_of(4)
+    outbox.open(work)
+    outbox.scored(work, of_prompt(1, 5))
+    outbox.acknowledge(GATEWAY, (), (work.stream_id,))
+    assert len(outbox) == 1, "its tokens are to come"
+    assert outbox.next_scored(work) == 0
+    outbox.leave(work)
+    assert len(outbox) == 0
+
+
+def test_a_gateway_that_wants_nothing_more_ends_what_is_kept() -> None:
+    outbox = Outbox(9)
+    for end in (outbox.close, lambda work: outbox.acknowledge(GATEWAY, (work.stream_id,))):
+        work = work_of(4)
+        outbox.open(work)
+        outbox.scored(work, of_prompt(1, 5))
+        outbox.leave(work)
+        end(work)
+        assert len(outbox) == 0

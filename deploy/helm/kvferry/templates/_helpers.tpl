@@ -4,6 +4,12 @@
 {{- else }}{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 36 | trimSuffix "-" }}{{ end }}
 {{- end }}
 
+{{/* The services of this release. */}}
+{{- define "kvferry.roles" -}}
+{{- $roles := list "prefill" "decode" }}{{ if .Values.gateway.enabled }}{{ $roles = prepend $roles "gateway" }}{{ end }}
+{{- toYaml $roles }}
+{{- end }}
+
 {{/* Labels that select one component's pods. (dict "root" $ "role" "prefill") */}}
 {{- define "kvferry.selector" -}}
 app.kubernetes.io/name: {{ .root.Chart.Name }}
@@ -53,17 +59,28 @@ capabilities: {drop: [ALL]}
 {{- $secrets := "/run/secrets/kvferry" -}}
 {{- $env := dict
   "KVFERRY_CLUSTER" $values.cluster
-  "KVFERRY_MODEL" "/models/served"
-  "KVFERRY_SERVED_MODEL_NAME" $values.model.servedName
+  "KVFERRY_MODEL" (printf "%s=/models/served" $values.model.servedName)
   "KVFERRY_SCALING_FILE" "/etc/kvferry/scaling.yaml"
   "KVFERRY_NATS_URL" (join "," $values.nats.urls)
   "KVFERRY_LOG_LEVEL" $values.logLevel
   "KVFERRY_LOG_FORMAT" "json" -}}
-{{- with $values.nats.user }}{{ $_ := set $env "KVFERRY_NATS_USER" . }}{{ end -}}
-{{- if $values.secret.natsPassword }}{{ $_ := set $env "KVFERRY_NATS_PASSWORD_FILE" (printf "%s/nats-password" $secrets) }}{{ end -}}
+{{- if $values.secret.natsPassword -}}
+{{- $_ := set $env "KVFERRY_NATS_USER" ($values.nats.user | default (printf "%s-%s" $values.cluster .role)) -}}
+{{- $_ := set $env "KVFERRY_NATS_PASSWORD_FILE" (printf "%s/nats-password" $secrets) }}{{ end -}}
 {{- if $values.secret.natsToken }}{{ $_ := set $env "KVFERRY_NATS_TOKEN_FILE" (printf "%s/nats-token" $secrets) }}{{ end -}}
 {{- if $values.nats.tls.caSecret }}{{ $_ := set $env "KVFERRY_NATS_TLS_CA" "/run/secrets/nats-ca/ca.crt" }}{{ end -}}
+{{- if $values.nats.tls.clientSecret -}}
+{{- $_ := set $env "KVFERRY_NATS_TLS_CERT" "/run/secrets/nats-client/tls.crt" -}}
+{{- $_ := set $env "KVFERRY_NATS_TLS_KEY" "/run/secrets/nats-client/tls.key" -}}
+{{- end -}}
+{{- if and (eq .role "gateway") $own.tls.secret -}}
+{{- $_ := set $env "KVFERRY_TLS_CERT" "/run/secrets/https/tls.crt" -}}
+{{- $_ := set $env "KVFERRY_TLS_KEY" "/run/secrets/https/tls.key" -}}
+{{- end -}}
+{{- with $values.tracing.otlpEndpoint }}{{ $_ := set $env "KVFERRY_OTLP_ENDPOINT" . }}{{ end -}}
 {{- if eq .role "gateway" -}}
+{{- if $values.tracing.otlpEndpoint }}{{ $_ := set $env "KVFERRY_TRACE_SAMPLE_RATIO" ($values.tracing.sampleRatio | toString) }}{{ end -}}
+{{- range $at, $model := $own.otherModels }}{{ $_ := set $env "KVFERRY_MODEL" (printf "%s,%s=/models/other-%d" $env.KVFERRY_MODEL $model.name $at) }}{{ end -}}
 {{- if $values.secret.apiKeys }}{{ $_ := set $env "KVFERRY_API_KEY_FILE" (printf "%s/api-keys" $secrets) }}{{ end -}}
 {{- else -}}
 {{- $_ := set $env "KVFERRY_DATA_KEY_FILE" (printf "%s/data-key" $secrets) -}}
@@ -81,10 +98,19 @@ capabilities: {drop: [ALL]}
 
 {{- define "kvferry.mounts" -}}
 - {name: model, mountPath: /models/served, readOnly: true{{ with .root.Values.model.subPath }}, subPath: {{ . | quote }}{{ end }}}
+{{- if eq .role "gateway" }}{{ range $at, $model := .root.Values.gateway.otherModels }}
+- {name: other-{{ $at }}, mountPath: /models/other-{{ $at }}, readOnly: true{{ with $model.subPath }}, subPath: {{ . | quote }}{{ end }}}
+{{- end }}{{ end }}
 - {name: scaling, mountPath: /etc/kvferry, readOnly: true}
 - {name: secret, mountPath: /run/secrets/kvferry, readOnly: true}
 {{- if .root.Values.nats.tls.caSecret }}
 - {name: nats-ca, mountPath: /run/secrets/nats-ca, readOnly: true}
+{{- end }}
+{{- if .root.Values.nats.tls.clientSecret }}
+- {name: nats-client, mountPath: /run/secrets/nats-client, readOnly: true}
+{{- end }}
+{{- if and (eq .role "gateway") .root.Values.gateway.tls.secret }}
+- {name: https, mountPath: /run/secrets/https, readOnly: true}
 {{- end }}
 - {name: tmp, mountPath: /tmp}
 {{- end }}
@@ -94,6 +120,10 @@ capabilities: {drop: [ALL]}
 {{- $secret := .root.Values.secret -}}
 - name: model
   persistentVolumeClaim: {claimName: {{ .root.Values.model.claim | quote }}, readOnly: true}
+{{- if eq .role "gateway" }}{{ range $at, $model := .root.Values.gateway.otherModels }}
+- name: other-{{ $at }}
+  persistentVolumeClaim: {claimName: {{ $model.claim | quote }}, readOnly: true}
+{{- end }}{{ end }}
 - name: scaling
   configMap: {name: {{ include "kvferry.fullname" .root }}-{{ .role }}-scaling}
 - name: secret
@@ -105,7 +135,7 @@ capabilities: {drop: [ALL]}
       - {key: data-key, path: data-key}
       {{- end }}
       {{- if $secret.natsPassword }}
-      - {key: nats-password, path: nats-password}
+      - {key: nats-password{{ if not .root.Values.nats.user }}-{{ .role }}{{ end }}, path: nats-password}
       {{- end }}
       {{- if $secret.natsToken }}
       - {key: nats-token, path: nats-token}
@@ -116,6 +146,16 @@ capabilities: {drop: [ALL]}
 {{- with .root.Values.nats.tls.caSecret }}
 - name: nats-ca
   secret: {secretName: {{ . | quote }}, defaultMode: 0444, items: [{key: ca.crt, path: ca.crt}]}
+{{- end }}
+{{- with .root.Values.nats.tls.clientSecret }}
+- name: nats-client
+  secret: {secretName: {{ . | quote }}, defaultMode: 0440}
+{{- end }}
+{{- if eq .role "gateway" }}
+{{- with .root.Values.gateway.tls.secret }}
+- name: https
+  secret: {secretName: {{ . | quote }}, defaultMode: 0440}
+{{- end }}
 {{- end }}
 - name: tmp
   emptyDir: {medium: Memory, sizeLimit: 64Mi}

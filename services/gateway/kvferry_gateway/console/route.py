@@ -33,6 +33,7 @@ PAGES: Final = {  # path -> file of `page/`, its type
     "/console/chart.js": ("chart.js", _SCRIPT),
     "/console/chat.js": ("chat.js", _SCRIPT),
     "/console/element.js": ("element.js", _SCRIPT),
+    "/console/models.js": ("models.js", _SCRIPT),
     "/console/requests.js": ("requests.js", _SCRIPT),
     "/console/timeline.js": ("timeline.js", _SCRIPT),
     "/console/workers.js": ("workers.js", _SCRIPT),
@@ -60,9 +61,8 @@ class DrainRequest(RequestModel):
 class Console:
     """One gateway's."""
 
-    def __init__(self, fleet: Fleet, model_name: str) -> None:
+    def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._model_name = model_name
         folder = resources.files(__package__) / "page"
         self._files = {path: ((folder / name).read_bytes(), kind) for path, (name, kind) in PAGES.items()}
 
@@ -76,7 +76,7 @@ class Console:
         given = query.get("request")
         if given is not None and not (given.isascii() and given.isdigit() and len(given) <= MAX_NUMBER_DIGITS):
             raise bad_request("Invalid 'request': a request's number is wanted.", "request")
-        shown = state(self._fleet, self._model_name, now(), None if given is None else int(given))
+        shown = state(self._fleet, now(), None if given is None else int(given))
         await exchange.json(shown)
 
     def drain(self, body: bytes) -> dict[str, Any]:

@@ -37,20 +37,27 @@ def phase_of(attempt: Attempt | None) -> Phase:
     return "prefill" if on_prefill == "computing" else "queued"
 
 
-def state(fleet: Fleet, model: str, moment: float, followed: int | None) -> dict[str, Any]:
+def state(fleet: Fleet, moment: float, followed: int | None) -> dict[str, Any]:
     """`followed`: number of the request whose timeline is wanted."""
     timelines = fleet.timelines
     return {
         "cluster": fleet.settings.cluster,
         "gateway": fleet.settings.name,
-        "model": model,
+        "models": [_model(fleet, name) for name in fleet.placers],
         "workers": fleet.registry.rows(moment),
         "num_requests": timelines.num_live,
         "requests": [_row(timeline, moment) for timeline in islice(timelines.live(), MAX_REQUESTS_SHOWN)],
         "ended": [_row(timeline, moment) for timeline in islice(timelines.ended(), MAX_ENDED_SHOWN)],
-        "ttft": buckets(fleet.metrics.ttft),
-        "itl": buckets(fleet.metrics.itl),
         "timeline": None if followed is None else _timeline(fleet, followed, moment),
+    }
+
+
+def _model(fleet: Fleet, name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "ready": fleet.registry.has_pair(name),
+        "ttft": buckets(fleet.metrics.ttft, name),
+        "itl": buckets(fleet.metrics.itl, name),
     }
 
 
@@ -60,6 +67,7 @@ def _row(timeline: Timeline, moment: float) -> dict[str, Any]:
     return {
         "number": timeline.number,
         "request_id": timeline.request_id,
+        "model": timeline.model,
         "choice": timeline.choice,
         "phase": timeline.outcome or phase_of(attempt),
         "prefill": None if prefill is None else prefill.name,
@@ -88,13 +96,13 @@ def _timeline(fleet: Fleet, number: int, moment: float) -> dict[str, Any] | None
     }
 
 
-def buckets(histogram: Collector) -> list[tuple[float | None, int]]:
-    """(upper bound in seconds, observations in this bucket alone); the last has no bound."""
+def buckets(histogram: Collector, model: str) -> list[tuple[float | None, int]]:
+    """(upper bound in seconds, observations in this bucket alone); the last has no bound. Empty before the first."""
     rows: list[tuple[float | None, int]] = []
     below = 0
     for metric in histogram.collect():
         for sample in metric.samples:
-            if sample.name.endswith("_bucket"):
+            if sample.name.endswith("_bucket") and sample.labels["model"] == model:
                 bound, total = float(sample.labels["le"]), int(sample.value)
                 rows.append((bound if math.isfinite(bound) else None, total - below))
                 below = total

@@ -9,6 +9,7 @@ from kvferry_gateway.answers import Answer, FinishReason, Usage, WholeChoice, en
 from kvferry_gateway.errors import ApiError
 from kvferry_gateway.logprobs import ToldToken, chat_logprobs
 from kvferry_gateway.parsing.parts import Content, Part
+from kvferry_gateway.prompt_logprobs import NOTHING_TOLD, PromptTold
 from kvferry_gateway.responses.output import Event, Output, Status
 from kvferry_gateway.responses.request import ResponsesRequest
 
@@ -28,7 +29,7 @@ class ResponseAnswer(Answer):
         self._num_events = 0
         self._status: Status = "completed"
 
-    def first_event(self, index: int, echo: str, prompt_ids: Sequence[int]) -> bytes:
+    def first_event(self, index: int, echo: str, prompt_ids: Sequence[int], prompt: PromptTold = NOTHING_TOLD) -> bytes:
         return self._events([])
 
     def told_event(self, index: int, parts: Sequence[Part], told: Sequence[ToldToken]) -> bytes:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from kvferry.wire.messages import MAX_LOGPROBS
 from kvferry_gateway.errors import bad_request, unsupported
 from kvferry_gateway.messages import ChatMessage, Label
-from kvferry_gateway.openai import MAX_METADATA, ChatRequest, StreamOptions
+from kvferry_gateway.openai import MAX_METADATA, ChatRequest, Priority, StreamOptions
 from kvferry_gateway.request_model import RequestModel
 from kvferry_gateway.responses.items import InputItems, messages_of
 from kvferry_gateway.structured import JsonSchemaFormat, ResponseFormat
@@ -83,7 +83,7 @@ class ResponseStreamOptions(RequestModel):
 class ResponsesRequest(RequestModel):
     """None: not given. Nothing is stored, whatever OpenAI's default for `store` is."""
 
-    model: str
+    model: str | None = None
     input: str | InputItems
     instructions: str | None = None
     stream: bool = False
@@ -99,6 +99,7 @@ class ResponsesRequest(RequestModel):
     tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS)] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | FlatNamedTool | None = None
     parallel_tool_calls: bool = True
+    priority: Priority = 0
     # Labels. They change nothing and are never logged.
     user: Label | None = None
     safety_identifier: Label | None = None
@@ -148,4 +149,5 @@ class ResponsesRequest(RequestModel):
             tools=[tool.nested() for tool in self.tools],
             tool_choice=named,
             parallel_tool_calls=self.parallel_tool_calls,
+            priority=self.priority,
         )

@@ -26,6 +26,8 @@ from kvferry_local.supervision import Role
 
 TIMEOUT: Final = httpx.Timeout(5.0)
 
+Views = dict[str, tuple[list[WorkerView], Targets]]  # by model: its workers, and the gateway's targets for it
+
 log = get_logger(__name__)
 
 
@@ -50,8 +52,9 @@ class AutoscaleService:
         self._gateway = gateway
         self._target = target
         path = settings.scaling_file
-        self._autoscaler = Autoscaler(PrefillScaling.read(path), DecodeScaling.read(path))
-        self._ordering: dict[Role, asyncio.Task[None]] = {}
+        self._rules = PrefillScaling.read(path), DecodeScaling.read(path)
+        self._autoscalers: dict[str, Autoscaler] = {}  # by model
+        self._ordering: dict[tuple[str, Role], asyncio.Task[None]] = {}
         self._tasks = TaskSet(lambda name, error: log.error("not scaled", task=name, error=repr(error)))
 
     async def serve(self) -> None:
@@ -73,33 +76,57 @@ class AutoscaleService:
             with request_errors(self._gateway.url):
                 response = await http.get("/v1/cluster")
             check(response)
-            workers, targets = parsed(response.json())
-            alive = Counter(worker.role for worker in workers if worker.state != "draining")
-            replicas = await self._target.replicas({role: alive[role] for role in SCALED})
+            settings, target = self._settings, self._target
+            found = chosen(parsed(response.json()), settings.served_model_name, several=target.tells_models_apart)
+            for model, (workers, targets) in found.items():
+                await self._judge(model, workers, targets)
         except KvferryError as error:
             log.warning("cannot see the cluster", error=str(error))
-            self._autoscaler.forget()
-            return
-        for role, advice in self._autoscaler.look(workers, targets, replicas, now()).items():
-            if advice.replicas != replicas[role] and role not in self._ordering:
-                self._order(role, advice, replicas[role])
+            for autoscaler in self._autoscalers.values():
+                autoscaler.forget()
 
-    def _order(self, role: Role, advice: Advice, before: int) -> None:
-        log.info("scaling", role=role, before=before, replicas=advice.replicas, signals=repr(advice.signals))
+    async def _judge(self, model: str, workers: list[WorkerView], targets: Targets) -> None:
+        """Raises `ScalingFailed`."""
+        if model not in self._autoscalers:
+            self._autoscalers[model] = Autoscaler(*self._rules)
+        alive = Counter(worker.role for worker in workers if worker.state != "draining")
+        replicas = await self._target.replicas(model, {role: alive[role] for role in SCALED})
+        for role, advice in self._autoscalers[model].look(workers, targets, replicas, now()).items():
+            if advice.replicas != replicas[role] and (model, role) not in self._ordering:
+                self._order(model, role, advice, replicas[role])
+
+    def _order(self, model: str, role: Role, advice: Advice, before: int) -> None:
+        log.info(
+            "scaling", model=model, role=role, before=before, replicas=advice.replicas, signals=repr(advice.signals)
+        )
         if self._settings.dry_run:
             return
-        task = self._tasks.spawn(self._target.scale(role, advice.replicas), f"scale {role}")
-        self._ordering[role] = task
-        task.add_done_callback(lambda _: self._ordering.pop(role))
+        task = self._tasks.spawn(self._target.scale(model, role, advice.replicas), f"scale {model} {role}")
+        self._ordering[model, role] = task
+        task.add_done_callback(lambda _: self._ordering.pop((model, role)))
 
 
-def parsed(cluster: Mapping[str, Any]) -> tuple[list[WorkerView], Targets]:
-    """`/v1/cluster` as a decision needs it. Raises `KvferryError` for another form."""
+def chosen(found: Views, wanted: str, *, several: bool) -> Views:
+    """The models whose workers are scaled: `wanted`, else all. `several`: they may be more than one.
+
+    Raises `KvferryError`.
+    """
+    if wanted and wanted not in found:
+        raise KvferryError(f"--model: the gateway serves no {wanted!r}; there are: {', '.join(found)}")
+    if not wanted and len(found) > 1 and not several:
+        raise KvferryError(f"--model: this --target needs to know which of {', '.join(found)} is meant")
+    return {wanted: found[wanted]} if wanted else found
+
+
+def parsed(cluster: Mapping[str, Any]) -> Views:
+    """`/v1/cluster` as decisions need it. Raises `KvferryError` for another form."""
     try:
-        targets = cluster["gateway"]["placement"]["targets"]
-        return (
-            [WorkerView.of(row) for row in cluster["workers"]],
-            Targets(ttft_s=targets["ttft_s"], itl_s=targets["itl_s"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        return {
+            model: (
+                [WorkerView.of(row) for row in cluster["workers"] if row["model"] == model and not row["unserved"]],
+                Targets(ttft_s=placement["targets"]["ttft_s"], itl_s=placement["targets"]["itl_s"]),
+            )
+            for model, placement in cluster["gateway"]["placement"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise KvferryError(f"/v1/cluster has another form than expected: {error!r}") from None

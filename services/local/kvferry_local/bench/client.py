@@ -28,8 +28,11 @@ class Endpoint:
     api_key: str = field(default="", repr=False)
 
     @classmethod
-    def of(cls, url: str, api_key: str) -> Endpoint:
-        """Raises `SettingError` for what is no http or https URL."""
+    def of(cls, url: str, api_key: str, tls: ssl.SSLContext | None = None) -> Endpoint:
+        """`tls`: whom to trust, instead of the system's authorities.
+
+        Raises `SettingError` for what is no http or https URL.
+        """
         try:
             parts = urlsplit(url)
             port = parts.port or {"http": 80, "https": 443}[parts.scheme]
@@ -38,8 +41,8 @@ class Endpoint:
         if not parts.hostname:
             raise SettingError("--url", f"{url!r} names no host")
         path = parts.path.rstrip("/")
-        tls = ssl.create_default_context() if parts.scheme == "https" else None
-        return cls(parts.hostname, port, tls, path if path.endswith("/v1") else f"{path}/v1", api_key)
+        context = (tls or ssl.create_default_context()) if parts.scheme == "https" else None
+        return cls(parts.hostname, port, context, path if path.endswith("/v1") else f"{path}/v1", api_key)
 
     def head(self, method: str, path: str, length: int) -> bytes:
         host = f"[{self.host}]" if ":" in self.host else self.host

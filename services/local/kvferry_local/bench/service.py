@@ -19,10 +19,11 @@ from kvferry_local.bench.trace import read_trace
 from kvferry_local.bench.workload import Planned, fitted, generated
 from kvferry_local.client import RequestFailed, find_target
 from kvferry_local.settings import BenchSettings
+from kvferry_local.trust import trust
 
 MODEL_TIMEOUT_S: Final = 10.0
 DEFAULT_REQUESTS: Final = 100
-NOT_WRITTEN: Final = {"api_key", "url", "served_model_name", "run_file"}
+NOT_WRITTEN: Final = {"api_key", "tls_ca", "url", "served_model_name", "run_file"}
 PATHS: Final = {"chat": "/chat/completions", "completions": "/completions"}
 
 
@@ -55,11 +56,10 @@ async def bench(settings: BenchSettings) -> bool:
         if file is not None and not file.absolute().parent.is_dir():
             raise SettingError(setting, f"{file.parent} is no directory")
     planned = plan(settings)
-    url, known_model = settings.url, ""
-    if not url:
-        target = find_target(settings)
-        url, known_model = target.url, target.model
-    endpoint = Endpoint.of(url, settings.api_key.get_secret_value())
+    target = find_target(settings)
+    url, known_model = target.url, target.model
+    tls = trust(url, settings.tls_ca, target.run_file)
+    endpoint = Endpoint.of(url, settings.api_key.get_secret_value(), tls)
     try:
         model = settings.served_model_name or known_model or await first_model(endpoint, MODEL_TIMEOUT_S)
     except (ServerError, OSError, TimeoutError, EOFError) as error:

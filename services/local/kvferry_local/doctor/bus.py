@@ -9,10 +9,12 @@ from typing import Final
 
 from kvferry.bus.base import Bus, BusMessage, BusSettings, least_payload
 from kvferry.bus.nats import NatsBus
+from kvferry.bus.rights import users_of
 from kvferry.bus.server import EmbeddedNats
 from kvferry.errors import BusUnavailable, KvferryError, SettingError
 from kvferry.runtime import Runtime, SystemRuntime, TaskSet, blocking_clock
 from kvferry.wire.subjects import inbox_prefix
+from kvferry_local.credentials import new_password
 from kvferry_local.doctor.finding import Finding, failed, ok, warning
 from kvferry_local.settings import DoctorSettings
 
@@ -49,13 +51,14 @@ async def _server(settings: DoctorSettings, runtime: Runtime) -> AsyncIterator[B
         yield BusSettings(
             url=settings.nats_url, name="kvferry-doctor", inbox_prefix=prefix, user=settings.nats_user,
             password=settings.nats_password.get_secret_value(), token=settings.nats_token.get_secret_value(),
-            tls_ca=settings.nats_tls_ca,
+            tls_ca=settings.nats_tls_ca, tls_cert=settings.nats_tls_cert, tls_key=settings.nats_tls_key,
         )  # fmt: skip
         return
-    server = EmbeddedNats(runtime)
+    (user,) = users_of(settings.cluster, {ROLE: new_password(runtime)})
+    server = EmbeddedNats([user])
     await server.start()
     try:
-        yield BusSettings(server.url, "kvferry-doctor", prefix, server.user, server.password)
+        yield BusSettings(server.url, "kvferry-doctor", prefix, user.name, user.password)
     finally:
         await server.stop()
 

@@ -5,6 +5,8 @@ Gateways order requests by the time of their arrival, so that a gateway whose cl
 
 from __future__ import annotations
 
+import ssl
+from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -15,9 +17,14 @@ from kvferry.runtime import wall_clock
 from kvferry_local.client import TRUST_ENV
 from kvferry_local.doctor.finding import Finding, ok, warning
 from kvferry_local.ports import base_url
+from kvferry_local.trust import trust
 
 MAX_SKEW_S: Final = 2.0  # a Date has whole seconds
 TIMEOUT: Final = httpx.Timeout(3.0)
+
+
+def _system(url: str) -> ssl.SSLContext:
+    return trust(url, None)
 
 
 def peers_of(workers: list[dict[str, Any]]) -> dict[str, str]:
@@ -30,10 +37,10 @@ def peers_of(workers: list[dict[str, Any]]) -> dict[str, str]:
     return found
 
 
-def clock(peers: dict[str, str]) -> Finding:
-    """`peers`: name and base URL. One that does not answer is no matter of clocks."""
+def clock(peers: dict[str, str], tls: Callable[[str], ssl.SSLContext] = _system) -> Finding:
+    """`peers`: name and base URL; `tls`: whom to trust at a URL. One that does not answer is no matter of clocks."""
     check = "clock"
-    skews = {name: skew for name, url in peers.items() if (skew := _skew(url)) is not None}
+    skews = {name: skew for name, url in peers.items() if (skew := _skew(url, tls(url))) is not None}
     if not skews:
         return ok(check, "no peer to compare with")
     name, worst = max(skews.items(), key=lambda item: abs(item[1]))
@@ -44,11 +51,11 @@ def clock(peers: dict[str, str]) -> Finding:
     return ok(check, f"{len(skews)} peers within {MAX_SKEW_S:g} s")
 
 
-def _skew(url: str) -> float | None:
+def _skew(url: str, tls: ssl.SSLContext) -> float | None:
     """Seconds that the peer's clock is ahead, as far as whole seconds tell; None: no answer."""
     began = wall_clock()
     try:
-        answer = httpx.get(f"{url}/health", timeout=TIMEOUT, trust_env=TRUST_ENV)
+        answer = httpx.get(f"{url}/health", timeout=TIMEOUT, trust_env=TRUST_ENV, verify=tls)
         told = parsedate_to_datetime(answer.headers["date"]).timestamp()
     except (httpx.HTTPError, KeyError, ValueError):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -39,11 +40,11 @@ def find_model(name: str) -> tuple[Path | None, Finding]:
     return directory, ok(check, f"{model.name}: {size / 1e9:.2f} GB of weights, context {model.max_context:,}")
 
 
-def memory(directory: Path, kv_memory_mb: int, num_workers: int, meminfo: Path = MEMINFO) -> Finding:
-    """Weights and KV pools of all workers against the memory that is free now."""
+def memory(directories: Sequence[Path], kv_memory_mb: int, per_model: int, meminfo: Path = MEMINFO) -> Finding:
+    """Weights and KV pools of all workers, `per_model` of each, against the memory that is free now."""
     check = "memory"
-    _, weights = _weights(directory)
-    needed = num_workers * (weights + (kv_memory_mb << 20))
+    num_workers = per_model * len(directories)
+    needed = sum(per_model * (_weights(directory)[1] + (kv_memory_mb << 20)) for directory in directories)
     try:
         found = re.search(r"^MemAvailable: +(\d+) kB$", meminfo.read_text(), re.MULTILINE)
     except OSError:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from kvferry.errors import KvferryError
+from kvferry.model_source import model_sources
 from kvferry.runfile import RunFile, default_run_file
 from kvferry.scaling import DecodeScaling
 from kvferry.text.model_dir import ModelDir
@@ -26,6 +27,7 @@ from kvferry_local.doctor.finding import Finding
 from kvferry_local.doctor.machine import ports, shared_memory
 from kvferry_local.doctor.model import find_model, memory
 from kvferry_local.settings import DoctorSettings
+from kvferry_local.trust import trust
 
 UNKNOWN_CONTEXT = 8192  # tokens, where there is no model to ask
 SIGNS = {"ok": ("ok  ", "green"), "warning": ("warn", "yellow"), "failed": ("FAIL", "bold red")}
@@ -33,22 +35,27 @@ SIGNS = {"ok": ("ok  ", "green"), "warning": ("warn", "yellow"), "failed": ("FAI
 
 async def findings(settings: DoctorSettings, run_file: RunFile | None) -> AsyncIterator[Finding]:
     """`run_file`: of the stack that runs, if one does."""
-    directory, model = find_model(settings.model)
-    yield model
-    if directory is not None:
+    directories = []
+    for source in model_sources(settings.model, settings.served_model_name):
+        directory, model = find_model(source.where)
+        yield model
+        if directory is not None:
+            directories.append(directory)
+    if directories and run_file is None:
         kv_memory_mb = int(DecodeScaling.read(settings.scaling_file).settings.get("kv_memory_mb", 512))
-        if run_file is None:
-            yield memory(directory, kv_memory_mb, settings.prefill + settings.decode)
+        yield memory(directories, kv_memory_mb, settings.prefill + settings.decode)
+    for directory in directories:
         async for finding in engine(settings, directory):
             yield finding
     async for finding in data_plane(settings):
         yield finding
-    max_context = settings.max_model_len or (UNKNOWN_CONTEXT if directory is None else ModelDir(directory).max_context)
+    longest = max((ModelDir(directory).max_context for directory in directories), default=UNKNOWN_CONTEXT)
+    max_context = settings.max_model_len or longest
     for finding in await bus(settings, max_context):
         yield finding
     yield ports(settings.host, settings.port, () if run_file is None else run_file.gateways)
     yield shared_memory()
-    yield clock(peers(run_file, settings))
+    yield clock(peers(run_file, settings), lambda url: trust(url, settings.tls_ca, run_file))
 
 
 def peers(run_file: RunFile | None, settings: DoctorSettings) -> dict[str, str]:
@@ -56,9 +63,9 @@ def peers(run_file: RunFile | None, settings: DoctorSettings) -> dict[str, str]:
     gateways = settings.peers or (() if run_file is None else run_file.gateways)
     found = {url: url for url in gateways}
     for url in gateways:
-        client = client_settings(None, {"url": url})
+        client = client_settings(None, {"url": url, "tls_ca": settings.tls_ca})
         try:
-            workers: list[Worker] = workers_of(Target(url.rstrip("/"), None, ""), client)
+            workers: list[Worker] = workers_of(Target(url.rstrip("/"), run_file, ""), client)
         except (KvferryError, httpx.HTTPError, ValueError, KeyError):
             continue  # not asked for its workers: it may want a key
         found |= peers_of(workers)
@@ -77,10 +84,12 @@ def beside(settings: DoctorSettings, run_file: RunFile) -> DoctorSettings:
     """The settings with the bus of a stack that runs, and its model, where no other ones were named."""
     changes: dict[str, Any] = {}
     if not settings.nats_url:
-        bus_fields = ("cluster", "nats_url", "nats_user", "nats_password", "nats_token", "nats_tls_ca")
+        bus_fields = ("cluster", "nats_url", "nats_token", "nats_tls_ca", "nats_tls_cert", "nats_tls_key")
         changes |= {field: getattr(run_file, field) for field in bus_fields}
-    if settings.model == DoctorSettings.model_fields["model"].default and run_file.model_dir:
-        changes["model"] = run_file.model_dir
+        login = run_file.login("operator")
+        changes |= {"nats_user": login.user, "nats_password": login.password}
+    if settings.model == DoctorSettings.model_fields["model"].default and run_file.model:
+        changes["model"] = run_file.model
     return settings.model_copy(update=changes)
 
 

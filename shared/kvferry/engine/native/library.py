@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvferry.cache import cache_dir
+from kvferry.engine.columns import Wanted as Wanted
 from kvferry.engine.native.build import PACKAGED, BuildError, build_cached, packaged_name
 from kvferry.engine.native.cpu import cpu_flags, isas_to_try
 
-ABI: Final = 2  # KVF_ABI
+ABI: Final = 4  # KVF_ABI
 PAGE_TOKENS: Final = 16  # KVF_PAGE_TOKENS: block sizes are multiples of it
 OUT_OF_MEMORY: Final = -5  # KVF_E_MEMORY
 
@@ -48,12 +49,14 @@ class Weight(IntEnum):
     HEAD = 16
 
 
-class Wanted(IntEnum):
-    """Which rows' logits a sequence of a step asks for."""
+class Range(ctypes.Structure):
+    """kvf_range."""
 
-    NONE = 0
-    LAST = 1
-    ALL = 2
+    _fields_ = [("begin", c_int32), ("end", c_int32)]
+
+    @classmethod
+    def of(cls, part: range) -> Range:
+        return cls(part.start, part.stop)
 
 
 class Shape(ctypes.Structure):
@@ -66,6 +69,9 @@ class Shape(ctypes.Structure):
             "threads",
         )),
         ("rms_norm_eps", c_float),
+        # Of a rank; all zero: the model is whole.
+        *((name, c_int32) for name in ("ranks", "rank", "max_rows")),
+        *((name, Range) for name in ("heads", "kv_heads", "hidden", "intermediate", "vocab")),
     ]  # fmt: skip
 
 
@@ -73,8 +79,18 @@ class Piece(ctypes.Structure):
     """kvf_piece."""
 
     _fields_ = [
-        (name, c_int32) for name in ("layer_start", "layer_end", "token_start", "token_end", "head_start", "head_end")
-    ]
+        (name, c_int32)
+        for name in (
+            "layer_start", "layer_end", "token_start", "token_end", "head_start", "head_end",
+            "frame_heads", "frame_head",
+        )
+    ]  # fmt: skip
+
+
+class Cache(ctypes.Structure):
+    """kvf_cache."""
+
+    _fields_ = [("shape", POINTER(Shape)), ("memory", c_void_p), ("num_blocks", c_int32)]
 
 
 # kvf_sequence as a numpy record, so that a step's array is filled by columns.
@@ -96,10 +112,14 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "kvf_model_workspace_bytes": (c_uint64, (c_void_p,)),
     "kvf_cache_bytes": (c_uint64, (POINTER(Shape), c_int32)),
     "kvf_model_set_cache": (c_int32, (c_void_p, c_void_p, c_int32)),
+    "kvf_shared_bytes": (c_uint64, (POINTER(Shape),)),
+    "kvf_model_join": (c_int32, (c_void_p, c_void_p)),
+    "kvf_barrier": (c_int32, (c_void_p, c_int32)),
     "kvf_step": (c_int32, (c_void_p, c_void_p, c_int32, c_void_p)),
-    "kvf_gather": (c_int32, (c_void_p, POINTER(Piece), c_void_p, c_int32, c_void_p, c_uint64)),
-    "kvf_scatter": (c_int32, (c_void_p, POINTER(Piece), c_void_p, c_int32, c_void_p, c_uint64)),
-    "kvf_copy_blocks": (c_int32, (c_void_p, c_void_p, c_int32)),
+    "kvf_logits": (c_int32, (c_void_p, c_int32, c_int32, c_void_p)),
+    "kvf_gather": (c_int32, (POINTER(Cache), POINTER(Piece), c_void_p, c_int32, c_void_p, c_uint64)),
+    "kvf_scatter": (c_int32, (POINTER(Cache), POINTER(Piece), c_void_p, c_int32, c_void_p, c_uint64)),
+    "kvf_copy_blocks": (c_int32, (POINTER(Cache), c_void_p, c_int32)),
     "kvf_model_profile": (c_int32, (c_void_p, POINTER(c_double))),
 }
 

@@ -1,4 +1,4 @@
-"""The library's model with its KV cache: one engine step, copies of KV, and their memory.
+"""The library's model: one rank's weights, or all of them, and one engine step.
 
 What is handed over here has been checked (`engine/limits.py`); the library checks it once more.
 """
@@ -6,31 +6,28 @@ What is handed over here has been checked (`engine/limits.py`); the library chec
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvferry.engine.bf16 import Bits, Floats, from_bf16, to_bf16
+from kvferry.engine.columns import Columns
 from kvferry.engine.config import ModelConfig
-from kvferry.engine.native.library import SEQUENCE, Library, Shape, Wanted, Weight
-from kvferry.engine.native.library import Piece as LibraryPiece
+from kvferry.engine.native.cache import NativeCache, address
+from kvferry.engine.native.library import SEQUENCE, Library, Shape, Weight
+from kvferry.engine.ranks import SharedMemory
 from kvferry.engine.rope import rope_tables
-from kvferry.errors import SettingError
-from kvferry.runtime import mapped_memory
-from kvferry.schedule.step import BlockTable, SequenceStep
-from kvferry.wire.frame import Piece
 
 
 class NativeModel:
-    """The library's model and its cache memory. Everything that it is given has been checked."""
+    """The library's model. Everything that it is given has been checked."""
 
     def __init__(self, library: Library, shape: Shape, config: ModelConfig) -> None:
         self._library = library
         self._c = library.c
         self._shape = shape
-        self._cache: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._kept: list[object] = []  # memory that the library uses
         windows = np.asarray([window or 0 for window in config.windows], np.int32)
         cos, sin = (from_bf16(to_bf16(table)) for table in rope_tables(config.rope, config.head_dim, shape.max_len))
         error = ctypes.c_int32()
@@ -43,14 +40,17 @@ class NativeModel:
     def load(self, weight: Weight, layer: int, rows: Bits, first_row: int) -> None:
         self._library.call(self._c.kvf_model_load, self._handle, weight, layer, address(rows), *rows.shape, first_row)
 
-    def finish(self, num_blocks: int) -> None:
-        """All weights are loaded: make the KV cache."""
+    def finish(self, cache: NativeCache) -> None:
+        """All weights are loaded: steps will use this cache."""
         self._library.call(self._c.kvf_model_finish, self._handle)
-        size = self._c.kvf_cache_bytes(ctypes.byref(self._shape), num_blocks)
-        if not size:
-            raise SettingError("num_blocks", f"{num_blocks}, more than the native engine can address")
-        self._cache = np.frombuffer(mapped_memory(size), np.uint8)
-        self._library.call(self._c.kvf_model_set_cache, self._handle, address(self._cache), num_blocks)
+        self._library.call(self._c.kvf_model_set_cache, self._handle, cache.address, cache.num_blocks)
+        self._kept.append(cache)
+
+    def join(self, memory: SharedMemory) -> None:
+        """Take steps together with the other ranks from now on."""
+        exchanged = np.frombuffer(memory.exchange(self._c.kvf_shared_bytes(ctypes.byref(self._shape))), np.uint8)
+        self._library.call(self._c.kvf_model_join, self._handle, address(exchanged))
+        self._kept.append(exchanged)
 
     @property
     def handle(self) -> int | None:
@@ -62,54 +62,28 @@ class NativeModel:
         size: int = self._c.kvf_model_weight_bytes(self._handle)
         return size
 
-    def step(self, steps: Sequence[SequenceStep], wanted: Sequence[Wanted], logits: Floats) -> None:
-        """One engine step; `logits` [wanted rows, vocab] is filled."""
-        if not steps:
-            return
-        tokens = np.concatenate([step.tokens for step in steps])
-        tables = np.concatenate([step.block_table for step in steps])
-        if tokens.dtype != np.uint32 or tables.dtype != np.int32:
-            raise RuntimeError(f"tokens are {tokens.dtype} and blocks {tables.dtype}, must be uint32 and int32")
-        sequences = np.empty(len(steps), SEQUENCE)
-        sequences["num_rows"] = [len(step.tokens) for step in steps]
-        sequences["num_blocks"] = [len(step.block_table) for step in steps]
-        sequences["start"] = [step.start for step in steps]
-        sequences["logits"] = wanted
-        sequences["tokens"] = _addresses(tokens, sequences["num_rows"])
-        sequences["block_table"] = _addresses(tables, sequences["num_blocks"])
-        self._library.call(self._c.kvf_step, self._handle, address(sequences), len(steps), address(logits))
+    def step(self, columns: Columns, logits: Floats | None) -> None:
+        """One engine step; `logits` [wanted rows, vocab] is filled. Without it they are left to `logits`. Ranks but the
+        first get none: there any array says that they are to be computed."""
+        sequences = np.empty(len(columns.num_rows), SEQUENCE)
+        sequences["num_rows"] = columns.num_rows
+        sequences["num_blocks"] = columns.num_blocks
+        sequences["start"] = columns.start
+        sequences["logits"] = columns.wanted
+        sequences["tokens"] = _addresses(columns.tokens, columns.num_rows)
+        sequences["block_table"] = _addresses(columns.tables, columns.num_blocks)
+        out = None if logits is None else address(logits)
+        self._library.call(self._c.kvf_step, self._handle, address(sequences), len(sequences), out)
 
-    def gather(self, piece: Piece, block_table: BlockTable, out: memoryview) -> None:
-        self._move(self._c.kvf_gather, piece, block_table, out)
-
-    def scatter(self, piece: Piece, block_table: BlockTable, payload: memoryview) -> None:
-        self._move(self._c.kvf_scatter, piece, block_table, payload)
-
-    def copy_blocks(self, pairs: npt.NDArray[np.int32]) -> None:
-        self._library.call(self._c.kvf_copy_blocks, self._handle, address(pairs), len(pairs) // 2)
+    def logits(self, rows: range, logits: Floats) -> None:
+        """Fill `logits` [rows, vocab] with those of some of the last step's wanted rows."""
+        self._library.call(self._c.kvf_logits, self._handle, rows.start, len(rows), address(logits))
 
     def close(self) -> None:
-        """Free weights, workspace, threads and cache. May be called twice."""
+        """Free weights, workspace and threads; the cache unless others hold it. May be called twice."""
         self._c.kvf_model_free(self._handle)
         self._handle = None
-        self._cache = np.empty(0, np.uint8)
-
-    def _move(self, function: Callable[..., int], piece: Piece, block_table: BlockTable, frame: memoryview) -> None:
-        bounds = LibraryPiece(
-            piece.layer_start, piece.layer_end, piece.token_start, piece.token_end, piece.head_start, piece.head_end
-        )
-        table = np.ascontiguousarray(block_table, np.int32)
-        content = np.frombuffer(frame, np.uint8)
-        self._library.call(
-            function, self._handle, ctypes.byref(bounds), address(table), len(table), address(content), frame.nbytes
-        )
-
-
-def address(array: npt.NDArray[Any]) -> int:
-    """Of a contiguous array's first byte. The caller keeps the array for as long as the address is used."""
-    assert array.flags.c_contiguous
-    where: int = array.__array_interface__["data"][0]
-    return where
+        self._kept.clear()
 
 
 def _addresses(joined: npt.NDArray[Any], counts: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:

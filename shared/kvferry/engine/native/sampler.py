@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 from kvferry.engine.sampler import Drawn
 from kvferry.schedule.step import MAX_LOGPROBS, Draw, Logprobs
+from kvferry.wire.logprobs import PromptLogprobs
+from kvferry.wire.messages import TokenArray
 
 _ALIGNMENT: Final = 64
 _MAX_TOP_K: Final = (1 << 31) - 1  # beyond every vocabulary
@@ -45,6 +47,7 @@ class NativeSampler:
         if not num_bytes:
             raise RuntimeError(f"a vocabulary of {vocab_size} tokens is out of bounds")
         self._vocab_size = vocab_size
+        self._score: Callable[[int, int, int, int, int], int]  # logits, rows, targets, num_top, records -> error
         self._call: Callable[[int, int, int, int], int]  # logits, number of draws, draws, tokens -> error
         if model is None:
             self._scratch = np.empty(num_bytes + _ALIGNMENT, np.uint8)
@@ -57,7 +60,12 @@ class NativeSampler:
                 ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p,
             ]  # fmt: skip
             library.kvf_model_sample.restype = ctypes.c_int32
+            library.kvf_model_score.argtypes = [
+                ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p,
+            ]  # fmt: skip
+            library.kvf_model_score.restype = ctypes.c_int32
             self._call = partial(library.kvf_model_sample, model)
+            self._score = partial(library.kvf_model_score, model)
 
     def sample(self, logits: npt.NDArray[np.float32], draws: Sequence[Draw]) -> Drawn:
         """One token for each row of `logits` [draws, vocab], contiguous, left as they are.
@@ -83,6 +91,22 @@ class NativeSampler:
         for row, record in zip(wanted, logprobs, strict=True):
             found[row] = _unpack(record, draws[row].num_logprobs or 0)
         return Drawn(tokens.tolist(), found)
+
+    def score(self, logits: npt.NDArray[np.float32], targets: TokenArray, num_top: int, start: int) -> PromptLogprobs:
+        """Of known tokens [num_rows], at positions from `start` on, by `logits` [num_rows, vocab]. Needs a model.
+
+        Raises RuntimeError for a token outside the vocabulary and more than `MAX_LOGPROBS`.
+        """
+        targets = np.ascontiguousarray(targets, np.uint32)
+        records = np.empty(len(targets), _LOGPROBS)
+        if error := self._score(_address(logits), len(targets), _address(targets), num_top, _address(records)):
+            raise RuntimeError(f"kvf_model_score: error {error}")
+        return PromptLogprobs(
+            start,
+            records["rank"].astype(np.uint32),
+            np.ascontiguousarray(records["top_tokens"][:, :num_top]),
+            np.column_stack((records["logprob"], records["top_logprobs"][:, :num_top])),
+        )
 
 
 def _pack(

@@ -17,6 +17,7 @@ from kvferry.engine.bf16 import Bits, to_bf16
 from kvferry.engine.checkpoint import Checkpoint, expected_shapes
 from kvferry.engine.config import ModelConfig
 from kvferry.engine.native.library import Weight
+from kvferry.engine.shard import Shard
 
 PIECE_ELEMENTS: Final = 1 << 20  # handed over at once: bounds what a conversion takes
 
@@ -25,55 +26,62 @@ Take = Callable[[Weight, int, Bits, int], None]  # weight, layer, rows [n, k], f
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One tensor of a checkpoint and where it goes."""
+    """Rows of one tensor of a checkpoint and where they go."""
 
     tensor: str
+    rows: range
     weight: Weight
     layer: int = 0
     first_row: int = 0
 
 
-def parts(config: ModelConfig) -> Iterator[Part]:
-    """Every tensor of a checkpoint, in the order of `expected_shapes`."""
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    yield Part("model.embed_tokens.weight", Weight.EMBEDDING)
+def parts(config: ModelConfig, shard: Shard) -> Iterator[Part]:
+    """What a shard has of every tensor of a checkpoint, in the order of `expected_shapes`."""
+    hidden, head_dim = range(config.hidden_size), range(config.head_dim)
+    queries, keys = shard.query_rows(config.head_dim), shard.key_rows(config.head_dim)
+    yield Part("model.embed_tokens.weight", shard.vocab, Weight.EMBEDDING)
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}"
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        yield Part(f"{prefix}.input_layernorm.weight", Weight.INPUT_NORM, layer)
-        for name, first_row in (("q_proj", 0), ("k_proj", queries), ("v_proj", queries + keys)):
-            yield Part(f"{attention}.{name}.weight", Weight.QKV, layer, first_row)
+        yield Part(f"{prefix}.input_layernorm.weight", hidden, Weight.INPUT_NORM, layer)
+        first_row = 0
+        for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            yield Part(f"{attention}.{name}.weight", rows, Weight.QKV, layer, first_row)
             if config.qkv_bias:
-                yield Part(f"{attention}.{name}.bias", Weight.QKV_BIAS, layer, first_row)
+                yield Part(f"{attention}.{name}.bias", rows, Weight.QKV_BIAS, layer, first_row)
+            first_row += len(rows)
         if config.qk_norm:
-            yield Part(f"{attention}.q_norm.weight", Weight.Q_NORM, layer)
-            yield Part(f"{attention}.k_norm.weight", Weight.K_NORM, layer)
-        yield Part(f"{attention}.o_proj.weight", Weight.OUTPUT, layer)
+            yield Part(f"{attention}.q_norm.weight", head_dim, Weight.Q_NORM, layer)
+            yield Part(f"{attention}.k_norm.weight", head_dim, Weight.K_NORM, layer)
+        yield Part(f"{attention}.o_proj.weight", shard.hidden, Weight.OUTPUT, layer)
         if config.output_bias:
-            yield Part(f"{attention}.o_proj.bias", Weight.OUTPUT_BIAS, layer)
-        yield Part(f"{prefix}.post_attention_layernorm.weight", Weight.POST_NORM, layer)
-        for name, weight, bias in (
-            ("gate_proj", Weight.GATE, Weight.GATE_BIAS),
-            ("up_proj", Weight.UP, Weight.UP_BIAS),
-            ("down_proj", Weight.DOWN, Weight.DOWN_BIAS),
+            yield Part(f"{attention}.o_proj.bias", shard.hidden, Weight.OUTPUT_BIAS, layer)
+        yield Part(f"{prefix}.post_attention_layernorm.weight", hidden, Weight.POST_NORM, layer)
+        for name, rows, weight, bias in (
+            ("gate_proj", shard.intermediate, Weight.GATE, Weight.GATE_BIAS),
+            ("up_proj", shard.intermediate, Weight.UP, Weight.UP_BIAS),
+            ("down_proj", shard.hidden, Weight.DOWN, Weight.DOWN_BIAS),
         ):
-            yield Part(f"{mlp}.{name}.weight", weight, layer)
+            yield Part(f"{mlp}.{name}.weight", rows, weight, layer)
             if config.mlp_bias:
-                yield Part(f"{mlp}.{name}.bias", bias, layer)
-    yield Part("model.norm.weight", Weight.NORM)
+                yield Part(f"{mlp}.{name}.bias", rows, bias, layer)
+    yield Part("model.norm.weight", hidden, Weight.NORM)
     if not config.tie_word_embeddings:
-        yield Part("lm_head.weight", Weight.HEAD)
+        yield Part("lm_head.weight", shard.vocab, Weight.HEAD)
 
 
-def stream(checkpoint: Checkpoint, config: ModelConfig, take: Take, progress: Callable[[float], None]) -> None:
-    """Hand every tensor over, in pieces of rows. `progress` gets the share of the elements that are done."""
-    todo = list(parts(config))
+def stream(
+    checkpoint: Checkpoint, config: ModelConfig, shard: Shard, take: Take, progress: Callable[[float], None]
+) -> None:
+    """Hand a shard's part of every tensor over, in pieces of rows; nothing else is read. `progress` gets the share of
+    the elements that are done."""
+    todo = list(parts(config, shard))
     shapes = expected_shapes(config)
-    total = sum(prod(shapes[part.tensor]) for part in todo)
+    total = sum(len(part.rows) * prod(shapes[part.tensor][1:]) for part in todo)
     done = 0
     for part in todo:
-        for start, rows in checkpoint.pieces(part.tensor, PIECE_ELEMENTS):  # a norm or bias is [n, 1]
-            take(part.weight, part.layer, _bits(rows), part.first_row + start)
+        for start, rows in checkpoint.pieces(part.tensor, part.rows, PIECE_ELEMENTS):  # a norm or bias is [n, 1]
+            take(part.weight, part.layer, _bits(rows), part.first_row + start - part.rows.start)
             done += rows.size
         progress(done / total)
 

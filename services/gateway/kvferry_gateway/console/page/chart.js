@@ -27,7 +27,7 @@ export function showChart(name, buckets) {
     const bar = chart.children[i];
     if (bar.style.transform !== scale) bar.style.transform = scale;
   });
-  if (total === 0) return;
+  if (total === 0) return setText(byId(`${name}-text`), "none yet");
   const last = buckets.at(-2)[0];
   const [half, most95, most99] = [0.5, 0.95, 0.99].map(share => within(quantile(buckets, total, share), last));
   setText(byId(`${name}-text`), `half ${half}, 95 % ${most95}, 99 % ${most99}, of ${total}`);

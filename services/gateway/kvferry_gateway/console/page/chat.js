@@ -1,15 +1,13 @@
-// A conversation with the model, streamed. Text is appended once per frame, however many tokens came.
+// A conversation with the chosen model, streamed. Text is appended once per frame, however many tokens came.
 
 import { ask, problemOf } from "./access.js";
 import { byId, make } from "./element.js";
+import { chosenModel } from "./models.js";
 import { follow } from "./requests.js";
 
 const messages = [];
 const log = byId("conversation");
-let model = "";
 let running = null; // AbortController of the answer under way
-
-export const setModel = name => { model = name; };
 
 function say(className, text) {
   const node = make("p", { className, textContent: text });
@@ -52,7 +50,7 @@ async function answer(signal) {
   const response = await ask("v1/chat/completions", {
     method: "POST",
     headers: { "content-type": "application/json", "x-request-id": id },
-    body: JSON.stringify({ model, messages, stream: true }),
+    body: JSON.stringify({ model: chosenModel(), messages, stream: true }),
     signal,
   });
   if (!response.ok) throw new Error(await problemOf(response));

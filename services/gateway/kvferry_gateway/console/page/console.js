@@ -2,8 +2,9 @@
 
 import { ask, problemOf } from "./access.js";
 import { showChart } from "./chart.js";
-import { setModel } from "./chat.js";
+import "./chat.js";
 import { byId, setText } from "./element.js";
+import { showModels } from "./models.js";
 import { followedNumber, showRequests } from "./requests.js";
 import { showTimeline } from "./timeline.js";
 import { showWorkers } from "./workers.js";
@@ -15,13 +16,12 @@ let connected = false;
 
 function show(state) {
   setText(byId("cluster"), `${state.cluster}, ${state.gateway}`);
-  setText(byId("model"), state.model);
-  setModel(state.model);
+  const model = showModels(state.models);
   const news = showWorkers(state.workers);
   showRequests(state);
   showTimeline(state.timeline);
-  showChart("ttft", state.ttft);
-  showChart("itl", state.itl);
+  showChart("ttft", model.ttft);
+  showChart("itl", model.itl);
   if (news) setText(status, news);
   else if (!connected) setText(status, `Live: ${state.workers.length} workers`);
   connected = true;

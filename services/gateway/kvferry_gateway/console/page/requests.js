@@ -14,7 +14,7 @@ export const follow = requestId => { awaited = requestId; };
 function create(row) {
   const button = make("button", { type: "button", textContent: row.request_id + (row.choice ? ` #${row.choice}` : "") });
   button.addEventListener("click", () => { followed = row.number; });
-  const cells = Array.from({ length: 5 }, () => make("td", { role: "cell" }));
+  const cells = Array.from({ length: 6 }, () => make("td", { role: "cell" }));
   const node = make("tr", { role: "row" }, make("td", { role: "cell" }, button), ...cells);
   return { node, button, cells };
 }
@@ -25,11 +25,12 @@ function update({ node, button, cells }, row) {
   const over = !(row.phase in PHASES);
   if (node.classList.contains("over") !== over) node.classList.toggle("over", over);
   const again = row.attempts > 1 ? `, attempt ${row.attempts}` : "";
-  setText(cells[0], (PHASES[row.phase] ?? row.phase) + again);
-  setText(cells[1], row.decode === null ? "" : row.prefill === null ? row.decode : `${row.prefill} → ${row.decode}`);
-  setText(cells[2], row.prompt_tokens);
-  setText(cells[3], row.tokens);
-  setText(cells[4], over ? row.seconds.toFixed(2) : row.seconds.toFixed(0));
+  setText(cells[0], row.model);
+  setText(cells[1], (PHASES[row.phase] ?? row.phase) + again);
+  setText(cells[2], row.decode === null ? "" : row.prefill === null ? row.decode : `${row.prefill} → ${row.decode}`);
+  setText(cells[3], row.prompt_tokens);
+  setText(cells[4], row.tokens);
+  setText(cells[5], over ? row.seconds.toFixed(2) : row.seconds.toFixed(0));
 }
 
 const rows = new Rows(byId("requests"), row => row.number, create, update);

@@ -25,12 +25,12 @@ function create(row) {
 function update(parts, row) {
   const held = row.num_blocks - row.load.free_blocks;
   const share = row.num_blocks ? Math.min(1, Math.max(0, held / row.num_blocks)) : 0;
-  setText(parts.state, row.state);
-  parts.state.className = row.state === "ready" ? "load" : "not-ready";
+  setText(parts.state, row.unserved === null ? row.state : `${row.state}, but gets no request: ${row.unserved}`);
+  parts.state.className = row.state === "ready" && row.unserved === null ? "load" : "not-ready";
   const rate = row.role === "prefill"
     ? `${Math.round(row.load.prefill_tokens_per_s)} tokens/s`
     : `step ${(row.load.decode_step_s * 1000).toFixed(1)} ms`;
-  setText(parts.load, `${row.load.num_running} running, ${row.load.num_waiting} waiting, ${rate}`);
+  setText(parts.load, `${row.model}: ${row.load.num_running} running, ${row.load.num_waiting} waiting, ${rate}`);
   const label = `${held} of ${row.num_blocks} blocks held, the others free or evictable`;
   if (label !== parts.label) {
     parts.label = label;

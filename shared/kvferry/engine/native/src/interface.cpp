@@ -23,7 +23,7 @@ namespace {
 using kvferry::Pages;
 using kvferry::Shape;
 
-constexpr uintptr_t kCacheAlignment = 64;
+constexpr uintptr_t kAlignment = 64;  // of memory that the caller gives
 
 // The code that `work` returns, or that of what it throws.
 template <typename Work>
@@ -39,14 +39,46 @@ int32_t guarded(Work&& work) noexcept {
   }
 }
 
-int32_t check_transfer(const kvf_model* model, const kvf_piece* piece, const int32_t* block_table, int32_t num_blocks,
+// KVF_OK if there is memory of this shape.
+int32_t check_cache(const kvf_cache* cache) {
+  if (cache == nullptr || cache->shape == nullptr || cache->memory == nullptr || cache->num_blocks < 1 ||
+      reinterpret_cast<uintptr_t>(cache->memory) % kAlignment != 0) {
+    return KVF_E_ARGUMENT;
+  }
+  return kvferry::check_shape(*cache->shape);
+}
+
+Pages pages_of(const kvf_cache& cache) {
+  return Pages(Shape(*cache.shape), static_cast<kvferry::bf16*>(cache.memory), cache.num_blocks);
+}
+
+int32_t check_transfer(const kvf_cache* cache, const kvf_piece* piece, const int32_t* block_table, int32_t num_blocks,
                        const void* frame, uint64_t frame_bytes) {
-  if (model == nullptr || piece == nullptr || frame == nullptr) return KVF_E_ARGUMENT;
-  if (model->pages.num_blocks() == 0) return KVF_E_STATE;
-  if (const int32_t error = kvferry::check_piece(model->shape, *piece); error != KVF_OK) return error;
-  if (frame_bytes != kvferry::piece_bytes(model->shape, *piece)) return KVF_E_SHAPE;
-  return kvferry::check_table(model->shape, model->pages.num_blocks(), block_table, num_blocks, piece->token_start,
+  if (piece == nullptr || frame == nullptr) return KVF_E_ARGUMENT;
+  if (const int32_t error = check_cache(cache); error != KVF_OK) return error;
+  const Shape shape(*cache->shape);
+  if (const int32_t error = kvferry::check_piece(shape, *piece); error != KVF_OK) return error;
+  if (frame_bytes != kvferry::piece_bytes(shape, *piece)) return KVF_E_SHAPE;
+  return kvferry::check_table(shape, cache->num_blocks, block_table, num_blocks, piece->token_start,
                               piece->token_end);
+}
+
+// Calls work(rows, scratch) for all of `count` rows, on as many of the model's threads as they are worth. `scratch` is as
+// kvf_sample wants it. Throws std::bad_alloc.
+template <typename Work>
+void share_rows(kvf_model& model, int count, Work&& work) {
+  const int num_threads = model.threads.count();
+  while (model.sampling.size() < static_cast<size_t>(num_threads)) {
+    model.sampling.push_back(kvferry::make_aligned<std::byte>(kvf_sample_scratch_bytes(model.shape.vocab_size)));
+  }
+  const auto share = [&](int thread, kvferry::Range rows) {
+    work(rows, model.sampling[static_cast<size_t>(thread)].get());
+  };
+  if (count < 2 * num_threads) {  // to wake the others takes as long as a few rows
+    share(0, {0, count});
+  } else {
+    model.threads.run([&](int thread) { share(thread, kvferry::split(count, num_threads, thread)); });
+  }
 }
 
 }  // namespace
@@ -82,7 +114,7 @@ kvf_model* kvf_model_create(const kvf_shape* shape, const int32_t* windows, cons
     for (int32_t layer = 0; layer < shape->num_layers; ++layer) {
       if (windows[layer] < 0) return KVF_E_ARGUMENT;
     }
-    model = std::make_unique<kvf_model>(Shape{*shape}, windows, cos, sin);
+    model = std::make_unique<kvf_model>(Shape(*shape), windows, cos, sin);
     return KVF_OK;
   });
   if (error != nullptr) *error = code;
@@ -113,56 +145,90 @@ uint64_t kvf_model_workspace_bytes(const kvf_model* model) {
 
 uint64_t kvf_cache_bytes(const kvf_shape* shape, int32_t num_blocks) {
   if (shape == nullptr || num_blocks < 1 || kvferry::check_shape(*shape) != KVF_OK) return 0;
-  return Pages::bytes(Shape{*shape}, num_blocks);
+  return Pages::bytes(Shape(*shape), num_blocks);
 }
 
 int32_t kvf_model_set_cache(kvf_model* model, void* memory, int32_t num_blocks) {
   if (model == nullptr || memory == nullptr || num_blocks < 1 ||
-      reinterpret_cast<uintptr_t>(memory) % kCacheAlignment != 0) {
+      reinterpret_cast<uintptr_t>(memory) % kAlignment != 0) {
     return KVF_E_ARGUMENT;
   }
   model->pages = Pages(model->shape, static_cast<kvferry::bf16*>(memory), num_blocks);
   return KVF_OK;
 }
 
+uint64_t kvf_shared_bytes(const kvf_shape* shape) {
+  if (shape == nullptr || kvferry::check_shape(*shape) != KVF_OK) return 0;
+  return kvferry::Group::bytes(Shape(*shape));
+}
+
+int32_t kvf_model_join(kvf_model* model, void* memory) {
+  if (model == nullptr || memory == nullptr || reinterpret_cast<uintptr_t>(memory) % kAlignment != 0) {
+    return KVF_E_ARGUMENT;
+  }
+  if (!model->shape.split() || model->group.joined()) return KVF_E_STATE;
+  model->join(static_cast<std::byte*>(memory));
+  return KVF_OK;
+}
+
+int32_t kvf_barrier(void* state, int32_t ranks) {
+  if (state == nullptr || ranks < 1 || ranks > KVF_MAX_RANKS || reinterpret_cast<uintptr_t>(state) % kAlignment != 0) {
+    return KVF_E_ARGUMENT;
+  }
+  kvferry::Group(ranks, static_cast<std::byte*>(state)).barrier();
+  return KVF_OK;
+}
+
 int32_t kvf_step(kvf_model* model, const kvf_sequence* sequences, int32_t num_sequences, float* logits) {
   if (model == nullptr) return KVF_E_ARGUMENT;
   if (!model->finished || model->pages.num_blocks() == 0) return KVF_E_STATE;
+  if (model->shape.split() && !model->group.joined()) return KVF_E_STATE;
+  model->num_kept = 0;
   return guarded([&]() -> int32_t {
     const int32_t error = kvferry::make_batch(model->shape, model->pages.num_blocks(), sequences, num_sequences,
                                               model->batch);
     if (error != KVF_OK) return error;
-    if (logits == nullptr && !model->batch.wanted.empty()) return KVF_E_ARGUMENT;
+    if (model->shape.split() && model->batch.rows() > model->shape.max_rows) return KVF_E_ARGUMENT;
     model->workspace.reserve(model->batch.rows());
     kvferry::run_step(*model, logits);
+    model->num_kept = static_cast<int>(model->batch.wanted.size());
     return KVF_OK;
   });
 }
 
-int32_t kvf_gather(const kvf_model* model, const kvf_piece* piece, const int32_t* block_table, int32_t num_blocks,
+int32_t kvf_logits(kvf_model* model, int32_t first, int32_t count, float* logits) {
+  if (model == nullptr || first < 0 || count < 0) return KVF_E_ARGUMENT;
+  if (int64_t{first} + count > model->num_kept) return KVF_E_STATE;
+  if (count == 0) return KVF_OK;
+  if (logits == nullptr) return KVF_E_ARGUMENT;
+  kvferry::run_head(*model, first, count, logits);
+  return KVF_OK;
+}
+
+int32_t kvf_gather(const kvf_cache* cache, const kvf_piece* piece, const int32_t* block_table, int32_t num_blocks,
                    void* frame, uint64_t frame_bytes) {
-  const int32_t error = check_transfer(model, piece, block_table, num_blocks, frame, frame_bytes);
+  const int32_t error = check_transfer(cache, piece, block_table, num_blocks, frame, frame_bytes);
   if (error != KVF_OK) return error;
-  kvferry::gather(model->shape, model->pages, *piece, block_table, static_cast<std::byte*>(frame));
+  kvferry::gather(Shape(*cache->shape), pages_of(*cache), *piece, block_table, static_cast<std::byte*>(frame));
   return KVF_OK;
 }
 
-int32_t kvf_scatter(const kvf_model* model, const kvf_piece* piece, const int32_t* block_table, int32_t num_blocks,
+int32_t kvf_scatter(const kvf_cache* cache, const kvf_piece* piece, const int32_t* block_table, int32_t num_blocks,
                     const void* frame, uint64_t frame_bytes) {
-  const int32_t error = check_transfer(model, piece, block_table, num_blocks, frame, frame_bytes);
+  const int32_t error = check_transfer(cache, piece, block_table, num_blocks, frame, frame_bytes);
   if (error != KVF_OK) return error;
-  kvferry::scatter(model->shape, model->pages, *piece, block_table, static_cast<const std::byte*>(frame));
+  kvferry::scatter(Shape(*cache->shape), pages_of(*cache), *piece, block_table, static_cast<const std::byte*>(frame));
   return KVF_OK;
 }
 
-int32_t kvf_copy_blocks(const kvf_model* model, const int32_t* pairs, int32_t count) {
-  if (model == nullptr || count < 0 || (count > 0 && pairs == nullptr)) return KVF_E_ARGUMENT;
-  const int num_blocks = model->pages.num_blocks();
-  if (num_blocks == 0) return KVF_E_STATE;
+int32_t kvf_copy_blocks(const kvf_cache* cache, const int32_t* pairs, int32_t count) {
+  if (count < 0 || (count > 0 && pairs == nullptr)) return KVF_E_ARGUMENT;
+  if (const int32_t error = check_cache(cache); error != KVF_OK) return error;
   for (int64_t i = 0; i < 2 * int64_t{count}; ++i) {
-    if (pairs[i] < 0 || pairs[i] >= num_blocks) return KVF_E_BLOCK;
+    if (pairs[i] < 0 || pairs[i] >= cache->num_blocks) return KVF_E_BLOCK;
   }
-  for (int64_t i = 0; i < count; ++i) model->pages.copy_block(pairs[2 * i], pairs[2 * i + 1]);
+  const Pages pages = pages_of(*cache);
+  for (int64_t i = 0; i < count; ++i) pages.copy_block(pairs[2 * i], pairs[2 * i + 1]);
   return KVF_OK;
 }
 
@@ -173,19 +239,23 @@ int32_t kvf_model_sample(kvf_model* model, const float* logits, int32_t num_draw
     const int32_t vocab_size = model->shape.vocab_size;
     const int32_t error = kvferry::check_draws(logits, num_draws, vocab_size, draws, tokens);
     if (error != KVF_OK || num_draws == 0) return error;
-    const auto count = static_cast<size_t>(model->threads.count());
-    while (model->sampling.size() < count) {
-      model->sampling.push_back(kvferry::make_aligned<std::byte>(kvf_sample_scratch_bytes(vocab_size)));
-    }
-    const auto draw = [&](int thread, kvferry::Range rows) {
-      kvferry::draw_rows(logits, rows.begin, rows.end, vocab_size, draws,
-                         model->sampling[static_cast<size_t>(thread)].get(), tokens);
-    };
-    if (num_draws < 2 * model->threads.count()) {  // to wake the others takes as long as a few draws
-      draw(0, {0, num_draws});
-    } else {
-      model->threads.run([&](int thread) { draw(thread, kvferry::split(num_draws, model->threads.count(), thread)); });
-    }
+    share_rows(*model, num_draws, [&](kvferry::Range rows, void* scratch) {
+      kvferry::draw_rows(logits, rows.begin, rows.end, vocab_size, draws, scratch, tokens);
+    });
+    return KVF_OK;
+  });
+}
+
+int32_t kvf_model_score(kvf_model* model, const float* logits, int32_t num_rows, const uint32_t* targets,
+                        int32_t num_top, kvf_logprobs* logprobs) {
+  if (model == nullptr) return KVF_E_ARGUMENT;
+  return guarded([&]() -> int32_t {
+    const int32_t vocab_size = model->shape.vocab_size;
+    const int32_t error = kvferry::check_scores(logits, num_rows, vocab_size, targets, num_top, logprobs);
+    if (error != KVF_OK || num_rows == 0) return error;
+    share_rows(*model, num_rows, [&](kvferry::Range rows, void* scratch) {
+      kvferry::score_rows(logits, rows.begin, rows.end, vocab_size, targets, num_top, scratch, logprobs);
+    });
     return KVF_OK;
   });
 }

@@ -5,8 +5,16 @@
        kvf_model_create -> kvf_model_load (each weight) -> kvf_model_finish -> kvf_model_set_cache
        -> kvf_step ... (one call is one engine step) -> kvf_model_free
 
+   Ranks. A model may be split over several of these, each with a part of every weight and the KV of its own heads:
+   processes on one host, or threads. They share one piece of memory (kvf_model_join) and take each step together: all
+   call kvf_step with the same sequences, and none returns before every rank has written its KV. A step of a rank whose
+   partners never come waits for ever (asleep, not spinning): whoever starts ranks ends all of them when one dies.
+   Every output is summed by one rank, over all of k in the order of a model that is whole. So the bits do not depend
+   on the number of ranks.
+
    Threads. kvf_step, and whatever creates, loads or frees, may be called by one thread at a time. kvf_gather,
-   kvf_scatter and kvf_copy_blocks may run on other threads beside a step and beside each other, as long as
+   kvf_scatter and kvf_copy_blocks may run on other threads (or in other processes that have mapped the cache) beside a
+   step and beside each other, as long as
    no two of them (or one and the step) touch the same block and one of the two writes; but kvf_gather may read
    positions of a block whose later positions the step writes.
 
@@ -22,7 +30,7 @@
 
 #define KVF_API __attribute__((visibility("default")))
 
-#define KVF_ABI 2 /* of every struct and signature in this file and in sample.h */
+#define KVF_ABI 4 /* of every struct and signature in this file and in sample.h */
 
 /* Bounds of what is accepted. */
 #define KVF_MAX_LAYERS 1024
@@ -32,6 +40,8 @@
 #define KVF_MAX_LEN (1 << 20) /* positions */
 #define KVF_MAX_BLOCK_SIZE 4096
 #define KVF_MAX_THREADS 256
+#define KVF_MAX_RANKS 64
+#define KVF_BARRIER_BYTES 256
 #define KVF_MAX_SEQUENCES 4096 /* of one step */
 #define KVF_MAX_STEP_ROWS (1 << 17)
 #define KVF_PAGE_TOKENS 16 /* block_size must be a multiple */
@@ -56,6 +66,10 @@ enum {
 enum { KVF_BF16 = 0, KVF_INT8 = 1 }; /* kvf_shape.quantization */
 
 typedef struct {
+    int32_t begin, end;
+} kvf_range;
+
+typedef struct {
     int32_t num_layers;
     int32_t hidden_size;
     int32_t intermediate_size;
@@ -73,9 +87,21 @@ typedef struct {
     int32_t qk_norm;
     int32_t threads; /* of a step, the caller's included */
     float rms_norm_eps;
+    /* What this rank has of a model that is split; all zero: everything. No range is empty. Ranks together have all of
+       each dimension once, but for kv_heads: they are those that `heads` read, and one that the queries of several
+       ranks read is in each of them. */
+    int32_t ranks;
+    int32_t rank;
+    int32_t max_rows;       /* of one step, for memory that is shared; nothing if the model is whole */
+    kvf_range heads;        /* query heads; rows of Q, columns of what attention returns */
+    kvf_range kv_heads;     /* heads of its KV cache; if there are several, `heads` are all that read them */
+    kvf_range hidden;       /* rows of OUTPUT and DOWN */
+    kvf_range intermediate; /* rows of GATE and UP */
+    kvf_range vocab;        /* rows of EMBEDDING and HEAD */
 } kvf_shape;
 
-/* Weights. [n, k] is what the whole weight has; rows may come in any number of calls of any row range. */
+/* Weights. [n, k] is what the whole weight has; rows may come in any number of calls of any row range. A rank of a split
+   model has those rows of each that its ranges tell, counted from its first one, and all of the norms. */
 enum {
     KVF_EMBEDDING = 0,   /* [vocab, hidden]; no layer (pass 0), as NORM and HEAD */
     KVF_INPUT_NORM = 1,  /* [hidden, 1], and so are all norms and biases: k is 1 */
@@ -114,8 +140,17 @@ typedef struct {
 typedef struct {
     int32_t layer_start, layer_end;
     int32_t token_start, token_end;
-    int32_t head_start, head_end; /* KV heads */
+    int32_t head_start, head_end; /* KV heads, counted from the first one of the cache */
+    /* The frame may have more heads than this cache: how many, and which of them is head_start. 0, 0: these alone. */
+    int32_t frame_heads, frame_head;
 } kvf_piece;
+
+/* Where KV lies: of this rank, or of another one whose memory is mapped. */
+typedef struct {
+    const kvf_shape *shape; /* of the rank whose KV it is */
+    void *memory;           /* as kvf_model_set_cache got it */
+    int32_t num_blocks;
+} kvf_cache;
 
 /* "avx512", "avx2" or "portable": what this library was compiled for. */
 KVF_API const char *kvf_isa(void);
@@ -143,19 +178,31 @@ KVF_API uint64_t kvf_cache_bytes(const kvf_shape *shape, int32_t num_blocks);
 /* `memory`: kvf_cache_bytes bytes, aligned to 64, that outlive the model's last use. Any content will do. */
 KVF_API int32_t kvf_model_set_cache(kvf_model *model, void *memory, int32_t num_blocks);
 
+/* Ranks of a split model, before their first step: `memory` is what all of them share, kvf_shared_bytes long, aligned to
+   64, zero before the first one joined, and outlives the model's last use. 0 bytes for a model that is whole. */
+KVF_API uint64_t kvf_shared_bytes(const kvf_shape *shape);
+KVF_API int32_t kvf_model_join(kvf_model *model, void *memory);
+/* Returns when `ranks` have called it; what they wrote before is then visible to all. For ranks that compute by other
+   means: `state` is KVF_BARRIER_BYTES that they share, aligned to 64, zero before the first call. */
+KVF_API int32_t kvf_barrier(void *state, int32_t ranks);
+
 /* One engine step: writes the KV of all rows and computes the wanted logits, [wanted rows, vocab_size] fp32 in the
-   order of sequences and rows, each rounded to bf16. `logits` may be NULL if none are wanted. A block that a
-   sequence writes may not be named by another sequence of the step. */
+   order of sequences and rows, each rounded to bf16. `logits` may be NULL: then no logits are computed, and those of
+   the wanted rows can be had from kvf_logits. A block that a sequence writes may not be named by another sequence of
+   the step. Ranks but the first get no logits: there any pointer says that they are to be computed. */
 KVF_API int32_t kvf_step(kvf_model *model, const kvf_sequence *sequences, int32_t num_sequences, float *logits);
+/* The same logits, of the last step's wanted rows [first, first + count) alone: for more rows than there is memory
+   for. `logits` [count, vocab_size]. All ranks call it, or none. */
+KVF_API int32_t kvf_logits(kvf_model *model, int32_t first, int32_t count, float *logits);
 
 /* Copy a piece between blocks and a frame [layers, 2 (K, V), tokens, heads, head_dim] of bf16, which may have any
-   alignment. `frame_bytes` must be exactly the piece's size. */
-KVF_API int32_t kvf_gather(const kvf_model *model, const kvf_piece *piece, const int32_t *block_table,
+   alignment. `frame_bytes` must be exactly the size of the whole frame; other heads in it are left alone. */
+KVF_API int32_t kvf_gather(const kvf_cache *cache, const kvf_piece *piece, const int32_t *block_table,
                            int32_t num_blocks, void *frame, uint64_t frame_bytes);
-KVF_API int32_t kvf_scatter(const kvf_model *model, const kvf_piece *piece, const int32_t *block_table,
+KVF_API int32_t kvf_scatter(const kvf_cache *cache, const kvf_piece *piece, const int32_t *block_table,
                             int32_t num_blocks, const void *frame, uint64_t frame_bytes);
 /* Copy whole blocks (all layers): `pairs` [count, 2] of (from, to). Pairs are done in order. */
-KVF_API int32_t kvf_copy_blocks(const kvf_model *model, const int32_t *pairs, int32_t count);
+KVF_API int32_t kvf_copy_blocks(const kvf_cache *cache, const int32_t *pairs, int32_t count);
 
 /* Seconds that the steps since the last call spent in each stage, as thread 0 sees it (waiting for the others
    included), into `seconds` [KVF_NUM_STAGES]. The first call turns the measurement on. */

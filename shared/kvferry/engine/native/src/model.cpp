@@ -12,27 +12,28 @@ Model::Model(const Shape& shape, const int32_t* windows, const float* cos, const
       layers(static_cast<size_t>(shape.num_layers)),
       workspace(shape),
       slots_(static_cast<size_t>(shape.num_layers) * KVF_NUM_WEIGHTS) {
-  const int hidden = shape.hidden_size, intermediate = shape.intermediate_size;
+  const int width = shape.hidden_size;  // of the hidden states
+  const int qkv = shape.own_qkv_size(), hidden = shape.own_hidden(), intermediate = shape.own_intermediate();
   for (int i = 0; i < shape.num_layers; ++i) {
     Layer& layer = layers[static_cast<size_t>(i)];
     layer.window = windows[i];
     layer.q_norm = layer.k_norm = nullptr;
-    layer.qkv = make(shape.qkv_size(), hidden, false, shape.qkv_bias);
+    layer.qkv = make(qkv, width, false, shape.qkv_bias);
     layer.output = make(hidden, shape.query_size(), false, shape.output_bias);
-    layer.gate_up = make(2 * intermediate, hidden, true, shape.mlp_bias);
-    layer.down = make(hidden, intermediate, false, shape.mlp_bias);
-    add_plain(KVF_INPUT_NORM, i, hidden, 1, layer.input_norm);
-    add_plain(KVF_POST_NORM, i, hidden, 1, layer.post_norm);
+    layer.gate_up = make(2 * intermediate, width, true, shape.mlp_bias);
+    layer.down = make(hidden, shape.intermediate_size, false, shape.mlp_bias);
+    add_plain(KVF_INPUT_NORM, i, width, 1, layer.input_norm);
+    add_plain(KVF_POST_NORM, i, width, 1, layer.post_norm);
     if (shape.qk_norm) {
       add_plain(KVF_Q_NORM, i, shape.head_dim, 1, layer.q_norm);
       add_plain(KVF_K_NORM, i, shape.head_dim, 1, layer.k_norm);
     }
-    add_rows(KVF_QKV, i, layer.qkv, shape.qkv_size(), 0);
+    add_rows(KVF_QKV, i, layer.qkv, qkv, 0);
     add_rows(KVF_OUTPUT, i, layer.output, hidden, 0);
     add_rows(KVF_GATE, i, layer.gate_up, intermediate, 0);
     add_rows(KVF_UP, i, layer.gate_up, intermediate, intermediate);
     add_rows(KVF_DOWN, i, layer.down, hidden, 0);
-    if (shape.qkv_bias) add_bias(KVF_QKV_BIAS, i, layer.qkv, shape.qkv_size(), 0);
+    if (shape.qkv_bias) add_bias(KVF_QKV_BIAS, i, layer.qkv, qkv, 0);
     if (shape.output_bias) add_bias(KVF_OUTPUT_BIAS, i, layer.output, hidden, 0);
     if (shape.mlp_bias) {
       add_bias(KVF_GATE_BIAS, i, layer.gate_up, intermediate, 0);
@@ -40,13 +41,13 @@ Model::Model(const Shape& shape, const int32_t* windows, const float* cos, const
       add_bias(KVF_DOWN_BIAS, i, layer.down, hidden, 0);
     }
   }
-  add_plain(KVF_NORM, 0, hidden, 1, norm);
-  head = make(shape.vocab_size, hidden, false, false);
+  add_plain(KVF_NORM, 0, width, 1, norm);
+  head = make(shape.own_vocab(), width, false, false);
   if (shape.tied) {
-    add_rows(KVF_EMBEDDING, 0, head, shape.vocab_size, 0);
+    add_rows(KVF_EMBEDDING, 0, head, shape.own_vocab(), 0);
   } else {
-    add_plain(KVF_EMBEDDING, 0, shape.vocab_size, hidden, embedding_);
-    add_rows(KVF_HEAD, 0, head, shape.vocab_size, 0);
+    add_plain(KVF_EMBEDDING, 0, shape.own_vocab(), width, embedding_);
+    add_rows(KVF_HEAD, 0, head, shape.own_vocab(), 0);
   }
 }
 
@@ -116,11 +117,19 @@ int32_t Model::finish() {
 
 void Model::embed(uint32_t token, bf16* out) const {
   const auto width = static_cast<size_t>(shape.hidden_size);
+  const uint32_t row = token - static_cast<uint32_t>(shape.vocab.begin);
   if (embedding_ == nullptr) {
-    unpack_row(head, static_cast<int>(token), out);
+    unpack_row(head, static_cast<int>(row), out);
   } else {
-    std::memcpy(out, embedding_ + token * width, width * sizeof(bf16));
+    std::memcpy(out, embedding_ + row * width, width * sizeof(bf16));
   }
+}
+
+void Model::join(std::byte* memory) {
+  group = Group(shape, memory);
+  workspace.hidden.place(group.hidden);
+  workspace.mixed.place(group.mixed);
+  workspace.activated.place(group.activated);
 }
 
 }  // namespace kvferry

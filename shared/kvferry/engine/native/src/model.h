@@ -7,6 +7,7 @@
 #include "aligned.h"
 #include "arena.h"
 #include "batch.h"
+#include "group.h"
 #include "pack.h"
 #include "pages.h"
 #include "rope.h"
@@ -38,7 +39,10 @@ class Model {
   // After this, steps may run and nothing can be loaded.
   int32_t finish();
 
-  // Row `token` of the embedding, hidden_size values.
+  // Ranks: exchange rows through this memory from now on.
+  void join(std::byte* memory);
+
+  // Row `token` of the embedding, hidden_size values. The token must be one of this rank's.
   void embed(uint32_t token, bf16* out) const;
 
   const Shape shape;
@@ -51,9 +55,11 @@ class Model {
   bool finished = false;
 
   Pages pages;  // without blocks until the cache is set
+  Group group;
   Workspace workspace;
   std::vector<Aligned<std::byte>> sampling;  // scratch memory of each thread, made by the first draws
   Batch batch;
+  int num_kept = 0;  // wanted rows of the last step, whose last hidden states are in the workspace
   Stages stages;
 
  private:
@@ -76,7 +82,7 @@ class Model {
   Linear make(int n, int k, bool gated, bool biased);
 
   Arena arena_;
-  bf16* embedding_ = nullptr;  // [vocab, hidden]; nullptr if tied
+  bf16* embedding_ = nullptr;  // [own vocab, hidden]; nullptr if tied
   std::vector<Slot> slots_;    // [layers][KVF_NUM_WEIGHTS]
 };
 

@@ -72,7 +72,7 @@ template <Stores kStores, typename Width>
 
 uint64_t Pages::bytes(const Shape& shape, int num_blocks) {
   const uint64_t page = uint64_t{2} * kPageTokens * static_cast<uint64_t>(padded(shape.head_dim)) * sizeof(bf16);
-  return page * static_cast<uint64_t>(shape.num_layers) * static_cast<uint64_t>(shape.num_kv_heads) *
+  return page * static_cast<uint64_t>(shape.num_layers) * static_cast<uint64_t>(shape.own_kv_heads()) *
          static_cast<uint64_t>(shape.block_pages()) * static_cast<uint64_t>(num_blocks);
 }
 
@@ -82,7 +82,7 @@ Pages::Pages(const Shape& shape, bf16* memory, int num_blocks)
       num_layers_(shape.num_layers),
       padded_dim_(padded(shape.head_dim)),
       block_pages_(static_cast<uint32_t>(shape.block_pages())),
-      heads_(static_cast<uint32_t>(shape.num_kv_heads)),
+      heads_(static_cast<uint32_t>(shape.own_kv_heads())),
       page_values_(size_t{2} * kPageTokens * static_cast<size_t>(padded_dim_)),
       layer_values_(page_values_ * heads_ * block_pages_ * static_cast<size_t>(num_blocks)) {}
 

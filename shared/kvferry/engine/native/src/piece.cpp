@@ -10,13 +10,22 @@ namespace {
 // Pages ahead of the one that is worked on whose lines are asked for meanwhile.
 constexpr int kAhead = 2;
 
+int frame_heads(const kvf_piece& piece) {
+  return piece.frame_heads == 0 ? piece.head_end - piece.head_start : piece.frame_heads;
+}
+
+// Bytes of a token's row of heads in the frame.
+size_t token_bytes(const Shape& shape, const kvf_piece& piece) {
+  return static_cast<size_t>(frame_heads(piece)) * static_cast<size_t>(shape.head_dim) * sizeof(bf16);
+}
+
 // Calls visit(keys page, the one that comes later, first, count, offset of the keys' first row in the frame, of the
 // values', their stride) for every page, head and layer of a piece. Heads are innermost: their rows lie beside each
 // other in the frame, their pages in the cache.
 template <typename Visit>
 void walk(const Shape& shape, const Pages& pages, const kvf_piece& piece, const int32_t* block_table, Visit&& visit) {
   const size_t row = static_cast<size_t>(shape.head_dim) * sizeof(bf16);
-  const size_t token = static_cast<size_t>(piece.head_end - piece.head_start) * row;
+  const size_t token = token_bytes(shape, piece), first_head = static_cast<size_t>(piece.frame_head) * row;
   const size_t half = static_cast<size_t>(piece.token_end - piece.token_start) * token;
   const int first_page = piece.token_start / kPageTokens;
   const int layer_pages = (piece.token_end + kPageTokens - 1) / kPageTokens - first_page;
@@ -30,7 +39,7 @@ void walk(const Shape& shape, const Pages& pages, const kvf_piece& piece, const 
     const int begin = std::max(page_start, piece.token_start);
     const int end = std::min(page_start + kPageTokens, piece.token_end);
     size_t offset = static_cast<size_t>(index / layer_pages) * 2 * half +
-                    static_cast<size_t>(begin - piece.token_start) * token;
+                    static_cast<size_t>(begin - piece.token_start) * token + first_head;
     for (int head = piece.head_start; head < piece.head_end; ++head, offset += row) {
       const bf16* later = keys(std::min(index + kAhead, num_pages - 1), head);
       visit(keys(index, head), later, begin - page_start, end - begin, offset, offset + half, token);
@@ -44,18 +53,18 @@ bool is_range(int32_t start, int32_t end, int32_t limit) { return start >= 0 && 
 
 int32_t check_piece(const Shape& shape, const kvf_piece& piece) {
   if (!is_range(piece.layer_start, piece.layer_end, shape.num_layers) ||
-      !is_range(piece.head_start, piece.head_end, shape.num_kv_heads)) {
+      !is_range(piece.head_start, piece.head_end, shape.own_kv_heads()) ||
+      piece.frame_heads < 0 || piece.frame_heads > shape.num_kv_heads || piece.frame_head < 0 ||
+      piece.frame_head + piece.head_end - piece.head_start > frame_heads(piece)) {
     return KVF_E_ARGUMENT;
   }
   if (!is_range(piece.token_start, piece.token_end, shape.max_len)) return KVF_E_POSITION;
-  return piece_bytes(shape, piece) == 0 ? KVF_E_EMPTY : KVF_OK;
+  return piece.head_start == piece.head_end || piece_bytes(shape, piece) == 0 ? KVF_E_EMPTY : KVF_OK;
 }
 
 uint64_t piece_bytes(const Shape& shape, const kvf_piece& piece) {
   return uint64_t{2} * static_cast<uint64_t>(piece.layer_end - piece.layer_start) *
-         static_cast<uint64_t>(piece.token_end - piece.token_start) *
-         static_cast<uint64_t>(piece.head_end - piece.head_start) * static_cast<uint64_t>(shape.head_dim) *
-         sizeof(bf16);
+         static_cast<uint64_t>(piece.token_end - piece.token_start) * uint64_t{token_bytes(shape, piece)};
 }
 
 template <Stores kStores>
@@ -72,8 +81,7 @@ void gather_as(const Shape& shape, const Pages& pages, const kvf_piece& piece, c
 
 void gather(const Shape& shape, const Pages& pages, const kvf_piece& piece, const int32_t* block_table,
             std::byte* frame) {
-  const size_t row = static_cast<size_t>(shape.head_dim) * sizeof(bf16);
-  if (streams_rows(frame, shape.head_dim, static_cast<size_t>(piece.head_end - piece.head_start) * row)) {
+  if (streams_rows(frame, shape.head_dim, token_bytes(shape, piece))) {
     gather_as<Stores::Streamed>(shape, pages, piece, block_table, frame);
   } else {
     gather_as<Stores::Cached>(shape, pages, piece, block_table, frame);

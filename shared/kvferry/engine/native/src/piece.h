@@ -9,6 +9,7 @@
 namespace kvferry {
 
 int32_t check_piece(const Shape& shape, const kvf_piece& piece);
+// Of the whole frame.
 uint64_t piece_bytes(const Shape& shape, const kvf_piece& piece);
 
 // Of a checked piece. They share nothing with a step but the blocks that they touch.

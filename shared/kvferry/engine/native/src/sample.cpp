@@ -130,6 +130,25 @@ void draw_rows(const float *logits, int32_t begin, int32_t end, int32_t vocab_si
     }
 }
 
+int32_t check_scores(const float *logits, int32_t num_rows, int32_t vocab_size, const uint32_t *targets,
+                     int32_t num_top, const kvf_logprobs *logprobs) {
+    if (num_rows < 0 || num_rows > KVF_MAX_STEP_ROWS || kvf_sample_scratch_bytes(vocab_size) == 0)
+        return KVF_E_ARGUMENT;
+    if (num_top < 0 || num_top > KVF_MAX_LOGPROBS || num_top > vocab_size) return KVF_E_ARGUMENT;
+    if (num_rows == 0) return KVF_OK;
+    if (logits == nullptr || targets == nullptr || logprobs == nullptr) return KVF_E_ARGUMENT;
+    return tokens_valid(targets, num_rows, vocab_size) ? KVF_OK : KVF_E_TOKEN;
+}
+
+void score_rows(const float *logits, int32_t begin, int32_t end, int32_t vocab_size, const uint32_t *targets,
+                int32_t num_top, void *scratch, kvf_logprobs *logprobs) {
+    const Scratch parts(scratch, vocab_size);
+    for (int32_t i = begin; i < end; ++i) {
+        const float *row = logits + static_cast<size_t>(i) * static_cast<size_t>(vocab_size);
+        find_logprobs(row, vocab_size, targets[i], num_top, parts.weights, &logprobs[i]);
+    }
+}
+
 }  // namespace kvferry
 
 extern "C" {

@@ -71,6 +71,11 @@ KVF_API int32_t kvf_sample(const float *logits, int32_t num_draws, int32_t vocab
 KVF_API int32_t kvf_model_sample(kvf_model *model, const float *logits, int32_t num_draws, const kvf_draw *draws,
                                  uint32_t *tokens);
 
+/* How likely known tokens are: `logprobs` [num_rows] of `targets` [num_rows] (as of drawn ones), by the rows of `logits`
+   [num_rows, vocab_size]. On the model's threads, at the times at which kvf_step may be called. */
+KVF_API int32_t kvf_model_score(kvf_model *model, const float *logits, int32_t num_rows, const uint32_t *targets,
+                                int32_t num_top, kvf_logprobs *logprobs);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,27 +1,8 @@
 #include "threads.h"
 
-#include <chrono>
-
-#if defined(__x86_64__) || defined(__i386__)
-#include <immintrin.h>
-#endif
+#include "pause.h"
 
 namespace kvferry {
-namespace {
-
-// A barrier's partner is usually a few microseconds late. If it is later, its core does something else: sleep, so that
-// what runs there can end sooner.
-constexpr std::chrono::microseconds kSpin{30};
-
-inline void pause() {
-#if defined(__x86_64__) || defined(__i386__)
-  _mm_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-}  // namespace
 
 // Sequentially consistent on both sides: either the sleeper sees the new value before it sleeps, or the one who
 // advances sees the sleeper.
@@ -33,13 +14,7 @@ void Epoch::advance() {
 }
 
 void Epoch::wait_past(uint32_t seen) {
-  const auto until = std::chrono::steady_clock::now() + kSpin;
-  do {
-    for (int i = 0; i < 64; ++i) {
-      if (now() != seen) return;
-      pause();
-    }
-  } while (std::chrono::steady_clock::now() < until);
+  if (spin([&] { return now() != seen; })) return;
   std::unique_lock<std::mutex> lock(mutex_);
   sleepers_.fetch_add(1);
   advanced_.wait(lock, [&] { return value_.load() != seen; });
@@ -76,16 +51,11 @@ void Threads::work(int thread) {
   }
 }
 
-void Threads::barrier(int) {
-  if (count_ == 1) return;
-  // Read before arriving: the last to arrive advances it.
-  const uint32_t seen = passed_.now();
-  if (arrived_.fetch_add(1) + 1 == count_) {
-    arrived_.store(0);
-    passed_.advance();
-  } else {
-    passed_.wait_past(seen);
-  }
+bool Threads::arrive() { return arrived_.fetch_add(1) + 1 == count_; }
+
+void Threads::let_pass() {
+  arrived_.store(0);
+  passed_.advance();
 }
 
 }  // namespace kvferry

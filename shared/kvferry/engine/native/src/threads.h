@@ -59,8 +59,23 @@ class Threads {
         const_cast<void*>(static_cast<const void*>(&task)));
   }
 
-  // Inside a run: returns when all threads have called it; what they wrote before is then visible to all.
-  void barrier(int thread);
+  // Inside a run: returns when all threads have called it; what they wrote before is then visible to all. The last one
+  // to come calls `last` before any of them goes on.
+  void barrier(int thread) {
+    barrier(thread, [] {});
+  }
+  template <typename Last>
+  void barrier(int, Last&& last) {
+    const uint32_t seen = passed_.now();  // before arriving: the last to arrive advances it
+    if (count_ == 1) {
+      last();
+    } else if (arrive()) {
+      last();
+      let_pass();
+    } else {
+      passed_.wait_past(seen);
+    }
+  }
 
   // kScratchBytes of one thread, 64-byte aligned. `linear` uses it: its content does not outlive a stage.
   std::byte* scratch(int thread) { return scratch_[static_cast<size_t>(thread)].get(); }
@@ -71,6 +86,8 @@ class Threads {
 
   void run(Function function, void* context);
   void work(int thread);
+  bool arrive();  // whether this thread is the last
+  void let_pass();
 
   const int count_;
   // What the next run does; written by thread 0 before `started_` advances. No function: the threads end.

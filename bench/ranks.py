@@ -1,0 +1,146 @@
+"""What tensor-parallel ranks cost and bring: two of one thread each, beside one rank of two threads and of one.
+
+    prefill, decode   as in `bench.engine`, the native engine in bf16
+    exchange          what a layer of a decode step takes beyond half of one rank's, and what a memcpy of the rows that
+                      ranks exchange in a layer would take: they write and read the same memory, and copy nothing
+    hand-off          the copies of 2,048 tokens' KV from blocks into frames and back, of a worker of two ranks beside
+                      one without: what 1 to 2 and 2 to 1 cost more than 1 to 1
+
+All take turns in every round and the best counts, as there. The ranks are processes, as a worker has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from bench.engine import MAX_MODEL_LEN, MEASURES, NUM_BLOCKS, ROUNDS, Contestant, tables
+from bench.report import Report
+from kvferry.config import load_settings
+from kvferry.engine.config import ModelConfig
+from kvferry.engine.native.library import LibraryUnavailable, open_library
+from kvferry.engine.native.runner import NativeRunner
+from kvferry.engine.settings import EngineSettings
+from kvferry.runtime import blocking_clock
+from kvferry.wire.frame import Piece
+from kvferry.worker.ranks import ranks_of
+from kvferry_decode.settings import DecodeSettings
+
+ONE: Final = "1 rank, 1 thread"
+THREADS: Final = "1 rank, 2 threads"
+RANKS: Final = "2 ranks, 1 thread each"
+TOKENS: Final = 2048
+FRAME_TOKENS: Final = 512
+HAND_OFF: Final = 1.15  # times what it takes without ranks
+
+
+@contextmanager
+def two_ranks(settings: EngineSettings) -> Iterator[NativeRunner]:
+    """Started as a worker starts them."""
+    flags = {"name": "bench", "model": str(settings.model_dir), "tensor_parallel_size": 2}
+    worker = load_settings(DecodeSettings, config_file=None, environ={}, flags=flags)
+    with ranks_of(worker) as ranks:
+        runner = NativeRunner(replace(settings, tensor_parallel_size=2), followers=ranks.followers)
+        yield runner
+        runner.close()
+
+
+def copy_seconds(runner: NativeRunner) -> dict[str, float]:
+    """gather, scatter: seconds of all frames of TOKENS tokens."""
+    kv = runner.kv_format
+    (table,) = tables(runner, 1, TOKENS)
+    pieces = [
+        Piece(layer, layer + 10, at, at + FRAME_TOKENS, 0, kv.num_kv_heads)
+        for at in range(0, TOKENS, FRAME_TOKENS)
+        for layer in range(0, kv.num_layers, 10)
+    ]
+    frames = [bytearray(piece.num_bytes(kv.head_dim, kv.dtype)) for piece in pieces]
+    seconds = {}
+    for name, move in (("gather", runner.gather), ("scatter", runner.scatter)):
+        began = blocking_clock()
+        for piece, frame in zip(pieces, frames, strict=True):
+            move(piece, table, memoryview(frame))
+        seconds[name] = blocking_clock() - began
+    return seconds
+
+
+def copied_seconds(config: ModelConfig, rows: int) -> float:
+    """Of one memcpy of what all ranks exchange in a layer, the best of a few."""
+    width = config.num_heads * config.head_dim + 2 * config.hidden_size + config.intermediate_size
+    source, target = np.ones((rows, width), np.uint16), np.empty((rows, width), np.uint16)
+    best = float("inf")
+    for _ in range(20):
+        began = blocking_clock()
+        np.copyto(target, source)
+        best = min(best, blocking_clock() - began)
+    return best
+
+
+def measure(settings: EngineSettings, rounds: int) -> Report:
+    library = open_library()
+    config = ModelConfig.read(settings.model_dir)
+    report = Report("ranks", {"instruction set": library.isa, "rounds": f"best of {rounds}, interleaved"})
+    with ExitStack() as stack:
+        single = {
+            name: NativeRunner(replace(settings, threads=threads), library=library)
+            for name, threads in ((ONE, 1), (THREADS, 2))
+        }
+        for alone in single.values():
+            stack.callback(alone.close)
+        runners = {**single, RANKS: stack.enter_context(two_ranks(replace(settings, threads=1)))}
+        contestants = {name: Contestant(name, runner) for name, runner in runners.items()}
+        copies: dict[str, dict[str, float]] = {name: {} for name in runners}
+        for runner in runners.values():
+            runner.warm_up()
+        for _ in range(rounds):
+            for name, each in contestants.items():
+                each.take_turn()
+                for what, seconds in copy_seconds(runners[name]).items():
+                    copies[name][what] = min(copies[name].get(what, float("inf")), seconds)
+        memory = [size / 1e6 for size in runners[RANKS].rank_weight_bytes]
+    for name, each in contestants.items():
+        for what in MEASURES:
+            report.add(f"{name}: {what}", each.rate(what), "tok/s")
+    for what in MEASURES:
+        report.add(f"{what}: {RANKS} ÷ {THREADS}", contestants[RANKS].rate(what) / contestants[THREADS].rate(what))
+    for rank, size in enumerate(memory):
+        report.add(f"weights of rank {rank} of 2", size, "MB")
+    report.add("one rank's weights", single[ONE].weight_bytes / 1e6, "MB")
+    for what in ("gather", "scatter"):
+        ratio = copies[RANKS][what] / copies[ONE][what]
+        report.add(f"KV of {TOKENS} tokens, {what}: 1 rank", copies[ONE][what] * 1e3, "ms")
+        report.add(f"KV of {TOKENS} tokens, {what}: 2 ranks ÷ 1", ratio, limit=HAND_OFF)
+    # What a decode step of two ranks takes beside half of one rank's, over the layers.
+    step, half = contestants[RANKS].seconds["decode 1"], contestants[ONE].seconds["decode 1"] / 2
+    report.add("decode 1, a layer: beyond half of one rank's", (step - half) / config.num_layers * 1e6, "µs")
+    report.add("a layer's exchange as a memcpy, 512 rows", copied_seconds(config, 512) * 1e6, "µs")
+    report.raw["seconds"] = {name: each.seconds for name, each in contestants.items()} | {"copies": copies}
+    return report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="Hugging Face model directory")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    args = parser.parse_args()
+    settings = EngineSettings(args.model, num_blocks=NUM_BLOCKS, max_model_len=MAX_MODEL_LEN)
+    try:
+        report = measure(settings, args.rounds)
+    except LibraryUnavailable as error:
+        print(f"native: {error}", file=sys.stderr)
+        return 1
+    print(report.render())
+    print(f"   written to {os.path.relpath(report.write())}")
+    return 0 if report.holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
