@@ -50,7 +50,8 @@ test: check ## Everything: check, then unit, contract, integration and end-to-en
 
 SEEDS     ?= 500
 FIRST     ?= 0
-PROCESSES ?= $(shell nproc 2>/dev/null || echo 2)
+# Without OMP_NUM_THREADS, to which nproc would bow.
+PROCESSES ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 
 simulate: $(VENV)/.dev ## Whole clusters on a virtual clock under drawn faults (SEEDS=5000 FIRST=0 PROCESSES=2)
 	$(BIN)/python tests/simulation sweep --seeds $(SEEDS) --first $(FIRST) --processes $(PROCESSES)
