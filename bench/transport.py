@@ -160,5 +160,5 @@ if __name__ == "__main__":
     result = uvloop.run(measure_rounds(int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS))
     print(result.render())
     if len(sys.argv) == 1:  # fewer rounds are a smoke test
-        print(f"   written to {result.write()}")
+        print(f"   written to {os.path.relpath(result.write())}")
     sys.exit(not result.holds)
