@@ -28,23 +28,19 @@ STACK: Final[Mapping[str, Benchmark]] = {
 }
 # Only when they are asked for by name: they take minutes, and measure survival rather than speed.
 APART: Final[Mapping[str, Benchmark]] = {"chaos": chaos.measure}
+
+
+def _rounds(options: Options) -> list[str]:
+    return ["--rounds", "1"] if options.quick else []
+
+
 # Programs of their own, so that nothing of this process shares their cores' caches or their UCX settings.
 PROGRAMS: Final[Mapping[str, Callable[[Options], list[str]]]] = {
     "engine": lambda options: ["-m", "bench.engine", str(options.model_dir)],
-    "ranks": lambda options: [
-        "-m",
-        "bench.ranks",
-        str(options.model_dir),
-        *(["--rounds", "1"] if options.quick else []),
-    ],
+    "ranks": lambda options: ["-m", "bench.ranks", str(options.model_dir), *_rounds(options)],
     "chunks": lambda options: ["-m", "bench.chunks", str(options.model_dir)],
     "accuracy": lambda options: ["-m", "bench.accuracy", str(options.model_dir)],
-    "grammar": lambda options: [
-        "-m",
-        "bench.grammar",
-        str(options.model_dir),
-        *(["--rounds", "1"] if options.quick else []),
-    ],
+    "grammar": lambda options: ["-m", "bench.grammar", str(options.model_dir), *_rounds(options)],
     "transport": lambda options: ["-m", "bench.transport"],
     "placement": lambda options: ["-m", "bench.placement", *(["--quick"] if options.quick else [])],
     "autoscale": lambda options: ["-m", "bench.autoscale", *(["--quick"] if options.quick else [])],

@@ -196,9 +196,7 @@ def main() -> int:
     parser.add_argument("--positions", type=int, default=POSITIONS)
     arguments = parser.parse_args()
     report = report_of(measure(arguments.model_dir, arguments.positions))
-    print(report.render())
-    report.write()
-    return 0 if report.holds else 1
+    return report.conclude()
 
 
 if __name__ == "__main__":

@@ -84,9 +84,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir", type=Path)
     report = measure(parser.parse_args().model_dir)
-    print(report.render())
-    report.write()
-    return 0 if report.holds else 1
+    return report.conclude()
 
 
 if __name__ == "__main__":

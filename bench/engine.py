@@ -192,9 +192,7 @@ def main() -> int:
     except LibraryUnavailable as error:
         print(f"native: {error}", file=sys.stderr)
         return 1
-    print(report.render())
-    print(f"   written to {os.path.relpath(report.write())}")
-    return 0 if report.holds else 1
+    return report.conclude()
 
 
 if __name__ == "__main__":

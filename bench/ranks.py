@@ -12,7 +12,6 @@ All take turns in every round and the best counts, as there. The ranks are proce
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -137,9 +136,7 @@ def main() -> int:
     except LibraryUnavailable as error:
         print(f"native: {error}", file=sys.stderr)
         return 1
-    print(report.render())
-    print(f"   written to {os.path.relpath(report.write())}")
-    return 0 if report.holds else 1
+    return report.conclude()
 
 
 if __name__ == "__main__":

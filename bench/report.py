@@ -73,6 +73,12 @@ class Report:
         path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         return path
 
+    def conclude(self) -> int:
+        """Print and write it. Returns the exit status of a benchmark that is a program."""
+        print(self.render())
+        print(f"   written to {os.path.relpath(self.write())}")
+        return 0 if self.holds else 1
+
 
 def machine() -> dict[str, Any]:
     """What the figures depend on and a reader cannot guess."""

@@ -75,6 +75,26 @@ class ApiCluster(Cluster):
         assert lines[-1] == "[DONE]", response.text[-500:]
         return [json.loads(line) for line in lines[:-1]]
 
+    async def leave(self, path: str, body: dict[str, Any], when: Callable[[], bool]) -> None:
+        """Ask, and hang up as soon as `when`: what a server tells the application, without one."""
+        left = asyncio.Event()
+        waiting = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+        async def receive() -> Any:
+            if waiting:
+                return waiting.pop()
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            pass
+
+        scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": path, "headers": []}
+        serving = asyncio.ensure_future(self.api.app(scope, receive, send))
+        await settled(when, 5.0)
+        left.set()
+        await serving
+
     async def error(self, path: str, body: dict[str, Any], status: int = 400) -> dict[str, Any]:
         response = await self.http.post(path, json=body, timeout=None)
         assert response.status_code == status, response.text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 from typing import Any
 
 import pytest
@@ -248,24 +247,8 @@ async def test_many_choices_of_a_prompt_that_fills_half_the_pool_all_come(cluste
 
 @scenario
 async def test_a_client_that_leaves_takes_all_its_choices_with_it(cluster: ApiCluster) -> None:
-    left = asyncio.Event()
-    body = json.dumps(text(n=3, temperature=1.0, seed=1, stream=True, ignore_eos=True, max_tokens=500)).encode()
-    waiting = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> Any:
-        if waiting:
-            return waiting.pop()
-        await left.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        pass
-
-    scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": TEXT, "headers": []}
-    serving = asyncio.ensure_future(cluster.api.app(scope, receive, send))
-    await settled(lambda: len([s for s in cluster.streams if len(s.tokens) > 2]) == 3, 5.0)
-    left.set()
-    await serving
+    body = text(n=3, temperature=1.0, seed=1, stream=True, ignore_eos=True, max_tokens=500)
+    await cluster.leave(TEXT, body, lambda: len([s for s in cluster.streams if len(s.tokens) > 2]) == 3)
     await settled(lambda: all_free(*cluster.workers), 1.0)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -222,24 +221,9 @@ def test_every_choice_has_its_attempts() -> None:
 
 def test_a_client_that_leaves_ends_its_spans() -> None:
     async def scenario(cluster: ApiCluster) -> None:
-        left = asyncio.Event()
-        body = json.dumps(text(stream=True, max_tokens=500)).encode()
-        waiting = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def receive() -> Any:
-            if waiting:
-                return waiting.pop()
-            await left.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: Any) -> None:
-            pass
-
-        scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": TEXT, "headers": []}
-        serving = asyncio.ensure_future(cluster.api.app(scope, receive, send))
-        await settled(lambda: any(len(stream.tokens) > 2 for stream in cluster.streams), 5.0)
-        left.set()
-        await serving
+        await cluster.leave(
+            TEXT, text(stream=True, max_tokens=500), lambda: any(len(stream.tokens) > 2 for stream in cluster.streams)
+        )
 
     tree = Tree(traced(scenario))
     assert shape_of(tree) == PAIR

@@ -13,26 +13,11 @@
 #include <thread>
 #include <vector>
 
+#include "draw.h"
 #include "kvferry.h"
 
 namespace {
 
-std::mt19937 source(11);
-
-int pick(int low, int high) { return std::uniform_int_distribution<int>(low, high)(source); }
-
-#define CHECK(condition)                                                   \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(2);                                                        \
-    }                                                                      \
-  } while (false)
-
-struct Free {
-  void operator()(kvf_model* model) const { kvf_model_free(model); }
-  void operator()(void* memory) const { std::free(memory); }
-};
 using Memory = std::unique_ptr<void, Free>;
 
 Memory memory_of(size_t bytes, int content) {
@@ -191,6 +176,7 @@ void run_ranks() {
 }  // namespace
 
 int main() {
+  source.seed(11);
   for (int i = 0; i < 12; ++i) run_ranks();
   std::puts("12 models");
   return 0;

@@ -12,27 +12,11 @@
 #include <utility>
 #include <vector>
 
+#include "draw.h"
 #include "kvferry.h"
 #include "sample.h"
 
 namespace {
-
-std::mt19937 source(7);
-
-int pick(int low, int high) { return std::uniform_int_distribution<int>(low, high)(source); }
-
-#define CHECK(condition)                                                        \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);      \
-      std::exit(2);                                                             \
-    }                                                                           \
-  } while (false)
-
-struct Free {
-  void operator()(kvf_model* model) const { kvf_model_free(model); }
-  void operator()(void* memory) const { std::free(memory); }
-};
 
 // Small weights of random sign.
 std::vector<uint16_t> weights(int n, int k) {
@@ -178,6 +162,7 @@ void run_model() {
 }  // namespace
 
 int main() {
+  source.seed(7);
   for (int i = 0; i < 25; ++i) run_model();
   std::puts("25 models");
   return 0;
