@@ -40,6 +40,7 @@ def test_kv_is_given_for_its_ticket_and_attempt_alone_and_only_until_its_lease_e
         peer = Peer(cluster)
         await peer.connect(prefill)
         for pull_id, (ticket, attempt) in enumerate(((work.ticket, work.attempt + 1), (bytes(16), work.attempt)), 1):
+            peer.post(pull_id, 4)
             peer.say(Open(pull_id, ticket, attempt))
             peer.say(Fetch(pull_id, 0, 4))
         await settled(lambda: sum(isinstance(m, Unknown | Aborted) for m in peer.heard) == 2, within=1.5)
@@ -47,6 +48,7 @@ def test_kv_is_given_for_its_ticket_and_attempt_alone_and_only_until_its_lease_e
         assert sent_bytes(prefill) == 0
         await settled(lambda: work.key not in prefill.scheduler.sequences, within=6.0)
         peer.heard.clear()
+        peer.post(3, 4)
         peer.say(Open(3, work.ticket, work.attempt))
         peer.say(Fetch(3, 0, 4))
         await settled(lambda: bool(peer.heard), within=1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,8 @@ from cluster import DATA_KEY, GREEDY, Cluster, address_of, all_free, expected, p
 
 from kvferry.transport.base import Connection, TransportSettings
 from kvferry.transport.memory import MemoryTransport
-from kvferry.wire.flow import Ack, Credit, Fetch, Flow, FlowCodec, Open, Progress, Unknown
+from kvferry.wire.flow import Aborted, Ack, Credit, Fetch, Flow, FlowCodec, Open, Progress, Unknown
+from kvferry.wire.frame import frame_tag
 from kvferry.wire.messages import DecodeRequest, PrefillRequest, Sampling
 from kvferry.worker.report import load
 from kvferry_prefill.worker import PrefillWorker
@@ -96,6 +98,11 @@ class Peer:
 
     def say(self, message: Flow) -> None:
         self.connection.send_message(self._codec.encode(message))
+
+    def post(self, pull_id: int, count: int) -> list[asyncio.Future[int]]:
+        """Receives for the first frames of a pull."""
+        frames = range(count)
+        return [self.connection.receive(frame_tag(pull_id, frame), memoryview(bytearray(1 << 20))) for frame in frames]
 
     def answer(self, kind: type[Flow]) -> bool:
         return any(isinstance(message, kind) for message in self.heard)
@@ -192,9 +199,35 @@ def test_a_pull_that_asks_for_what_is_not_there_is_refused_and_its_kv_goes_back_
         await peer.connect(prefill)
         peer.say(Open(1, work.ticket, work.attempt))
         await settled(lambda: peer.answer(Progress), within=0.5)
+        posted = peer.post(1, 4) if isinstance(bad, Fetch) else []
         peer.say(bad)
+        await settled(lambda: all(receive.done() for receive in posted), within=0.5)
         assert (await gateway.ended(work, limit=4.0)).reason == "expired"
         assert prefill.metrics.value("kvferry_wire_error_total", plane="data", kind="refused") == 1
+        await peer.close()
+
+    virtual(scenario)
+
+
+@pytest.mark.parametrize("known", ["ended", "unknown"])
+def test_what_is_fetched_of_a_pull_that_p_has_aborted_is_padded(known: str) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        prefill = await cluster.prefill(lease_s=0.5)
+        gateway = await cluster.gateway()
+        ticket, attempt = b"w" * 16, 1
+        if known == "ended":
+            work = gateway.work(prompt_of(100), sampling=Sampling(max_tokens=4))
+            ticket, attempt = work.ticket, work.attempt
+            gateway.expect(work, prefill)
+            await gateway.ask(prefill, PrefillRequest(work))
+            assert (await gateway.ended(work, limit=2.0)).reason == "expired"
+        peer = Peer(cluster)
+        await peer.connect(prefill)
+        posted = peer.post(1, 4)
+        peer.say(Open(1, ticket, attempt))
+        peer.say(Fetch(1, 0, 4))
+        await settled(lambda: all(receive.done() for receive in posted), within=0.5)
+        assert peer.heard == [Aborted(1, 0, "expired" if known == "ended" else "refused")]
         await peer.close()
 
     virtual(scenario)

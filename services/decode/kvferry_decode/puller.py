@@ -58,6 +58,7 @@ class _Pull:
     tries: int = 0
     pull_id: int = 0
     link: _Link | None = None
+    holds_memory: bool = False  # P, as it says on this link
     landing: Landing | None = None  # from Fetch on
     began: float = 0.0
     computed_at: float | None = None  # when P said that nothing is left to compute
@@ -205,9 +206,9 @@ class Puller:
     def _on_progress(self, pull: _Pull, progress: Progress) -> None:
         if pull.landing is not None or not self._is_current(pull):
             return
+        pull.holds_memory = progress.holds_memory
         if pull.sequence.state == "fetching":
-            if progress.holds_memory:
-                self.fetch(pull.sequence)  # a second try: the blocks are there already
+            self.fetch(pull.sequence)  # a second try: the blocks are there already
         elif self._is_due(pull, progress):
             self._due(pull.key)
 
@@ -233,6 +234,8 @@ class Puller:
         pull = self._pulls.get(sequence.key)
         if pull is None or pull.link is None:
             return  # its open failed meanwhile and tells the scheduler by itself
+        if not pull.holds_memory:
+            return  # it has been opened anew meanwhile: P's next Progress fetches
         pull.began = pull.heard = now()
         if sequence.journal is not None:
             sequence.journal.end("queue", pull.began)

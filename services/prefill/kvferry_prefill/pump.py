@@ -59,8 +59,8 @@ class Pump:
         self._manifests = ManifestCodec()
         self.computed_at: dict[Key, float] = {}  # when the last step of a held sequence had ended
 
-    async def run(self, pull: Pull, outgoing: Outgoing, sequence: Sequence) -> None:
-        """Use the pull's credits until it is over and all are used."""
+    async def run(self, pull: Pull, outgoing: Outgoing, sequence: Sequence | None) -> None:
+        """Use the pull's credits until it is over and all are used. Without a sequence there are but pads to send."""
         while not (outgoing.stopped and outgoing.credits == 0 and not pull.listed):
             item = outgoing.next(finished=pull.key in self._scheduler.first_tokens)
             if item is None:
@@ -71,13 +71,13 @@ class Pump:
                 await self._send_frame(pull, outgoing, sequence, *item)
             except Exception:
                 # A frame that was counted will never come: only the end of the connection frees D's receive.
-                log.exception("cannot send KV", request_id=sequence.work.request_id)
+                log.exception("cannot send KV", request_id=sequence.work.request_id if sequence else None)
                 self._metrics.transfer_failures.labels("gather").inc()
                 pull.link.connection.abort()
                 return
 
     async def _send_frame(
-        self, pull: Pull, outgoing: Outgoing, sequence: Sequence, frame: int, content: Content
+        self, pull: Pull, outgoing: Outgoing, sequence: Sequence | None, frame: int, content: Content
     ) -> None:
         slot = await self._slots.acquire(f"send {pull.pull_id}/{frame}")
         try:
@@ -88,21 +88,21 @@ class Pump:
         self._send(pull, slot, frame, size)
 
     async def _fill(
-        self, view: memoryview, pull: Pull, outgoing: Outgoing, sequence: Sequence, frame: int, content: Content
+        self, view: memoryview, pull: Pull, outgoing: Outgoing, sequence: Sequence | None, frame: int, content: Content
     ) -> int:
         """Make the frame in a slot; returns its size."""
         kv = self._runner.kv_format
-        alive = self._scheduler.sequences.get(sequence.key) is sequence
-        if alive and isinstance(content, Piece):
+        held = sequence if sequence and self._scheduler.sequences.get(sequence.key) is sequence else None
+        if held and isinstance(content, Piece):
             num_bytes = content.num_bytes(kv.head_dim, kv.dtype)
             header = FrameHeader(KIND_KV, pull.pull_id, frame, content, kv.dtype, num_bytes)
-            return await self._gather(view, header, sequence)
-        if alive and content == MANIFEST:
-            payload = self._manifests.encode(self._manifest(outgoing, sequence, frame))
+            return await self._gather(view, header, held)
+        if held and content == MANIFEST:
+            payload = self._manifests.encode(self._manifest(outgoing, held, frame))
             view[HEADER_BYTES : HEADER_BYTES + len(payload)] = payload
             return seal(view, FrameHeader(KIND_MANIFEST, pull.pull_id, frame, NO_PIECE, kv.dtype, len(payload)))
         # Or its blocks are gone while this frame waited for a slot: the credit is still used up.
-        assert content == PAD or not alive
+        assert content == PAD or not held
         return seal(view, FrameHeader(KIND_PAD, pull.pull_id, frame, NO_PIECE, kv.dtype, 0))
 
     async def _gather(self, view: memoryview, header: FrameHeader, sequence: Sequence) -> int:

@@ -170,27 +170,28 @@ class Sender:
             self._on_ended_pull(pull, message)
             return
         if pull.sequence is None and not isinstance(message, Abort):
-            self._refuse(pull)
+            self._refuse(pull, message)
             return
         match message:
-            case Fetch(_, from_token, credits):
-                self._on_fetch(pull, from_token, credits)
+            case Fetch():
+                self._on_fetch(pull, message)
             case Credit(_, credits, again):
                 outgoing = pull.outgoing
                 if outgoing is None or outgoing.credits + credits > MAX_CREDITS_HELD or not outgoing.ask_again(again):
-                    self._refuse(pull)
+                    self._refuse(pull, message)
                     return
                 outgoing.credits += credits
                 pull.wake.set()
             case Abort():
                 self._abort(pull, "asked")
             case Ack():
-                self._on_ack(pull)
+                self._on_ack(pull, message)
 
     def _on_ended_pull(self, pull: Pull, message: Fetch | Credit | Abort | Ack) -> None:
-        """Credits that crossed P's Aborted: pad them."""
+        """Credits that crossed P's Aborted, or that it refuses: pad them, for D has a receive posted for each."""
         match message:
-            case Fetch(_, from_token, credits) if pull.outgoing is None and pull.sequence is not None:
+            case Fetch(_, from_token, credits) if pull.outgoing is None:
+                credits = min(MAX_CREDITS_HELD, credits)
                 self._start_pump(pull, pull.sequence, Outgoing(pull.pull_id, from_token, credits, stopped=True))
             case Credit(_, credits, _) if pull.outgoing is not None:
                 pull.outgoing.credits = min(MAX_CREDITS_HELD, pull.outgoing.credits + credits)
@@ -198,27 +199,27 @@ class Sender:
             case Abort() | Ack():
                 self._forget(pull, padding=True)
 
-    def _on_fetch(self, pull: Pull, from_token: int, credits: int) -> None:
-        sequence = pull.sequence
+    def _on_fetch(self, pull: Pull, message: Fetch) -> None:
+        sequence, from_token = pull.sequence, message.from_token
         assert sequence is not None
         aligned = from_token % sequence.block_size == 0 or from_token == sequence.num_context
         if pull.outgoing is not None or not aligned or from_token > sequence.num_context:
-            self._refuse(pull)
+            self._refuse(pull, message)
             return
-        outgoing = Outgoing(pull.pull_id, from_token, credits)
+        outgoing = Outgoing(pull.pull_id, from_token, message.credits)
         outgoing.computed(min(sequence.num_computed, sequence.num_context), self._runner.kv_format, self._room)
         if sequence.journal is not None:
             sequence.journal.begin("KV send", now(), first_token=from_token)
         self._start_pump(pull, sequence, outgoing)
 
-    def _start_pump(self, pull: Pull, sequence: Sequence, outgoing: Outgoing) -> None:
+    def _start_pump(self, pull: Pull, sequence: Sequence | None, outgoing: Outgoing) -> None:
         pull.outgoing = outgoing
         self._tasks.spawn(self._pump.run(pull, outgoing, sequence), "pump")
 
-    def _on_ack(self, pull: Pull) -> None:
+    def _on_ack(self, pull: Pull, message: Ack) -> None:
         sequence = pull.sequence
         if sequence is None or pull.outgoing is None or not pull.outgoing.manifest_sent:
-            self._refuse(pull)
+            self._refuse(pull, message)
             return
         self._metrics.pulls.labels("sent").inc()
         if sequence.journal is not None:
@@ -275,10 +276,11 @@ class Sender:
 
     # -- ends ------------------------------------------------------------------------------------------------
 
-    def _refuse(self, pull: Pull) -> None:
+    def _refuse(self, pull: Pull, message: Fetch | Credit | Ack) -> None:
         """The peer broke the protocol on this pull."""
         self._metrics.wire_errors.labels("data", "refused").inc()
         self._abort(pull, "refused")
+        self._on_ended_pull(pull, message)
         if pull.sequence is not None:
             self._scheduler.hold_again(pull.key, now())
 
