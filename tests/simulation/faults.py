@@ -272,8 +272,8 @@ class Saboteur:
 
     async def _slow_disk(self, fault: Fault) -> bool:
         victim = self._needed(fault)
-        if victim is None:
-            return False
+        if victim is None or self._world.runtime.disks.get(victim.settings.name):
+            return False  # one at a time: the end of the first would end the other, or a hang
         name = victim.settings.name
         self._world.runtime.disks[name] = 0.02 + 0.3 * fault.where
         await asyncio.sleep(fault.lasts)
