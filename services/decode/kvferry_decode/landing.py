@@ -219,7 +219,7 @@ class Landing:
         return self.incoming.num_wanted(len(self._posted), self._dock.frame_bytes)
 
     def _allowed(self, wanted: int, num_open: int) -> int:
-        allowed = self._dock.pace.take(wanted, num_open)
+        allowed = self._dock.pace.take(wanted, num_open, self.incoming.missing_bytes)
         self.held_back |= allowed < wanted
         return allowed
 
