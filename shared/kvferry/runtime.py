@@ -14,14 +14,16 @@ import os
 import random
 import secrets
 import signal
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from kvferry.lane import InlineLane, Lane, ThreadLane
 
 T = TypeVar("T")
+_MADV_POPULATE_WRITE: Final = 23  # of Linux 5.14; `mmap` does not name it
 
 
 class Runtime(ABC):
@@ -106,7 +108,7 @@ def blocking_sleep(seconds: float) -> None:
 
 
 def mapped_memory(num_bytes: int) -> mmap.mmap:
-    """Zeroed, page-aligned, in huge pages where the kernel gives them; takes no RAM until it is written.
+    """Zeroed, page-aligned, in huge pages where the kernel gives them, all of it in RAM.
 
     With 4 KiB pages the copies of KV miss the TLB at every page. Private, because the pages of a shared
     mapping are a file's, and stay small.
@@ -114,21 +116,29 @@ def mapped_memory(num_bytes: int) -> mmap.mmap:
     if not hasattr(mmap, "MAP_ANONYMOUS"):
         return mmap.mmap(-1, num_bytes)
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel built without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
+    _take(memory)
     return memory
 
 
 def shared_memory(descriptor: int, num_bytes: int) -> mmap.mmap:
-    """A memory file, made so long and mapped: what one process writes the others see. Zero at first, takes no RAM until
-    it is written."""
+    """A memory file, made so long and mapped: what one process writes the others see. Zero at first, all of it in
+    RAM."""
     os.ftruncate(descriptor, num_bytes)
     memory = mmap.mmap(descriptor, num_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # most kernels keep the pages of files small
-            memory.madvise(mmap.MADV_HUGEPAGE)
+    _take(memory)
     return memory
+
+
+def _take(memory: mmap.mmap) -> None:
+    """Have the kernel find the pages now, in huge ones if it can.
+
+    Else it does at the first write to each, while streams wait: for 2 MiB in a row it may have to move others, or to
+    ask a hypervisor, which takes ten milliseconds and more. And memory that isn't there is missed at the start.
+    """
+    for advice in (getattr(mmap, "MADV_HUGEPAGE", None), _MADV_POPULATE_WRITE if sys.platform == "linux" else None):
+        if advice is not None:
+            with contextlib.suppress(OSError):  # a kernel without it; most keep the pages of files small
+                memory.madvise(advice)
 
 
 class TaskSet:
