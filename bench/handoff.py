@@ -11,12 +11,11 @@ import sys
 from asyncio.subprocess import DEVNULL, PIPE
 from typing import Final
 
-from bench.handoff_ends import pull
+from bench.handoff_ends import idle_runner, pull
 from bench.options import Options
 from bench.report import Report
 from bench.transport_ends import FRAME_BYTES, WINDOW, send_over_transport
 from kvferry.engine.settings import EngineSettings
-from kvferry.engine.torch_runner import TorchRunner
 
 NUM_TOKENS: Final = 2048
 HANDOFFS: Final = 16  # of each round
@@ -28,12 +27,14 @@ GB: Final = 1e9
 
 
 async def measure(options: Options) -> Report:
-    kv = TorchRunner(EngineSettings(options.model_dir, num_blocks=1)).kv_format
+    runner = idle_runner(EngineSettings(options.model_dir, num_blocks=1))
+    kv = runner.kv_format
     num_bytes = kv.token_bytes * NUM_TOKENS
     report = Report(
         "handoff",
         {
             "hand-off": f"{NUM_TOKENS} tokens, {num_bytes / 1e6:.1f} MB, from accepted request to runnable sequence",
+            "engine's copies": runner.numerics_id,
             "transport": f"frames of {FRAME_BYTES:,} bytes, window {WINDOW}, the same backend in the same round",
         },
     )

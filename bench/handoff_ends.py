@@ -19,6 +19,8 @@ import uvloop
 
 from kvferry.bus.base import BusSettings
 from kvferry.bus.memory import MemoryBroker, MemoryBus
+from kvferry.engine.native.library import LibraryUnavailable
+from kvferry.engine.native.runner import NativeRunner
 from kvferry.engine.settings import EngineSettings
 from kvferry.engine.torch_runner import TorchRunner
 from kvferry.runtime import SystemRuntime, now
@@ -38,11 +40,19 @@ _KEY: Final = b"key of the hand-off benchmark..."
 _INCARNATIONS: Final = {"prefill": 1, "decode": 2}
 
 
-class IdleRunner(TorchRunner):
-    """The torch runner's pool and copies. Its steps compute nothing: they draw token 1."""
+def idle_runner(settings: EngineSettings) -> NativeRunner | TorchRunner:
+    """Pool and copies of the engine that a worker has here. Its steps compute nothing: they draw token 1."""
+    runner: NativeRunner | TorchRunner
+    try:
+        runner = NativeRunner(settings)
+    except LibraryUnavailable:
+        runner = TorchRunner(settings)
+    runner.execute = _draw  # type: ignore[method-assign]
+    return runner
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        return StepResult(tuple(None if step.draw is None else 1 for step in plan.steps), 0.0)
+
+def _draw(plan: StepPlan) -> StepResult:
+    return StepResult(tuple(None if step.draw is None else 1 for step in plan.steps), 0.0)
 
 
 class CountedPrefillWorker(PrefillWorker):
@@ -70,7 +80,7 @@ async def parts(role: str, model_dir: Path, transport: str, num_tokens: int) -> 
     runtime = SystemRuntime()
     bus = MemoryBus(MemoryBroker(runtime), BusSettings("memory://", role, role), runtime)
     await bus.start()
-    runner = IdleRunner(EngineSettings(model_dir, num_blocks=3 * (num_tokens // 16 + 2), threads=1))
+    runner = idle_runner(EngineSettings(model_dir, num_blocks=3 * (num_tokens // 16 + 2), threads=1))
     return Parts(
         runtime=runtime,
         bus=bus,

@@ -32,7 +32,7 @@ STREAM_PROMPT: Final = 64
 STREAM_TOKENS: Final = 256
 BURST_PROMPT: Final = 2048
 BURST_TOKENS: Final = 32
-BURST_EVERY_S: Final = 3.0
+BURST_EVERY_S: Final = 5.0  # more than P on one core takes, so that no arrival meets the one before it
 BURSTS: Final = 20
 TRIAL_BURSTS: Final = 5  # to find the single worker's best chunk size
 QUICK_BURSTS: Final = 3
@@ -59,16 +59,17 @@ class Interference:
 
 
 async def measure(options: Options) -> Report:
+    bursts = QUICK_BURSTS if options.quick else BURSTS
     client = "interference.py of the peers" if options.peers else "bench/interference.py"
     report = Report(
         "interference",
         {
             "disaggregated": "P on core 0, D on core 1, 1 thread each; gateway, NATS and client on core 0",
             "single worker": "2 threads on cores 0 and 1; gateway, NATS and client on both",
+            "arrivals": f"{bursts}, one every {BURST_EVERY_S:g} s",
             "client": client,
         },
     )
-    bursts = QUICK_BURSTS if options.quick else BURSTS
     judge = _judge(options)
     apart = {"local_prefill_threshold": "0"}  # the pair is what is measured, not the choice to use it
     async with running(options, "--threads", "1", settings=apart) as stack:
