@@ -18,10 +18,10 @@ from bench.transport_ends import FRAME_BYTES, WINDOW, send_over_transport
 from kvferry.engine.settings import EngineSettings
 
 NUM_TOKENS: Final = 2048
-HANDOFFS: Final = 16  # of each round
+HANDOFFS: Final = 24  # of each round
 WARM_UP: Final = 6  # left out: the first connects, and pools and slots are written for the first time
-ROUNDS: Final = 5
-FRAMES: Final = 60
+ROUNDS: Final = 9
+FRAMES: Final = 200
 LIMIT: Final = 0.5
 GB: Final = 1e9
 

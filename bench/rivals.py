@@ -1,14 +1,16 @@
 """Other servers on the same machine and model, started by launch scripts that lie under `$PEERS/bin`.
 
-Each is an OpenAI-compatible server on a port of 127.0.0.1 that answers `/v1/completions` with token-id prompts.
+Each is an OpenAI-compatible server on a port of 127.0.0.1 that answers `/v1/completions` with token-id prompts. Some
+keep cores busy when idle: whoever measures anything else beside them freezes them for that time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+import signal
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,6 +26,7 @@ VLLM_PORT: Final = 8500
 VLLM_PD_PORT: Final = 8503
 SMALL_CHUNKS: Final = " --max-num-batched-tokens 256"
 COMPILED: Final = " "  # in place of the launch script's --enforce-eager
+_MARK: Final = "BENCH_RIVAL"  # in the environment of all processes of one
 
 
 class RivalError(Exception):
@@ -37,6 +40,18 @@ class Rival:
     name: str
     port: int
 
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Stop its processes for the block."""
+        pids = _processes(self.name)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
 
 def available(peers: Path, name: str) -> bool:
     """Whether a peer has been built there."""
@@ -48,50 +63,54 @@ def available(peers: Path, name: str) -> bool:
 async def llama(peers: Path, quantization: str, threads: int = 2, slots: int = 8) -> AsyncIterator[Rival]:
     """llama.cpp's server; `quantization` as in the file's name, BF16 or Q8_0."""
     model = peers / f"models/smollm2-{quantization}.gguf"
-    async with _launched(
-        peers, "llama-server.sh", ("start", str(threads), str(slots), str(model), str(LLAMA_PORT)), ("stop",)
-    ):
+    rival = Rival(f"llama.cpp {quantization}", LLAMA_PORT)
+    start = ("start", str(threads), str(slots), str(model), str(LLAMA_PORT))
+    async with _launched(rival, peers, "llama-server.sh", start, ("stop",)):
         await _wait(LLAMA_PORT, "/health", "llama-server.sh")
-        yield Rival(f"llama.cpp {quantization}", LLAMA_PORT)
+        yield rival
 
 
 @asynccontextmanager
 async def vllm(peers: Path, flags: str = COMPILED) -> AsyncIterator[Rival]:
     """vLLM on cores 0 and 1."""
-    place = (str(VLLM_PORT), "0-1", "vllm")
-    async with _launched(peers, "vllm-serve.sh", ("start", *place), ("stop", *place), {"VARGS": flags}):
+    rival, place = Rival("vLLM", VLLM_PORT), (str(VLLM_PORT), "0-1", "vllm")
+    async with _launched(rival, peers, "vllm-serve.sh", ("start", *place), ("stop", *place), {"VARGS": flags}):
         await _wait(VLLM_PORT, "/health", "vllm-serve.sh")
-        yield Rival("vLLM", VLLM_PORT)
+        yield rival
 
 
 @asynccontextmanager
 async def vllm_apart(peers: Path) -> AsyncIterator[Rival]:
-    """vLLM's prefill on core 0 and its decode on core 1, KV by NIXL. It spins on both even when idle: let nothing
-    else be measured beside it."""
-    async with _launched(peers, "vllm-pd.sh", ("start",), ("stop",), {"VARGS": COMPILED}):
+    """vLLM's prefill on core 0 and its decode on core 1, KV by NIXL."""
+    rival = Rival("vLLM P/D", VLLM_PD_PORT)
+    async with _launched(rival, peers, "vllm-pd.sh", ("start",), ("stop",), {"VARGS": COMPILED}):
         await _wait(VLLM_PD_PORT, "/v1/models", "vllm-pd.sh")
-        yield Rival("vLLM P/D", VLLM_PD_PORT)
-
-
-@asynccontextmanager
-async def frozen(peers: Path) -> AsyncIterator[None]:
-    """Stop the processes of `vllm_apart` for the block."""
-    await _run(peers, "pdsig.sh", ("STOP",), {}, STOP_TIMEOUT_S)
-    try:
-        yield
-    finally:
-        await _run(peers, "pdsig.sh", ("CONT",), {}, STOP_TIMEOUT_S)
+        yield rival
 
 
 @asynccontextmanager
 async def _launched(
-    peers: Path, script: str, start: tuple[str, ...], stop: tuple[str, ...], settings: Mapping[str, str] | None = None
+    rival: Rival,
+    peers: Path,
+    script: str,
+    start: tuple[str, ...],
+    stop: tuple[str, ...],
+    settings: Mapping[str, str] | None = None,
 ) -> AsyncIterator[None]:
     try:
-        await _run(peers, script, start, settings or {}, START_TIMEOUT_S)
+        await _run(peers, script, start, {_MARK: rival.name, **(settings or {})}, START_TIMEOUT_S)
         yield
     finally:
         await _run(peers, script, stop, {}, STOP_TIMEOUT_S)
+
+
+def _processes(name: str) -> list[int]:
+    mark, found = f"{_MARK}={name}".encode(), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is somebody else's
+            if mark in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
 
 
 async def _run(
