@@ -3,7 +3,8 @@
 - A repeated request gets the answer of the first, also when the attempt has ended meanwhile
   (`docs/protocol.md`: idempotent by (ticket, attempt)).
 - A cancel for an unknown attempt leaves a tombstone, so that the request it overtook is refused.
-- A newer attempt of a unit replaces the older one; a fence refuses a gateway's attempts up to a number.
+- A newer attempt of a unit replaces the older one, and refuses one that comes late, for a while after its own end, too;
+  a fence refuses a gateway's attempts up to a number.
 
 Everything is bounded: live attempts by the scheduler, the rest by time and by number, oldest out first.
 """
@@ -25,7 +26,8 @@ class Fences:
         self._live: dict[Key, None] = {}  # accepted and not ended
         self._buried: dict[Key, float] = {}  # cancelled -> when it may be forgotten, in order of time
         self._ended: dict[Key, float] = {}  # accepted, and ended by itself: likewise
-        self._units: dict[tuple[int, int], Key] = {}  # (gateway incarnation, unit) -> newest live attempt
+        self._units: dict[tuple[int, int], Key] = {}  # (gateway incarnation, unit) -> newest attempt
+        self._over: dict[tuple[int, int], float] = {}  # units whose newest is not live: likewise
         self._fenced: dict[int, int] = {}  # gateway incarnation -> highest fenced attempt
 
     def check(self, work: Work) -> RejectReason | None:
@@ -47,18 +49,19 @@ class Fences:
         """Note an accepted attempt. Returns the older attempt of its unit, which is to be cancelled."""
         unit = (work.gateway_incarnation, work.unit)
         older = self._units.get(unit)
+        self._over.pop(unit, None)
         self._units[unit] = work.key
         self._live[work.key] = None
-        return older
+        return older if older in self._live else None
 
     def end(self, work: Work, now: float) -> None:
         """The attempt has ended here by itself."""
-        if self._leave(work):
+        if self._leave(work, now):
             _remember(self._ended, work.key, now)
 
     def cancel(self, work: Work, now: float) -> None:
         """The attempt was cancelled: repeats of its request are refused for a while."""
-        self._leave(work)
+        self._leave(work, now)
         self._ended.pop(work.key, None)
         self.bury(work.key, now)
 
@@ -77,13 +80,20 @@ class Fences:
         for graves in (self._buried, self._ended):
             while graves and graves[key := next(iter(graves))] <= now:
                 del graves[key]
+        while self._over and self._over[unit := next(iter(self._over))] <= now:
+            self._forget(unit)
 
-    def _leave(self, work: Work) -> bool:
+    def _leave(self, work: Work, now: float) -> bool:
         """Take the attempt off the live ones. False if it is not among them."""
         unit = (work.gateway_incarnation, work.unit)
         if self._units.get(unit) == work.key:
-            del self._units[unit]
+            self._over.setdefault(unit, now + TOMBSTONE_S)
+            if len(self._over) > MAX_TOMBSTONES:
+                self._forget(next(iter(self._over)))
         return self._live.pop(work.key, work.key) is None
+
+    def _forget(self, unit: tuple[int, int]) -> None:
+        del self._over[unit], self._units[unit]
 
 
 def _remember(graves: dict[Key, float], key: Key, now: float) -> None:

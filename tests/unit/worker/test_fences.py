@@ -73,7 +73,23 @@ def test_a_newer_attempt_of_a_unit_replaces_the_older_and_an_older_one_is_stale(
     assert fences.accept(other_gateway) is None
     fences.end(second, 0.0)
     fences.end(other_gateway, 0.0)
-    assert books(fences) == Books(0, 1, 2, 0)
+    assert books(fences) == Books(0, 1, 2, 2)
+
+
+def test_an_older_attempt_that_comes_after_the_end_of_a_newer_one_is_stale() -> None:
+    fences = Fences()
+    late, newer = work_of(4, unit=1), work_of(4, unit=1)
+    fences.accept(newer)
+    fences.end(newer, 10.0)
+    assert fences.check(late) == "stale_attempt"
+    newest = work_of(4, unit=1)
+    assert fences.accept(newest) is None, "the one before has ended: there is nothing to cancel"
+    fences.expire(10.0 + TOMBSTONE_S)
+    assert fences.check(late) == "stale_attempt", "the newest lives"
+    fences.cancel(newest, 50.0)
+    fences.expire(50.0 + TOMBSTONE_S)
+    assert fences.check(late) is None
+    assert books(fences) == Books(0, 0, 0, 0)
 
 
 def test_a_fence_refuses_a_gateways_attempts_up_to_its_number_and_never_sinks() -> None:
@@ -91,6 +107,11 @@ def test_tombstones_and_fences_are_bounded_and_the_oldest_goes_first() -> None:
     for number in range(MAX_TOMBSTONES + 1):
         fences.bury((number.to_bytes(16, "big"), 0), 0.0)
     assert books(fences).buried == MAX_TOMBSTONES
+    for unit in range(MAX_TOMBSTONES + 1):
+        work = work_of(4, unit=unit)
+        fences.accept(work)
+        fences.end(work, 0.0)
+    assert (books(fences).units, books(fences).ended) == (MAX_TOMBSTONES, MAX_TOMBSTONES)
     assert fences.check(work_of(4, ticket=bytes(16), attempt=0)) is None
     for gateway in range(MAX_FENCES + 1):
         fences.fence(gateway, 5)
