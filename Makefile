@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: help run setup check test simulate simulate-plants mutate bench chaos fuzz degrees compose-up compose-down clean FORCE
+.PHONY: help run setup check test simulate simulate-plants mutate bench chaos fuzz degrees parity compose-up compose-down clean FORCE
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -76,6 +76,9 @@ fuzz: $(VENV)/.dev ## 100,000 random and mutated bodies, messages and frames (AR
 degrees: $(VENV)/.dev ## Whole stacks whose prefill and decode workers have 1, 2 and 4 ranks, all pairs
 	@model=$$($(BIN)/kvferry model fetch smollm2) && KVFERRY_ALL_DEGREES=1 KVFERRY_TEST_MODEL="$$model" \
 		$(BIN)/python -m pytest tests/e2e/test_tensor_parallel.py $(ARGS)
+
+parity: $(VENV)/.dev ## Every feature of the API over every way through a cluster, failover in each; writes docs/parity.md
+	@PYTHONPATH=tests $(BIN)/python tests/parity_page.py
 
 compose-up: ## The stack in containers, built if need be (ARGS="--scale prefill=2 --scale decode=3")
 	docker compose up --build --detach --wait $(ARGS)

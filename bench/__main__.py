@@ -42,6 +42,8 @@ PROGRAMS: Final[Mapping[str, Callable[[Options], list[str]]]] = {
     "accuracy": lambda options: ["-m", "bench.accuracy", str(options.model_dir)],
     "grammar": lambda options: ["-m", "bench.grammar", str(options.model_dir), *_rounds(options)],
     "transport": lambda options: ["-m", "bench.transport"],
+    "gateway": lambda options: ["-m", "bench.gateway", str(options.model_dir), *(["--quick"] if options.quick else [])],
+    "tracing": lambda options: ["-m", "bench.tracing", str(options.model_dir), *(["--quick"] if options.quick else [])],
     "placement": lambda options: ["-m", "bench.placement", *(["--quick"] if options.quick else [])],
     "autoscale": lambda options: ["-m", "bench.autoscale", *(["--quick"] if options.quick else [])],
 }

@@ -28,7 +28,7 @@ from kvferry.engine.native.library import Library, LibraryUnavailable, open_libr
 from kvferry.engine.native.runner import NativeRunner
 from kvferry.engine.settings import EngineSettings
 from kvferry.schedule.step import BlockTable, Draw, ModelRunner, SequenceStep, StepPlan
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 
 CHUNK: Final = 512
 CONTEXT: Final = 256

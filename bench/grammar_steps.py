@@ -19,7 +19,8 @@ from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.grammar.mask import GrammarMask
 from kvferry.lane import ThreadLane
 from kvferry.schedule.step import NO_TOKENS, BlockTable, Draw, SequenceStep, StepPlan
-from kvferry.wire.messages import Grammar, Sampling, TokenArray
+from kvferry.wire.fields import TokenArray
+from kvferry.wire.sampling import Grammar, Sampling
 
 STREAMS: Final = (1, 8, 24)
 STEPS: Final = 40  # of one turn

@@ -15,7 +15,6 @@ from bench.handoff_ends import idle_runner, pull
 from bench.options import Options
 from bench.report import Report
 from bench.transport_ends import FRAME_BYTES, WINDOW, send_over_transport
-from kvferry.engine.settings import EngineSettings
 
 NUM_TOKENS: Final = 2048
 HANDOFFS: Final = 24  # of each round
@@ -27,9 +26,8 @@ GB: Final = 1e9
 
 
 async def measure(options: Options) -> Report:
-    runner = idle_runner(EngineSettings(options.model_dir, num_blocks=1))
-    kv = runner.kv_format
-    num_bytes = kv.token_bytes * NUM_TOKENS
+    runner = idle_runner(options.model_dir, NUM_TOKENS)
+    num_bytes = runner.kv_format.token_bytes * NUM_TOKENS
     report = Report(
         "handoff",
         {
@@ -72,6 +70,6 @@ async def _handoffs(options: Options, backend: str) -> list[float]:
     prefill = await asyncio.create_subprocess_exec(sys.executable, *program, stdin=DEVNULL, stdout=PIPE)
     assert prefill.stdout is not None
     address = (await prefill.stdout.readline()).decode().strip()
-    seconds = await pull(options.model_dir, backend, NUM_TOKENS, HANDOFFS, address)
+    seconds = await pull(idle_runner(options.model_dir, NUM_TOKENS), backend, NUM_TOKENS, HANDOFFS, address)
     await prefill.wait()
     return seconds

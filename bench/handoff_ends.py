@@ -25,12 +25,15 @@ from kvferry.engine.settings import EngineSettings
 from kvferry.engine.torch_runner import TorchRunner
 from kvferry.runtime import SystemRuntime, now
 from kvferry.schedule.sequence import Emission, Sequence
-from kvferry.schedule.step import StepPlan, StepResult
+from kvferry.schedule.step import ModelRunner, StepPlan, StepResult
 from kvferry.transport.base import TransportSettings
 from kvferry.transport.factory import open_transport
 from kvferry.transport.slots import SlotPool
-from kvferry.wire.messages import DecodeRequest, PrefillRequest, Sampling, Work, WorkerAddress, pack_tokens
-from kvferry.worker.worker import Parts
+from kvferry.wire.fields import pack_tokens
+from kvferry.wire.record import WorkerAddress
+from kvferry.wire.sampling import Sampling
+from kvferry.wire.work import DecodeRequest, PrefillRequest, Work
+from kvferry.worker.parts import Parts
 from kvferry_decode.settings import DecodeSettings
 from kvferry_decode.worker import DecodeWorker
 from kvferry_prefill.settings import PrefillSettings
@@ -40,19 +43,33 @@ _KEY: Final = b"key of the hand-off benchmark..."
 _INCARNATIONS: Final = {"prefill": 1, "decode": 2}
 
 
-def idle_runner(settings: EngineSettings) -> NativeRunner | TorchRunner:
-    """Pool and copies of the engine that a worker has here. Its steps compute nothing: they draw token 1."""
-    runner: NativeRunner | TorchRunner
+class Idle:
+    """Steps of a runner that computes nothing: they draw token 1. Its pool and its copies are real."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        return StepResult(tuple(None if step.draw is None else 1 for step in plan.steps), 0.0)
+
+
+class IdleNativeRunner(Idle, NativeRunner):
+    """The native engine's."""
+
+
+class IdleTorchRunner(Idle, TorchRunner):
+    """The torch engine's."""
+
+
+def num_blocks(num_tokens: int) -> int:
+    """Of a pool for prompts of so many tokens."""
+    return 3 * (num_tokens // 16 + 2)
+
+
+def idle_runner(model_dir: Path, num_tokens: int) -> ModelRunner:
+    """Of the engine that a worker has here."""
+    settings = EngineSettings(model_dir, num_blocks=num_blocks(num_tokens), threads=1)
     try:
-        runner = NativeRunner(settings)
+        return IdleNativeRunner(settings)
     except LibraryUnavailable:
-        runner = TorchRunner(settings)
-    runner.execute = _draw  # type: ignore[method-assign]
-    return runner
-
-
-def _draw(plan: StepPlan) -> StepResult:
-    return StepResult(tuple(None if step.draw is None else 1 for step in plan.steps), 0.0)
+        return IdleTorchRunner(settings)
 
 
 class CountedPrefillWorker(PrefillWorker):
@@ -76,11 +93,10 @@ class TimedDecodeWorker(DecodeWorker):
         super().emit(emission)
 
 
-async def parts(role: str, model_dir: Path, transport: str, num_tokens: int) -> Parts:
+async def parts(role: str, runner: ModelRunner, transport: str) -> Parts:
     runtime = SystemRuntime()
     bus = MemoryBus(MemoryBroker(runtime), BusSettings("memory://", role, role), runtime)
     await bus.start()
-    runner = idle_runner(EngineSettings(model_dir, num_blocks=3 * (num_tokens // 16 + 2), threads=1))
     return Parts(
         runtime=runtime,
         bus=bus,
@@ -105,9 +121,9 @@ def sequence(worker: Any, number: int, num_tokens: int) -> Sequence:
     return Sequence(number, work, kv.format_id, kv.block_size, worker.runner.max_model_len, now())
 
 
-async def serve_prefill(model_dir: Path, transport: str, num_tokens: int, rounds: int) -> None:
+async def serve_prefill(runner: ModelRunner, transport: str, num_tokens: int, rounds: int) -> None:
     settings = PrefillSettings.model_validate({})
-    worker = CountedPrefillWorker(settings, await parts("prefill", model_dir, transport, num_tokens))
+    worker = CountedPrefillWorker(settings, await parts("prefill", runner, transport))
     worker.gone = asyncio.Event()
     await worker.transport.start(worker.attach)
     await worker.start()
@@ -121,11 +137,9 @@ async def serve_prefill(model_dir: Path, transport: str, num_tokens: int, rounds
     await worker.stop()
 
 
-async def pull(model_dir: Path, transport: str, num_tokens: int, rounds: int, address: str) -> list[float]:
+async def pull(runner: ModelRunner, transport: str, num_tokens: int, rounds: int, address: str) -> list[float]:
     """Seconds of each hand-off."""
-    worker = TimedDecodeWorker(
-        DecodeSettings.model_validate({}), await parts("decode", model_dir, transport, num_tokens)
-    )
+    worker = TimedDecodeWorker(DecodeSettings.model_validate({}), await parts("decode", runner, transport))
     worker.runnable = asyncio.Event()
     await worker.transport.start(worker.attach)
     await worker.start()
@@ -144,4 +158,5 @@ async def pull(model_dir: Path, transport: str, num_tokens: int, rounds: int, ad
 
 
 if __name__ == "__main__":
-    uvloop.run(serve_prefill(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
+    model, backend, length, count = sys.argv[1:]
+    uvloop.run(serve_prefill(idle_runner(Path(model), int(length)), backend, int(length), int(count)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from typing import Final
@@ -35,6 +36,15 @@ class Machine:
         memory[:] = 1  # pages that nobody wrote are all one page of zeros
         where = memory.ctypes.data
         return cls(max(dot(DOT_SECONDS) for _ in range(TRIES)), max(read(where, READ_BYTES) for _ in range(TRIES)))
+
+
+def read_bandwidth(library: Library, threads: int) -> float:
+    """Bytes/s of so many threads that read at the same time."""
+    read = library.c.kvf_peak_read
+    read.argtypes, read.restype = [ctypes.c_void_p, ctypes.c_uint64], ctypes.c_double
+    memory = [np.ones(READ_BYTES, np.uint8) for _ in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        return max(sum(pool.map(lambda one: float(read(one.ctypes.data, READ_BYTES)), memory)) for _ in range(TRIES))
 
 
 def parameters(config: ModelConfig) -> int:

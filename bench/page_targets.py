@@ -160,6 +160,42 @@ INTERFERENCE: Final = Section(
     "interference",
 )
 
+_PER_TOKEN: Final = "CPU per token, {} streams: kvferry ÷ {}"
+
+GATEWAY: Final = Section(
+    "The gateway's own cost",
+    "Before workers that compute nothing, beside Dynamo's frontend before its own mock workers and a loop that only "
+    "writes as many bytes as often: user and system time of that one process, with stop strings, usage and metrics on "
+    "and tracing off. What NATS takes stands beside it. The rest goes, at 256 streams, to the system call of each "
+    "write, which the write loop makes, too, and to memory that is cold by the next step; at one stream, to waking up.",
+    ("gateway",),
+    (
+        *(
+            _stay("gateway", _PER_TOKEN.format(streams, whose), f"CPU per token, {streams} streams ÷ {words}", limit)
+            for streams in (32, 256)
+            for whose, words, limit in (("Dynamo", "Dynamo's frontend", 0.4), ("write loop", "the write loop", 1.5))
+        ),
+        _stay("gateway", "CPU per request: kvferry ÷ Dynamo", "CPU per request ÷ Dynamo's frontend", 1.0),
+        _reach("gateway", "kvferry: flat out", "flat out, tokens per core-second", 1e6),
+        _stay(
+            "gateway", "kvferry: added latency, 32 streams, p99",
+            "batch to client at 32 streams, p99", 1.5, "ms",
+        ),
+        _stay(
+            "gateway", "kvferry: one request at a time, end to end",
+            "a request for one token, end to end, one at a time", 3.0, "ms",
+        ),
+        _reach("gateway", "kvferry: events ÷ tokens, *", "events ÷ tokens, the least", 0.98),
+    ),
+)  # fmt: skip
+
+TRACING: Final = Section(
+    "What tracing costs",
+    "The same gateway without tracing, with 1 % of the requests sampled, and with all of them, in turn. All threads of "
+    "its process count, until every span has left it. Tokens have no spans, so a stream pays where it begins and ends.",
+    ("tracing",),
+)
+
 PLACEMENT: Final = Section(
     "Placement",
     "Recorded traffic in simulation, at the engine's own measured rates, against other policies.",
@@ -179,4 +215,4 @@ STACK: Final = Section(
     ("idle", "startup", "parity", "parity_kill"),
 )
 
-SECTIONS: Final = (RIVALS, MACHINE, MEMORY, ACCURACY, HANDOFF, INTERFERENCE, PLACEMENT, STACK)
+SECTIONS: Final = (RIVALS, MACHINE, MEMORY, ACCURACY, HANDOFF, INTERFERENCE, GATEWAY, TRACING, PLACEMENT, STACK)

@@ -22,7 +22,9 @@ from bench.placement_policies import MODEL, POLICIES, Choice, Policy
 from bench.placement_workers import Costs, Job, PrefillWorker
 from bench.traces import BLOCK_SIZE, TraceRequest
 from kvferry.bus.liveness import BEAT_INTERVAL
-from kvferry.wire.messages import Role, WorkerAddress, WorkerRecord, WorkerState
+from kvferry.wire.beats import WorkerState
+from kvferry.wire.fields import Role
+from kvferry.wire.record import WorkerAddress, WorkerRecord
 from kvferry_gateway.prediction import LAST_PIECE_TOKENS, Snapshot
 from kvferry_gateway.targets import Targets
 

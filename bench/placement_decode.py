@@ -7,7 +7,7 @@ from typing import Final
 
 from bench.placement_workers import RATE_SMOOTHING, Costs, Job, Worker
 from bench.traces import BLOCK_SIZE
-from kvferry.wire.messages import Load
+from kvferry.wire.beats import Load
 
 MAX_STEPS: Final = 32  # taken together: how often a batch's context is counted anew
 

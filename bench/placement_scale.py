@@ -14,7 +14,11 @@ from bench.report import Report, percentile
 from bench.traces import BLOCK_SIZE
 from kvferry.bus.liveness import BEAT_INTERVAL
 from kvferry.kv.events import pack_keys
-from kvferry.wire.messages import CacheEvents, Codecs, Heartbeat, Load, Role, WorkerAddress, WorkerRecord
+from kvferry.wire.beats import Heartbeat, Load
+from kvferry.wire.cache_news import CacheEvents
+from kvferry.wire.fields import Role
+from kvferry.wire.messages import Codecs
+from kvferry.wire.record import WorkerAddress, WorkerRecord
 from kvferry_gateway.decision import Placed, Request
 from kvferry_gateway.prediction import Snapshot
 from kvferry_gateway.prefix_index import PrefixIndex

@@ -12,7 +12,7 @@ from typing import Final, TypeAlias
 from bench.placement_engine import EngineRates
 from bench.traces import BLOCK_SIZE, TraceRequest
 from kvferry.kv.events import CacheLog
-from kvferry.wire.messages import Load
+from kvferry.wire.beats import Load
 
 RATE_SMOOTHING: Final = 0.2
 

@@ -20,9 +20,21 @@ class Process:
 
     def cpu_seconds(self) -> float:
         """User and system time of all its threads since it started."""
+        return sum(self.user_and_system())
+
+    def user_and_system(self) -> tuple[float, float]:
+        """The parts of `cpu_seconds`."""
         # The command name may hold spaces and parentheses: fields are counted from behind it.
         fields = (PROC / str(self.pid) / "stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+        return int(fields[11]) / _TICKS_PER_S, int(fields[12]) / _TICKS_PER_S
+
+    def scheduled_seconds(self) -> float:
+        """The same as `cpu_seconds` as the scheduler counts it: to the nanosecond, but without threads that ended."""
+        nanoseconds = 0
+        for thread in (PROC / str(self.pid) / "task").iterdir():
+            with contextlib.suppress(OSError):
+                nanoseconds += int((thread / "schedstat").read_text().split()[0])
+        return nanoseconds / 1e9
 
     def memory_mb(self) -> tuple[float, float]:
         """(RSS, PSS) in MiB. PSS divides pages that processes share, such as mapped weights, among them."""

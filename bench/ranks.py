@@ -3,8 +3,9 @@
     prefill, decode   as in `bench.engine`, the native engine in bf16
     exchange          what a layer of a decode step takes beyond half of one rank's, and what a memcpy of the rows that
                       ranks exchange in a layer would take: they write and read the same memory, and copy nothing
-    hand-off          the copies of 2,048 tokens' KV from blocks into frames and back, of a worker of two ranks beside
-                      one without: what 1 to 2 and 2 to 1 cost more than 1 to 1
+    copies            of 2,048 tokens' KV from blocks into frames and back, of a worker of two ranks beside one
+    hand-off          of as many tokens over TCP, from the accepted request to the runnable sequence: 1 to 2 ranks and 2
+                      to 1 beside 1 to 1
 
 All take turns in every round and the best counts, as there. The ranks are processes, as a worker has them.
 """
@@ -12,47 +13,48 @@ All take turns in every round and the best counts, as there. The ranks are proce
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+import uvloop
 
 from bench.engine import MAX_MODEL_LEN, MEASURES, NUM_BLOCKS, ROUNDS, Contestant, tables
+from bench.ranks_ends import hand_offs, ranked
 from bench.report import Report
-from kvferry.config import load_settings
 from kvferry.engine.config import ModelConfig
 from kvferry.engine.native.library import LibraryUnavailable, open_library
 from kvferry.engine.native.runner import NativeRunner
 from kvferry.engine.settings import EngineSettings
 from kvferry.runtime import blocking_clock
-from kvferry.wire.frame import Piece
-from kvferry.worker.ranks import ranks_of
-from kvferry_decode.settings import DecodeSettings
+from kvferry.transport.slots import SlotPool
+from kvferry.wire.frame import HEADER_BYTES, Piece
 
 ONE: Final = "1 rank, 1 thread"
 THREADS: Final = "1 rank, 2 threads"
 RANKS: Final = "2 ranks, 1 thread each"
 TOKENS: Final = 2048
 FRAME_TOKENS: Final = 512
+NUM_SLOTS: Final = 16
 HAND_OFF: Final = 1.15  # times what it takes without ranks
+TRANSPORT: Final = "tcp"
+DEGREES: Final = ((1, 1), (1, 2), (2, 1))  # of P and D
+HAND_OFFS: Final = 16  # of each round
+WARM_UP: Final = 6  # left out: pools and slots are written for the first time
 
 
-@contextmanager
-def two_ranks(settings: EngineSettings) -> Iterator[NativeRunner]:
-    """Started as a worker starts them."""
-    flags = {"name": "bench", "model": str(settings.model_dir), "tensor_parallel_size": 2}
-    worker = load_settings(DecodeSettings, config_file=None, environ={}, flags=flags)
-    with ranks_of(worker) as ranks:
-        runner = NativeRunner(replace(settings, tensor_parallel_size=2), followers=ranks.followers)
-        yield runner
-        runner.close()
+def staging_slots() -> list[memoryview]:
+    """As a worker has them: frames that begin elsewhere in a cache line are copied more slowly."""
+    pool = SlotPool(NUM_SLOTS)
+    return [slot.view for _ in range(NUM_SLOTS) if (slot := pool.try_acquire("bench")) is not None]
 
 
-def copy_seconds(runner: NativeRunner) -> dict[str, float]:
+def copy_seconds(runner: NativeRunner, slots: Sequence[memoryview]) -> dict[str, float]:
     """gather, scatter: seconds of all frames of TOKENS tokens."""
     kv = runner.kv_format
     (table,) = tables(runner, 1, TOKENS)
@@ -61,12 +63,11 @@ def copy_seconds(runner: NativeRunner) -> dict[str, float]:
         for at in range(0, TOKENS, FRAME_TOKENS)
         for layer in range(0, kv.num_layers, 10)
     ]
-    frames = [bytearray(piece.num_bytes(kv.head_dim, kv.dtype)) for piece in pieces]
     seconds = {}
     for name, move in (("gather", runner.gather), ("scatter", runner.scatter)):
         began = blocking_clock()
-        for piece, frame in zip(pieces, frames, strict=True):
-            move(piece, table, memoryview(frame))
+        for piece, frame in zip(pieces, slots, strict=False):
+            move(piece, table, frame[HEADER_BYTES:][: piece.num_bytes(kv.head_dim, kv.dtype)])
         seconds[name] = blocking_clock() - began
     return seconds
 
@@ -94,15 +95,16 @@ def measure(settings: EngineSettings, rounds: int) -> Report:
         }
         for alone in single.values():
             stack.callback(alone.close)
-        runners = {**single, RANKS: stack.enter_context(two_ranks(replace(settings, threads=1)))}
+        runners = {**single, RANKS: stack.enter_context(ranked(replace(settings, threads=1), 2))}
         contestants = {name: Contestant(name, runner) for name, runner in runners.items()}
+        slots = staging_slots()
         copies: dict[str, dict[str, float]] = {name: {} for name in runners}
         for runner in runners.values():
             runner.warm_up()
         for _ in range(rounds):
             for name, each in contestants.items():
                 each.take_turn()
-                for what, seconds in copy_seconds(runners[name]).items():
+                for what, seconds in copy_seconds(runners[name], slots).items():
                     copies[name][what] = min(copies[name].get(what, float("inf")), seconds)
         memory = [size / 1e6 for size in runners[RANKS].rank_weight_bytes]
     for name, each in contestants.items():
@@ -121,6 +123,17 @@ def measure(settings: EngineSettings, rounds: int) -> Report:
     step, half = contestants[RANKS].seconds["decode 1"], contestants[ONE].seconds["decode 1"] / 2
     report.add("decode 1, a layer: beyond half of one rank's", (step - half) / config.num_layers * 1e6, "µs")
     report.add("a layer's exchange as a memcpy, 512 rows", copied_seconds(config, 512) * 1e6, "µs")
+    whole: dict[tuple[int, int], list[float]] = {degrees: [] for degrees in DEGREES}
+    for _ in range(rounds):
+        for degrees, taken in whole.items():
+            found = uvloop.run(hand_offs(settings.model_dir, TRANSPORT, TOKENS, HAND_OFFS, degrees))
+            taken.append(statistics.median(found[WARM_UP:]))
+    for (prefill, decode), taken in whole.items():
+        name = f"hand-off of {TOKENS} tokens, {prefill} to {decode}"
+        report.add(name, min(taken) * 1e3, "ms")
+        if (prefill, decode) != DEGREES[0]:
+            report.add(f"{name} ÷ 1 to 1", min(taken) / min(whole[DEGREES[0]]), limit=HAND_OFF)
+    report.raw["hand-offs"] = {f"{prefill} to {decode}": taken for (prefill, decode), taken in whole.items()}
     report.raw["seconds"] = {name: each.seconds for name, each in contestants.items()} | {"copies": copies}
     return report
 

@@ -24,6 +24,7 @@ STOP_TIMEOUT_S: Final = 60.0
 LLAMA_PORT: Final = 8300
 VLLM_PORT: Final = 8500
 VLLM_PD_PORT: Final = 8503
+DYNAMO_PORT: Final = 8400
 SMALL_CHUNKS: Final = " --max-num-batched-tokens 256"
 COMPILED: Final = " "  # in place of the launch script's --enforce-eager
 _MARK: Final = "BENCH_RIVAL"  # in the environment of all processes of one
@@ -55,18 +56,31 @@ class Rival:
 
 def available(peers: Path, name: str) -> bool:
     """Whether a peer has been built there."""
-    built = {"llama": peers / "build-llama/bin/llama-server", "vllm": peers / "venv-vllm/bin/vllm"}
+    built = {
+        "llama": peers / "build-llama/bin/llama-server",
+        "vllm": peers / "venv-vllm/bin/vllm",
+        "dynamo": peers / "venv-dyn/bin/python",
+    }
     return built[name].is_file()
+
+
+def weight_bytes(peers: Path, quantization: str) -> int:
+    """Of llama.cpp's model: what it reads for each token of a lone stream."""
+    return _gguf(peers, quantization).stat().st_size
+
+
+def _gguf(peers: Path, quantization: str) -> Path:
+    return peers / f"models/smollm2-{quantization}.gguf"
 
 
 @asynccontextmanager
 async def llama(peers: Path, quantization: str, threads: int = 2, slots: int = 8) -> AsyncIterator[Rival]:
     """llama.cpp's server; `quantization` as in the file's name, BF16 or Q8_0."""
-    model = peers / f"models/smollm2-{quantization}.gguf"
+    model = _gguf(peers, quantization)
     rival = Rival(f"llama.cpp {quantization}", LLAMA_PORT)
     start = ("start", str(threads), str(slots), str(model), str(LLAMA_PORT))
     async with _launched(rival, peers, "llama-server.sh", start, ("stop",)):
-        await _wait(LLAMA_PORT, "/health", "llama-server.sh")
+        await wait_ready(LLAMA_PORT, "/health", "llama-server.sh")
         yield rival
 
 
@@ -75,7 +89,7 @@ async def vllm(peers: Path, flags: str = COMPILED) -> AsyncIterator[Rival]:
     """vLLM on cores 0 and 1."""
     rival, place = Rival("vLLM", VLLM_PORT), (str(VLLM_PORT), "0-1", "vllm")
     async with _launched(rival, peers, "vllm-serve.sh", ("start", *place), ("stop", *place), {"VARGS": flags}):
-        await _wait(VLLM_PORT, "/health", "vllm-serve.sh")
+        await wait_ready(VLLM_PORT, "/health", "vllm-serve.sh")
         yield rival
 
 
@@ -84,8 +98,18 @@ async def vllm_apart(peers: Path) -> AsyncIterator[Rival]:
     """vLLM's prefill on core 0 and its decode on core 1, KV by NIXL."""
     rival = Rival("vLLM P/D", VLLM_PD_PORT)
     async with _launched(rival, peers, "vllm-pd.sh", ("start",), ("stop",), {"VARGS": COMPILED}):
-        await _wait(VLLM_PD_PORT, "/v1/models", "vllm-pd.sh")
+        await wait_ready(VLLM_PD_PORT, "/v1/models", "vllm-pd.sh")
         yield rival
+
+
+@asynccontextmanager
+async def dynamo(peers: Path, speed: float) -> AsyncIterator[tuple[Rival, int]]:
+    """Dynamo's frontend, and its process id, with a mock prefill and a mock decode worker of a GPU's pace times
+    `speed`; 0: they take no time."""
+    rival, start = Rival("Dynamo", DYNAMO_PORT), ("start", "tcp", f"{speed:g}", "disagg", str(DYNAMO_PORT))
+    async with _launched(rival, peers, "dynamo-disagg.sh", start, ("stop",)):
+        await wait_ready(DYNAMO_PORT, "/v1/models", "dynamo-disagg.sh")
+        yield rival, int((peers / "run/dynamo/frontend.pid").read_text())
 
 
 @asynccontextmanager
@@ -131,7 +155,7 @@ async def _run(
         await process.wait()
 
 
-async def _wait(port: int, path: str, script: str) -> None:
+async def wait_ready(port: int, path: str, script: str) -> None:
     deadline = blocking_clock() + START_TIMEOUT_S
     while blocking_clock() < deadline:
         try:

@@ -12,23 +12,19 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from kvferry.bus.base import Bus, BusMessage
-from kvferry.bus.login import stack_login
+from kvferry.bus.login import bus_login
 from kvferry.bus.nats import NatsBus
 from kvferry.bus.rights import BusRole
 from kvferry.errors import WireError
 from kvferry.runfile import RunFile
 from kvferry.runtime import SystemRuntime, blocking_clock
-from kvferry.wire.messages import (
-    Accepted,
-    Codecs,
-    DecodeRequest,
-    Heartbeat,
-    PrefillRequest,
-    Sampling,
-    TokenBatch,
-    unpack_tokens,
-)
+from kvferry.wire.beats import Heartbeat
+from kvferry.wire.fields import unpack_tokens
+from kvferry.wire.messages import Codecs
+from kvferry.wire.sampling import Sampling
 from kvferry.wire.subjects import ROOT
+from kvferry.wire.tokens import TokenBatch
+from kvferry.wire.work import Accepted, DecodeRequest, PrefillRequest
 
 
 class Inconsistent(Exception):
@@ -168,7 +164,7 @@ class Tap:
 @asynccontextmanager
 async def bus_of(run_file: RunFile, role: BusRole = "observer") -> AsyncIterator[NatsBus]:
     """A connection with the rights of a role of the stack; an observer's hears everything."""
-    bus = NatsBus(stack_login(run_file, role, f"kvferry-{role}"), SystemRuntime())
+    bus = NatsBus(bus_login(run_file.in_role(role), role, f"kvferry-{role}"), SystemRuntime())
     await bus.start()
     try:
         yield bus

@@ -19,10 +19,12 @@ from typing import Final
 from bench import rivals
 from bench.client import Stream, stream
 from bench.interference import judged_by_peers
+from bench.machine import read_bandwidth
 from bench.options import MODEL_NAME, Options
 from bench.prompts import Prompts
 from bench.report import Report
 from bench.stack import HOST, running
+from kvferry.engine.native.library import open_library
 
 ROUNDS: Final = 5
 QUICK_ROUNDS: Final = 1
@@ -97,6 +99,10 @@ class _Bench:
             found = await self._compare([own, _rival("llama.cpp", llama)], prefill=(), decode=(1,))
         self._add("int8, 2 cores: decode 1 stream ÷ llama.cpp Q8_0", found, "decode 1", "llama.cpp", 2.0)
         self._report.raw["int8"] = found
+        # How much faster than it any server can be that reads as many bytes a token.
+        read = statistics.median(found["llama.cpp"]["decode 1"]) * rivals.weight_bytes(self._peers, "Q8_0")
+        bandwidth = read_bandwidth(open_library(), 2)
+        self._report.add("llama.cpp Q8_0: weights read ÷ what both cores can read", read / bandwidth, "")
 
     async def apart(self) -> None:
         """Prefill on one core, decode on the other."""

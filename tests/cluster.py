@@ -13,42 +13,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from memory_ranks import ranked_memory
 from virtual_loop import VirtualLoop
 
 from kvferry.bus.base import BusMessage, BusSettings
 from kvferry.bus.memory import MemoryBroker, MemoryBus
-from kvferry.engine.memory import MemoryRunner, MemorySettings, continuation
+from kvferry.engine.memory import MemorySettings, continuation
 from kvferry.errors import BusUnavailable
 from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.lane import InlineLane, Lane
 from kvferry.runtime import SeededRuntime, TaskSet, now
-from kvferry.schedule.step import StepResult
+from kvferry.schedule.step import ModelRunner, StepResult
 from kvferry.trace.span import MemoryExporter
 from kvferry.transport.base import TransportSettings
 from kvferry.transport.memory import MemoryNetwork, MemoryTransport
 from kvferry.transport.slots import SlotPool
+from kvferry.wire.beats import GatewayHeartbeat
+from kvferry.wire.fields import pack_tokens, unpack_tokens
 from kvferry.wire.logprobs import TokenLogprobs, unpack_logprobs
-from kvferry.wire.messages import (
-    Accepted,
-    Cancel,
-    Codecs,
-    DecodeRequest,
-    End,
-    EndAck,
-    GatewayHeartbeat,
-    PrefillRequest,
-    Rejected,
-    Resend,
-    Sampling,
-    TokenBatch,
-    ToWorker,
-    Work,
-    WorkerAddress,
-    pack_tokens,
-    unpack_tokens,
-)
+from kvferry.wire.messages import Codecs, ToWorker
+from kvferry.wire.orders import Cancel, EndAck, Resend
+from kvferry.wire.record import WorkerAddress
+from kvferry.wire.sampling import Sampling
 from kvferry.wire.subjects import beat_subject, inbox_prefix, mail_subject, process_subject
-from kvferry.worker.worker import Parts, Worker
+from kvferry.wire.tokens import End, TokenBatch
+from kvferry.wire.work import Accepted, DecodeRequest, PrefillRequest, Rejected, Work
+from kvferry.worker.parts import Parts
+from kvferry.worker.settings import WorkerSettings
+from kvferry.worker.worker import Worker
 from kvferry_decode.settings import DecodeSettings
 from kvferry_decode.worker import DecodeWorker
 from kvferry_prefill.settings import PrefillSettings
@@ -82,7 +74,7 @@ class VirtualEngineLane(InlineLane):
 
 
 class SimulationRuntime(SeededRuntime):
-    def lane(self, name: str, nice: int = 0) -> Lane:
+    def lane(self, name: str, nice: int = 0, *, daemon: bool = False) -> Lane:
         return VirtualEngineLane() if name == "engine" else InlineLane()
 
 
@@ -161,13 +153,16 @@ class Cluster:
             bus=bus,
             transport=MemoryTransport(transport_settings, self.runtime, self.network, settings.name),
             slots=self._slots(),
-            runner=MemoryRunner(model),
+            runner=self._runner(settings, model),
             incarnation=incarnation,
             model_name=settings.source.served_name,
             pid=len(self.workers) + 1,
             grammars=self._grammars(model),
             spans=self.spans,
         )
+
+    def _runner(self, settings: WorkerSettings, model: MemorySettings) -> ModelRunner:
+        return ranked_memory(model, settings.tensor_parallel_size)
 
     def _slots(self) -> SlotPool:
         return SlotPool(8, 64 << 10)

@@ -11,8 +11,11 @@ from api_reference import api_tables
 from prometheus_client.metrics import MetricWrapperBase
 from sizing_tables import fleet_table, kv_table
 
-from kvferry.config import Settings, env_name, flag_name, is_secret, shown_default
+from kvferry.config.environment import env_name
+from kvferry.config.field import flag_name, is_secret, shown_default
+from kvferry.config.settings import Settings
 from kvferry.worker.metrics import WorkerMetrics
+from kvferry.worker.settings import RankSettings
 from kvferry_decode.settings import DecodeSettings
 from kvferry_gateway.metrics import GatewayMetrics, HotHistogram
 from kvferry_gateway.settings import GatewaySettings
@@ -30,11 +33,11 @@ DOCUMENTS: Final = (
 
 # Limits that are part of the protocol and have no setting: (module, constant, unit and meaning).
 CONSTANTS: Final = (
-    ("kvferry.wire.messages", "MAX_TOKEN_BYTES", "bytes of one token column"),
-    ("kvferry.wire.messages", "MAX_ROWS", "rows of one column, streams of one message"),
-    ("kvferry.wire.messages", "MAX_SHARDS", "shards of one worker"),
-    ("kvferry.wire.messages", "MAX_NAME_CHARS", "characters of a name"),
-    ("kvferry.wire.messages", "MAX_CACHE_KEYS", "blocks of one message about a cache"),
+    ("kvferry.wire.fields", "MAX_TOKEN_BYTES", "bytes of one token column"),
+    ("kvferry.wire.fields", "MAX_ROWS", "rows of one column, streams of one message"),
+    ("kvferry.wire.record", "MAX_SHARDS", "shards of one worker"),
+    ("kvferry.wire.fields", "MAX_NAME_CHARS", "characters of a name"),
+    ("kvferry.wire.cache_news", "MAX_CACHE_KEYS", "blocks of one message about a cache"),
     ("kvferry_gateway.prefix_index", "MAX_SNAPSHOT_PARTS", "parts of a snapshot of a cache"),
     ("kvferry_gateway.prefix_index", "MAX_EARLY", "batches of cache events that wait for one before them"),
     ("kvferry.wire.flow", "MAX_FLOW_BYTES", "bytes of a flow message"),
@@ -54,7 +57,7 @@ CONSTANTS: Final = (
     ("kvferry.worker.outbox", "MAX_BATCH_ENDS", "ends of one TokenBatch"),
     ("kvferry.worker.worker", "HAND_OVER_S", "seconds of the drain grace kept for ends to be confirmed"),
     ("kvferry.engine.shard", "MAX_RANKS", "ranks of one worker"),
-    ("kvferry.engine.ranks", "MAX_CHANNEL_BYTES", "bytes of a message between ranks"),
+    ("kvferry.engine.channel", "MAX_CHANNEL_BYTES", "bytes of a message between ranks"),
     ("kvferry.engine.columns", "MAX_STEP_ROWS", "rows of a step of several ranks"),
     ("kvferry.worker.debug", "MAX_CONNECTIONS", "connections of a debug port"),
     ("kvferry.worker.debug", "RECEIVE_TIMEOUT", "seconds within which a request of a debug port must have arrived"),
@@ -75,16 +78,16 @@ CONSTANTS: Final = (
     ("kvferry.http_port", "MAX_DISCARDED_BYTES", "bytes of a body that goes on after its answer"),
     ("kvferry_gateway.registry", "MAX_WORKERS", "worker incarnations known at once"),
     ("kvferry_gateway.attempt", "MAX_REMEMBERED", "attempts that are over and remembered"),
-    ("kvferry_gateway.flight", "CRASHES_TO_ISOLATE", "crashed workers before a request runs alone"),
-    ("kvferry.wire.messages", "MAX_LOGPROBS", "best tokens told beside a drawn one"),
-    ("kvferry.wire.messages", "MAX_SCORED_ROWS", "tokens of prompts with log-probabilities in one TokenBatch"),
+    ("kvferry_gateway.setbacks", "CRASHES_TO_ISOLATE", "crashed workers before a request runs alone"),
+    ("kvferry.wire.sampling", "MAX_LOGPROBS", "best tokens told beside a drawn one"),
+    ("kvferry.wire.tokens", "MAX_SCORED_ROWS", "tokens of prompts with log-probabilities in one TokenBatch"),
     ("kvferry.engine.scoring", "MAX_LOGITS_BYTES", "bytes of logits at once, of rows that are scored"),
     ("kvferry_gateway.prompt_logprobs", "MAX_TOLD", "log-probabilities of prompts in one answer"),
     ("kvferry_gateway.prompt_logprobs", "TOKENS_PER_TURN", "tokens of a prompt that are told in one turn of the loop"),
-    ("kvferry.wire.messages", "MAX_LOGIT_BIAS", "entries of `logit_bias`"),
-    ("kvferry.wire.messages", "MAX_TOKEN_LIST", "stop tokens, or banned ones, of a request"),
-    ("kvferry.wire.messages", "MAX_GRAMMAR_CHARS", "characters of a grammar's source"),
-    ("kvferry.wire.messages", "MAX_TRACE_STATE_CHARS", "characters of a `tracestate` that is passed on"),
+    ("kvferry.wire.sampling", "MAX_LOGIT_BIAS", "entries of `logit_bias`"),
+    ("kvferry.wire.sampling", "MAX_TOKEN_LIST", "stop tokens, or banned ones, of a request"),
+    ("kvferry.wire.sampling", "MAX_GRAMMAR_CHARS", "characters of a grammar's source"),
+    ("kvferry.wire.work", "MAX_TRACE_STATE_CHARS", "characters of a `tracestate` that is passed on"),
     ("kvferry.trace.tracer", "MAX_WAITING_SPANS", "spans that wait for the collector before one is dropped"),
     ("kvferry.trace.journal", "MAX_CHUNK_SPANS", "spans of prefill chunks of one attempt; more are counted alone"),
     ("kvferry.grammar.compiler", "MAX_PATTERN_CHARS", "characters of a regular expression in one"),
@@ -150,6 +153,7 @@ def tables() -> dict[str, str]:
         "gateway": settings_table(GatewaySettings),
         "prefill": settings_table(PrefillSettings),
         "decode": settings_table(DecodeSettings),
+        "rank": settings_table(RankSettings),
         "limits": limits_table(),
         "metrics": metrics_table(),
         "sizing": kv_table(),

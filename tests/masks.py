@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.schedule.step import MaskWords
-from kvferry.wire.messages import TokenArray
+from kvferry.wire.fields import TokenArray
 
 
 class FixedMask:

@@ -12,7 +12,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 from kvferry.trace.span import Event, Span
-from kvferry.wire.messages import TraceContext
+from kvferry.wire.work import TraceContext
 
 KINDS: dict[int, Any] = {
     trace_pb2.Span.SPAN_KIND_INTERNAL: "internal",

@@ -10,10 +10,13 @@ from dataclasses import replace
 
 from runners import Runner, native_library
 
+from kvferry.engine.channel import SocketChannel
+from kvferry.engine.following import Follower, follow
 from kvferry.engine.native.follower import NativeFollower
 from kvferry.engine.native.runner import NativeRunner
-from kvferry.engine.ranks import Follower, Followers, Setup, SharedMemory, await_setup, follow
+from kvferry.engine.ranks import Followers, Setup
 from kvferry.engine.settings import EngineSettings
+from kvferry.engine.shared_memory import SharedMemory
 from kvferry.engine.torch_rank import TorchFollower
 from kvferry.engine.torch_runner import TorchRunner
 
@@ -22,19 +25,15 @@ from kvferry.engine.torch_runner import TorchRunner
 def ranked(engine: str, settings: EngineSettings, size: int) -> Iterator[Runner]:
     """The leader's runner. `engine` as in `runner_of`. At the end all followers have ended, without an error."""
     memory = SharedMemory.create(size)
-    pairs = [socket.socketpair() for _ in range(size - 1)]
+    pairs = [tuple(map(SocketChannel, socket.socketpair())) for _ in range(size - 1)]
     failures: list[BaseException] = []
 
-    def run(channel: socket.socket) -> None:
+    def run(channel: SocketChannel) -> None:
         try:
-            if (setup := await_setup(channel)) is None:
-                return
-            follower = _follower(setup, memory)
-            follow(channel, follower)
-            follower.close()
+            follow(channel, lambda setup: _follower(setup, memory))
         except BaseException as error:
             failures.append(error)
-            channel.shutdown(socket.SHUT_RDWR)
+            channel.end()
 
     threads = [threading.Thread(target=run, args=(theirs,), daemon=True) for _, theirs in pairs]
     for thread in threads:

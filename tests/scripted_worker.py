@@ -23,29 +23,14 @@ from kvferry.certificate import pinned_context
 from kvferry.runtime import SeededRuntime, SystemRuntime
 from kvferry.text.detokenizer import byte_level_alphabet
 from kvferry.text.model_dir import ModelDir
-from kvferry.wire.messages import (
-    Accepted,
-    Cancel,
-    Codecs,
-    DecodeRequest,
-    End,
-    EndReason,
-    ExitNotice,
-    Heartbeat,
-    Held,
-    Load,
-    Ping,
-    Pong,
-    PrefillRequest,
-    Rejected,
-    TokenBatch,
-    Work,
-    WorkerAddress,
-    WorkerRecord,
-    WorkerState,
-    pack_tokens,
-)
+from kvferry.wire.beats import ExitNotice, Heartbeat, Held, Load, WorkerState
+from kvferry.wire.fields import pack_tokens
+from kvferry.wire.messages import Codecs
+from kvferry.wire.orders import Cancel, Ping, Pong
+from kvferry.wire.record import WorkerAddress, WorkerRecord
 from kvferry.wire.subjects import beat_subject, exit_subject, mail_subject, process_subject
+from kvferry.wire.tokens import End, EndReason, TokenBatch
+from kvferry.wire.work import Accepted, DecodeRequest, PrefillRequest, Rejected, Work
 from kvferry_gateway.service import Gateway, HttpServer, listen
 from kvferry_gateway.settings import GatewaySettings
 
@@ -285,7 +270,7 @@ class Cluster:
         self.gateway = await Gateway.start(self.settings, runtime, self.bus, models, pid=7, created=1)
         self._stack.push_async_callback(self.gateway.stop)
         listener = self._stack.enter_context(contextlib.closing(listen("127.0.0.1", 0)))
-        self.http = HttpServer(self.gateway.app, listener, self.settings, 5.0)
+        self.http = HttpServer(self.gateway, listener, 5.0)
         await self.http.start()
         self._stack.push_async_callback(self._stop_http)
         certificate = self.settings.tls_cert

@@ -9,7 +9,9 @@ from typing import Any
 from kvferry.schedule.memory import KVMemory
 from kvferry.schedule.sequence import Sequence
 from kvferry.schedule.step import KVFormat, StepPlan, StepResult
-from kvferry.wire.messages import Sampling, Work, pack_tokens
+from kvferry.wire.fields import pack_tokens
+from kvferry.wire.sampling import Sampling
+from kvferry.wire.work import Work
 
 BLOCK = 4
 KV = KVFormat(num_layers=3, num_kv_heads=2, head_dim=4, dtype="bfloat16", block_size=BLOCK, format_id="f")

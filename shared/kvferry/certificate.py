@@ -9,9 +9,13 @@ from typing import Final
 from pydantic import SecretStr
 
 from kvferry.errors import SettingError
+from kvferry.file_version import version_of
+from kvferry.log import get_logger
 
 MIN_VERSION: Final = ssl.TLSVersion.TLSv1_2
 GATEWAY_SETTINGS: Final = ("--tls-cert", "--tls-key", "KVFERRY_TLS_KEY_PASSWORD")
+
+log = get_logger(__name__)
 
 
 class _Encrypted(Exception):
@@ -42,13 +46,47 @@ def pinned_context(certificate: Path, setting: str) -> ssl.SSLContext:
     return context
 
 
-def server_context(certificate: Path | None, key: Path | None, password: SecretStr) -> ssl.SSLContext | None:
-    """Of a gateway; None without a certificate. The key may be in the same file. Raises `SettingError`."""
-    if certificate is None:
-        return None
+class ServerCertificate:
+    """What a gateway shows. A connection keeps the certificate that it began with."""
+
+    def __init__(self, certificate: Path, key: Path | None, password: SecretStr) -> None:
+        """The key may be in the certificate's file. Raises `SettingError`."""
+        self._certificate = certificate
+        self._key = key or certificate
+        self._password = password
+        self._version = version_of(self._certificate, self._key)
+        self._shown = self._read()
+        self.context: Final = _server_context()
+        # As a server of several hosts chooses among theirs: so a new certificate replaces the old one as a whole. In
+        # a context that is in use it could be left beside the old one's key.
+        self.context.sni_callback = self._show
+
+    def refresh(self) -> None:
+        """Read the files again if they have changed. What is no certificate leaves the old one in its place."""
+        version = version_of(self._certificate, self._key)
+        if version == self._version:
+            return
+        self._version = version
+        try:
+            self._shown = self._read()
+        except SettingError as error:
+            log.error("certificate kept as it was", problem=str(error))
+            return
+        log.info("certificate read again", file=str(self._certificate))
+
+    def _show(self, connection: ssl.SSLObject, _host: str | None, _context: ssl.SSLContext) -> None:
+        connection.context = self._shown
+
+    def _read(self) -> ssl.SSLContext:
+        context = _server_context()
+        password = self._password.get_secret_value()
+        show_certificate(context, str(self._certificate), str(self._key), password, GATEWAY_SETTINGS)
+        return context
+
+
+def _server_context() -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = MIN_VERSION
-    show_certificate(context, str(certificate), str(key or certificate), password.get_secret_value(), GATEWAY_SETTINGS)
     return context
 
 

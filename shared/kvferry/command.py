@@ -27,7 +27,11 @@ from typing import Any, Final, NoReturn, TypeVar
 import click
 import uvloop
 
-from kvferry.config import JOIN_FLAG, ServiceSettings, env_name, load_settings, settings_options
+from kvferry.config.environment import env_name
+from kvferry.config.field import JOIN_FLAG
+from kvferry.config.flags import settings_options
+from kvferry.config.layers import load_settings
+from kvferry.config.settings import ProcessSettings
 from kvferry.errors import KvferryError, SettingError
 from kvferry.log import setup_logging
 from kvferry.runfile import RunFile, default_run_file
@@ -37,7 +41,7 @@ EXIT_SETTING: Final = 2
 EXIT_INTERRUPTED: Final = 130  # as a shell reports SIGINT
 
 R = TypeVar("R")
-S = TypeVar("S", bound=ServiceSettings)
+S = TypeVar("S", bound=ProcessSettings)
 
 
 def service_command(settings_class: type[S], serve: Callable[[S], Awaitable[None]], *, summary: str) -> click.Command:

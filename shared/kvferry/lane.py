@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import functools
 import os
+import queue
 import sys
 import threading
 from abc import ABC, abstractmethod
@@ -29,7 +30,7 @@ class Lane(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Wait for what runs, then end the thread. Calls that have not started are cancelled."""
+        """Wait for what runs, but for a daemon's, then end the thread. Calls that have not started are cancelled."""
 
     async def drain(self) -> None:
         """Wait until all calls given before have ended, and who awaits them has heard."""
@@ -43,11 +44,17 @@ class ThreadLane(Lane):
     """One thread. Calls that wait are run in one visit of it, and what has ended by then is told to the loop at
     once: under load neither side wakes the other for every call."""
 
-    def __init__(self, name: str, nice: int = 0) -> None:
-        """`nice` is added to the thread's niceness, where the system has one for each thread."""
-        lower = functools.partial(_lower_priority, nice) if nice else None
-        # The executor owns the thread: begun with the first call, joined when the interpreter ends.
-        self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=name, initializer=lower)
+    def __init__(self, name: str, nice: int = 0, *, daemon: bool = False) -> None:
+        """`nice` is added to the thread's niceness, where the system has one for each thread. `daemon`: neither `close`
+        nor the end of the process waits for a call that runs."""
+        lower = functools.partial(_lower_priority, nice) if nice else _nothing
+        # The executor owns the thread, which begins with the first call; an ordinary one is joined when the interpreter
+        # ends.
+        self._executor = (
+            _DaemonExecutor(name, lower)
+            if daemon
+            else concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=name, initializer=lower)
+        )
         self._calls: deque[_Call] = deque()
         self._ended: deque[_Call] = deque()
         self._visiting = False
@@ -117,6 +124,28 @@ class InlineLane(Lane):
         pass
 
 
+class _DaemonExecutor:
+    """One thread that nobody waits for."""
+
+    def __init__(self, name: str, initializer: Callable[[], None]) -> None:
+        self._initializer = initializer
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+
+    def submit(self, call: Callable[P, None], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
+        self._calls.put(functools.partial(call, *args, **kwargs))
+
+    def shutdown(self, *, wait: bool) -> None:
+        self._calls.put(None)
+
+    def _serve(self) -> None:
+        self._initializer()
+        while (call := self._calls.get()) is not None:
+            call()
+
+
 @dataclass(slots=True)
 class _Call:
     """A call on its way through a lane, and its outcome."""
@@ -150,4 +179,4 @@ def _lower_priority(nice: int) -> None:
 
 
 def _nothing() -> None:
-    """What `drain` runs."""
+    """What `drain` runs, and a thread of ordinary priority at its begin."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from kvferry.errors import SettingError
-from kvferry.wire.messages import MAX_NAME_CHARS
+from kvferry.wire.fields import MAX_NAME_CHARS
 
 MODEL_FLAG: Final = "--model"
 NAME_FLAG: Final = "--served-model-name"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -16,6 +15,7 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError, field_serializer
 
 from kvferry.errors import SettingError
+from kvferry.secret_file import check_private
 
 MAX_RUN_FILE_BYTES: Final = 64 * 1024
 
@@ -62,9 +62,12 @@ class RunFile(BaseModel):
         """Its name in requests; empty where the file tells no model."""
         return self.model[0].partition("=")[0] if self.model else ""
 
-    def login(self, role: str) -> NatsLogin:
-        """The NATS user of a role."""
-        return self.nats_logins.get(role) or NatsLogin(user=self.nats_user, password=self.nats_password)
+    def in_role(self, role: str) -> RunFile:
+        """The same for one role: its NATS user is `nats_user`, as where one user serves for all."""
+        login = self.nats_logins.get(role)
+        if login is None:
+            return self
+        return self.model_copy(update={"nats_user": login.user, "nats_password": login.password, "nats_logins": {}})
 
     def write(self, path: Path) -> None:
         """Atomic: a reader sees the old file or the new one, never a part. Raises OSError."""
@@ -88,13 +91,7 @@ class RunFile(BaseModel):
         """Raises `SettingError` under the name `setting`: missing, readable by others, not a run file."""
         try:
             with path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode):
-                    raise SettingError(setting, f"{path} is no regular file")
-                if status.st_uid != os.geteuid():
-                    raise SettingError(setting, f"{path} belongs to another user")
-                if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-                    raise SettingError(setting, f"{path} is open to other users; run: chmod 600 {path}")
+                check_private(os.fstat(file.fileno()), path, setting)
                 text = file.read(MAX_RUN_FILE_BYTES + 1)
         except FileNotFoundError:
             raise SettingError(setting, f"{path} does not exist; is `kvferry up` running?") from None

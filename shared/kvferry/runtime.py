@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import mmap
-import os
 import random
 import secrets
 import signal
@@ -37,8 +36,9 @@ class Runtime(ABC):
         """In [0, 1): for jitter, never for ids."""
 
     @abstractmethod
-    def lane(self, name: str, nice: int = 0) -> Lane:
-        """A new lane. Its thread gives way to others of the process by `nice`, as a Unix process would."""
+    def lane(self, name: str, nice: int = 0, *, daemon: bool = False) -> Lane:
+        """A new lane. Its thread gives way to others of the process by `nice`, as a Unix process would. Nobody waits
+        for the calls of a `daemon` at its end."""
 
     @abstractmethod
     def wall_clock(self) -> float:
@@ -61,8 +61,8 @@ class SystemRuntime(Runtime):
     def uniform(self) -> float:
         return self._jitter.random()
 
-    def lane(self, name: str, nice: int = 0) -> Lane:
-        return ThreadLane(name, nice)
+    def lane(self, name: str, nice: int = 0, *, daemon: bool = False) -> Lane:
+        return ThreadLane(name, nice, daemon=daemon)
 
     def wall_clock(self) -> float:
         return wall_clock()
@@ -80,7 +80,7 @@ class SeededRuntime(Runtime):
     def uniform(self) -> float:
         return self._random.random()
 
-    def lane(self, name: str, nice: int = 0) -> Lane:
+    def lane(self, name: str, nice: int = 0, *, daemon: bool = False) -> Lane:
         return InlineLane()
 
     def wall_clock(self) -> float:
@@ -116,15 +116,6 @@ def mapped_memory(num_bytes: int) -> mmap.mmap:
     if not hasattr(mmap, "MAP_ANONYMOUS"):
         return mmap.mmap(-1, num_bytes)
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    _take(memory)
-    return memory
-
-
-def shared_memory(descriptor: int, num_bytes: int) -> mmap.mmap:
-    """A memory file, made so long and mapped: what one process writes the others see. Zero at first, all of it in
-    RAM."""
-    os.ftruncate(descriptor, num_bytes)
-    memory = mmap.mmap(descriptor, num_bytes)
     _take(memory)
     return memory
 

@@ -25,6 +25,7 @@ from kvferry.yaml_file import read_mapping
 
 FILE_NAME: Final = "scaling.yaml"
 SCALING_FLAG: Final = "--scaling-file"
+KV_MEMORY_MB: Final = 512  # of a worker whose file and settings say nothing of its KV pool
 
 Role = Literal["gateway", "prefill", "decode"]
 Share = Annotated[float, Field(gt=0, le=1)]

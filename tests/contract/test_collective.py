@@ -9,20 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 from runners import native_library
+from torch.distributed import FileStore
 
 from kvferry.engine import collective
-from kvferry.engine.collective import Collective, GlooGather, SharedGather
-from kvferry.engine.ranks import SharedMemory
+from kvferry.engine.collective import Collective, GlooGather, SharedGather, joined_exchange, open_exchange
+from kvferry.engine.shared_memory import SharedMemory
 
 SIZE = 3
 WIDTHS = (5, 1, 8)
 Make = Callable[[int], Collective]
 
 
-@pytest.fixture(params=["shared memory", "gloo"])
+@pytest.fixture(params=["shared memory", "gloo", "gloo over the network"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
     if request.param == "gloo":
-        yield lambda rank: GlooGather(str(tmp_path / "store"), rank, SIZE)
+        path = str(tmp_path / "store")
+        yield lambda rank: GlooGather(lambda: FileStore(path, SIZE), "127.0.0.1", rank, SIZE)
+        return
+    if request.param == "gloo over the network":
+        exchange, store = open_exchange("127.0.0.1")
+        leader = GlooGather(lambda: store, "127.0.0.1", 0, SIZE)
+        yield lambda rank: joined_exchange(exchange, "127.0.0.1", rank, SIZE) if rank else leader
         return
     library, memory = native_library(), SharedMemory.create(SIZE)
     yield lambda rank: SharedGather(library, memory.exchange(SharedGather.num_bytes), rank, SIZE)

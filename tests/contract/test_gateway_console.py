@@ -11,7 +11,8 @@ import httpx
 import pytest
 from scripted_worker import EOS, Cluster, completion, tokens_of
 
-from kvferry.wire.messages import DecodeRequest, Drain, PrefillRequest
+from kvferry.wire.orders import Drain
+from kvferry.wire.work import DecodeRequest, PrefillRequest
 from kvferry_gateway.console import route
 from kvferry_gateway.console.route import DRAIN, PAGES, STATE
 

@@ -16,7 +16,9 @@ from openai import AsyncOpenAI, BadRequestError
 from scripted_worker import EOS, MODEL, Cluster, Events, chat, completion, text_in, tokens_of
 
 from kvferry.text.stop import MAX_STOP_STRINGS
-from kvferry.wire.messages import Cancel, DecodeRequest, PrefillRequest, Rejected, Work, unpack_tokens
+from kvferry.wire.fields import unpack_tokens
+from kvferry.wire.orders import Cancel
+from kvferry.wire.work import DecodeRequest, PrefillRequest, Rejected, Work
 from kvferry_gateway.body import NEUTRAL
 from kvferry_gateway.openai import ChatRequest, CompletionRequest
 

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from scripted_worker import EOS, Cluster, Events, chat, completion, tokens_of
 
-from kvferry.wire.messages import Work
+from kvferry.wire.work import Work
 from kvferry_gateway.settings import GatewaySettings
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

@@ -14,7 +14,7 @@ from openai.types.responses import Response
 from pydantic import BaseModel
 from scripted_worker import MODEL, Cluster, text_of, tokens_of
 
-from kvferry.wire.messages import unpack_tokens
+from kvferry.wire.fields import unpack_tokens
 from kvferry_gateway.body import NEUTRAL
 from kvferry_gateway.responses.request import ResponsesRequest
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from certificates import Authority
+from certificates import Authority, Certificate
 from pydantic import SecretStr
 from scripted_worker import PATIENCE_S, Cluster, Events, completion, tokens_of
 
+from kvferry.certificate import ServerCertificate
 from kvferry.errors import SettingError
-from kvferry.wire.messages import Cancel, DecodeRequest
-from kvferry_gateway.service import HttpServer
+from kvferry.wire.orders import Cancel
+from kvferry.wire.work import DecodeRequest
 from kvferry_gateway.settings import GatewaySettings
 from kvferry_local.bench.client import Endpoint, ask
 from kvferry_local.client import RequestFailed, Target, check, request_errors
@@ -152,13 +153,70 @@ async def test_a_client_that_does_not_read_is_given_up_over_tls_too(authority: A
             while not worker.got(Cancel):
                 worker.publish(work, [(index + step, 1 + ord("x")) for step in range(500)])
                 index += 500
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.005)  # a step
         assert cluster.metrics.value("kvferry_slow_client_total") == 1
         writer.transport.abort()
 
 
-def server(**settings: Any) -> None:
-    HttpServer(None, None, GatewaySettings(**settings), 1.0)  # type: ignore[arg-type]
+async def certificate_shown(cluster: Cluster, authority: Authority, *, server_name: str | None = None) -> bytes:
+    """To a new connection, which need not say what host it means."""
+    trusting = ssl.create_default_context(cafile=authority.certificate)
+    trusting.check_hostname = server_name is None
+    port = cluster.http.address[1]
+    _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusting, server_hostname=server_name)
+    shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    writer.close()
+    await writer.wait_closed()
+    assert isinstance(shown, bytes)
+    return shown
+
+
+def der(certificate: Certificate) -> bytes:
+    return ssl.PEM_cert_to_DER_cert(certificate.certificate.read_text())
+
+
+def put(new: Certificate, place: Certificate) -> None:
+    shutil.copy(new.certificate, place.certificate)
+    shutil.copy(new.key, place.key)
+
+
+async def test_a_new_certificate_is_shown_to_new_connections_and_no_stream_is_dropped(
+    authority: Authority, tmp_path: Path
+) -> None:
+    first, second, third = (authority.sign(name) for name in ("first", "second", "third"))
+    place = authority.sign("place")
+    put(first, place)
+    made = Cluster(tmp_path, tls_cert=place.certificate, tls_key=place.key)
+    async with made as cluster:
+        kept = cluster.gateway.certificate
+        assert kept is not None
+        worker = await cluster.worker("decode", "decode-0")
+        trusting = ssl.create_default_context(cafile=authority.certificate)
+        async with (
+            httpx.AsyncClient(base_url=cluster.url, verify=trusting, trust_env=False, timeout=PATIENCE_S) as client,
+            client.stream("POST", "/v1/completions", json=completion(stream=True, max_tokens=2)) as response,
+        ):
+            events = Events(response)
+            work = (await worker.wait_for(DecodeRequest)).work
+            worker.publish(work, [(0, tokens_of("a")[0])])
+            assert (await events.next())["choices"][0]["text"] == "a"
+            assert await certificate_shown(cluster, authority) == der(first)
+            put(second, place)
+            async with asyncio.timeout(PATIENCE_S):  # the gateway looks for itself
+                while await certificate_shown(cluster, authority) != der(second):
+                    await asyncio.sleep(0.05)
+            assert await certificate_shown(cluster, authority, server_name="localhost") == der(second)
+            shutil.copy(third.certificate, place.certificate)
+            kept.refresh()
+            assert await certificate_shown(cluster, authority) == der(second), "its key is not there yet"
+            place.key.unlink()
+            kept.refresh()
+            assert await certificate_shown(cluster, authority) == der(second)
+            shutil.copy(third.key, place.key)
+            kept.refresh()
+            assert await certificate_shown(cluster, authority) == der(third)
+            worker.publish(work, [(1, tokens_of("b")[0])])
+            assert (await events.next())["choices"][0]["text"] == "b"
 
 
 def test_files_that_are_none_stop_the_start_and_name_their_setting(authority: Authority, tmp_path: Path) -> None:
@@ -166,18 +224,18 @@ def test_files_that_are_none_stop_the_start_and_name_their_setting(authority: Au
     locked = authority.sign("locked", password=PASSWORD)
     garbage = tmp_path / "garbage.pem"
     garbage.write_text("no certificate")
-    cases: list[tuple[dict[str, Any], str]] = [
-        ({"tls_cert": tmp_path / "nothing", "tls_key": ours.key}, "--tls-cert"),
-        ({"tls_cert": ours.certificate, "tls_key": tmp_path / "nothing"}, "--tls-key"),
-        ({"tls_cert": ours.certificate, "tls_key": other.key}, "--tls-key"),
-        ({"tls_cert": locked.certificate, "tls_key": locked.key}, "--tls-key"),
-        ({"tls_cert": locked.certificate, "tls_key": locked.key, "tls_key_password": "guess"}, "--tls-key"),
-        ({"tls_cert": garbage, "tls_key": garbage}, "--tls-cert"),
+    cases = [
+        (tmp_path / "nothing", ours.key, "", "--tls-cert"),
+        (ours.certificate, tmp_path / "nothing", "", "--tls-key"),
+        (ours.certificate, other.key, "", "--tls-key"),
+        (locked.certificate, locked.key, "", "--tls-key"),
+        (locked.certificate, locked.key, "guess", "--tls-key"),
+        (garbage, garbage, "", "--tls-cert"),
     ]
-    for settings, setting in cases:
+    for certificate, key, password, setting in cases:
         with pytest.raises(SettingError) as caught:
-            server(**settings)
-        assert caught.value.setting == setting, settings
+            ServerCertificate(certificate, key, SecretStr(password))
+        assert caught.value.setting == setting, (certificate, key)
         assert "guess" not in str(caught.value)
     with pytest.raises(ValueError, match="--tls-cert"):
         GatewaySettings(tls_key=ours.key)

@@ -12,7 +12,7 @@ import pytest
 from openai import AsyncOpenAI
 from scripted_worker import MODEL, VOCAB_SIZE, Cluster, chat, text_of, tokens_of
 
-from kvferry.wire.messages import unpack_tokens
+from kvferry.wire.fields import unpack_tokens
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from checkpoints import SHAPES, build
 from masks import FixedMask, mask_of
+from memory_ranks import ranked_memory
 from runners import NATIVE, runner_of
 
 from kvferry.engine import scoring
@@ -22,18 +23,19 @@ from kvferry.engine.torch_runner import TorchRunner
 from kvferry.schedule.step import Draw, ModelRunner, Score, SequenceStep, StepPlan
 from kvferry.wire.frame import Piece
 from kvferry.wire.logprobs import PromptLogprobs
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
 SEEDED = Sampling(temperature=1.0, top_p=0.95, seed=1234)
 PROMPT = np.random.default_rng(0).integers(0, 190, 75).astype(np.uint32)
+MEMORY = MemorySettings(num_blocks=32, vocab_size=199, max_model_len=256, num_heads=6, num_kv_heads=3)
 MakeRunner = Callable[[], ModelRunner]
 
 
-@pytest.fixture(scope="module", params=["torch", *NATIVE, "int8", "memory"])
+@pytest.fixture(scope="module", params=["torch", *NATIVE, "int8", "memory", "memory ranks"])
 def make_runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MakeRunner:
-    if request.param == "memory":
-        return lambda: MemoryRunner(MemorySettings(num_blocks=32, vocab_size=199, max_model_len=256))
+    if request.param.startswith("memory"):
+        return lambda: ranked_memory(MEMORY, 2 if request.param == "memory ranks" else 1)
     directory = build(SHAPES[0], tmp_path_factory.mktemp("checkpoint"))
     settings = EngineSettings(directory, num_blocks=32, threads=1)
     if request.param == "torch":
@@ -200,8 +202,7 @@ def test_known_tokens_are_scored_by_the_logits_before_them(
     whole = scores(runner, len(PROMPT), 20, blocks)
     assert (whole.start, whole.end) == (1, len(PROMPT))
     if isinstance(runner, MemoryRunner):
-        settings = MemorySettings(num_blocks=32, vocab_size=199, max_model_len=256)
-        wanted = scored_prompt(settings, PROMPT.tolist(), 20)
+        wanted = scored_prompt(MEMORY, PROMPT.tolist(), 20)
     else:
         assert isinstance(runner, (TorchRunner, NativeRunner))
         (logits,) = runner.logits(StepPlan((SequenceStep(0, PROMPT, 0, blocks),)))

@@ -10,10 +10,13 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from cloudcoil.models.keda import v1alpha1 as keda
+from cloudcoil.models.prometheus_operator import v1 as prometheus_operator
 from helm import run_helm
 from prometheus_server import documented_metrics
 
-from kvferry.config import Settings, load_settings
+from kvferry.config.layers import load_settings
+from kvferry.config.settings import Settings
 from kvferry.scaling import SERVICES, Role
 from kvferry_decode.settings import DecodeSettings
 from kvferry_gateway.settings import GatewaySettings
@@ -25,7 +28,12 @@ SETTINGS: dict[str, type[Settings]] = {"gateway": GatewaySettings, "prefill": Pr
 ROLES: tuple[Role, ...] = ("gateway", "prefill", "decode")
 WORKERS: tuple[Role, ...] = ("prefill", "decode")
 KUBERNETES = ("1.29", "1.37")
-UNKNOWN_TO_KUBERNETES = {"ServiceMonitor", "PrometheusRule", "ScaledObject"}  # of other projects
+# Types of other projects, made from what those tell a cluster's API server of them.
+OTHER_TYPES: dict[str, Any] = {
+    "ServiceMonitor": prometheus_operator.ServiceMonitor,
+    "PrometheusRule": prometheus_operator.PrometheusRule,
+    "ScaledObject": keda.ScaledObject,
+}
 LEAST: dict[str, Any] = {
     "nats": {"urls": ["nats://nats:4222"]},
     "secret": {"name": "kvferry"},
@@ -116,10 +124,28 @@ def test_helm_finds_nothing_to_complain_about(values: str) -> None:
 
 @pytest.mark.parametrize("version", KUBERNETES)
 def test_every_manifest_fits_the_schemas_of_kubernetes(manifests: list[dict[str, Any]], version: str) -> None:
-    own = [manifest for manifest in manifests if manifest["kind"] not in UNKNOWN_TO_KUBERNETES]
+    own = [manifest for manifest in manifests if manifest["kind"] not in OTHER_TYPES]
     assert len(own) >= 12
     for manifest in own:
         kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def as_understood(manifest: dict[str, Any]) -> Any:
+    """By the project whose object it is: without the fields that it does not know."""
+    read = OTHER_TYPES[manifest["kind"]].model_validate(manifest)
+    return read.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+def test_the_objects_of_other_projects_are_understood_by_their_types() -> None:
+    others = [manifest for manifest in _rendered("full") if manifest["kind"] in OTHER_TYPES]
+    assert {manifest["kind"] for manifest in others} == OTHER_TYPES.keys()
+    for manifest in others:
+        assert as_understood(manifest) == manifest
+    scaled = of(others, "ScaledObject", "decode")
+    misspelt = {**scaled, "spec": {**scaled["spec"], "coolDownPeriod": 1}}
+    assert as_understood(misspelt) == scaled, "negative control"
+    with pytest.raises(ValueError, match="minReplicaCount"):
+        as_understood({**scaled, "spec": {**scaled["spec"], "minReplicaCount": "few"}})
 
 
 def test_a_field_that_kubernetes_does_not_know_would_be_found() -> None:

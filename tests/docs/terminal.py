@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import threading
@@ -14,12 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-import pytest
+from namespaces import two_networks
 
 END: Final = "end-of-block"
 TIMEOUT_S: Final = 240.0  # of one block, on a machine that does other things
 STOP_TIMEOUT_S: Final = 120.0
-NETWORK: Final = "10.77.0"  # of the two machines; that of the tutorial
 
 
 class Terminal:
@@ -138,17 +136,8 @@ class Machine:
 
 @contextlib.contextmanager
 def two_machines(folder: Path, environ: Mapping[str, str]) -> Iterator[dict[str, Machine]]:
-    """`a` at 10.77.0.1 and `b` at 10.77.0.2, joined by a cable between their `eth0`, with no other way out.
-
-    They share a disk. Skips, with the reason, where network namespaces cannot be made.
-    """
-    with contextlib.ExitStack() as stack:
-        pids = [stack.enter_context(_namespace()) for _ in "ab"]
-        inside = [_inside(pid, folder) for pid in pids]
-        _ip(inside[0], f"link add eth0 type veth peer name eth0 netns {pids[1]}")
-        for prefix, number in zip(inside, (1, 2), strict=True):
-            for command in ("link set lo up", f"addr add {NETWORK}.{number}/24 dev eth0", "link set eth0 up"):
-                _ip(prefix, command)
+    """`a` and `b`, in the two networks of `namespaces`. They share a disk."""
+    with two_networks(folder) as inside:
         machines = {name: Machine(prefix, folder, environ) for name, prefix in zip("ab", inside, strict=True)}
         try:
             yield machines
@@ -156,35 +145,6 @@ def two_machines(folder: Path, environ: Mapping[str, str]) -> Iterator[dict[str,
             for machine in machines.values():
                 for terminal in machine.terminals.values():
                     terminal.close()
-
-
-@contextlib.contextmanager
-def _namespace() -> Iterator[int]:
-    """The process that holds it. With a /sys that shows its devices, by which UCX finds them."""
-    for program in ("ip", "unshare", "nsenter"):
-        if shutil.which(program) is None:
-            pytest.skip(f"no network namespaces: there is no {program} (iproute2, util-linux)")
-    who = () if os.geteuid() == 0 else ("--map-root-user",)
-    hold = "mount -t sysfs none /sys && echo held && exec sleep infinity"
-    command = ["unshare", *who, "--net", "--mount", "sh", "-c", hold]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as holder:
-        try:
-            assert holder.stdout is not None
-            if holder.stdout.readline() != "held\n":
-                pytest.skip(f"no network namespaces: {holder.communicate()[1].strip()}")
-            yield holder.pid
-        finally:
-            holder.kill()
-
-
-def _inside(pid: int, folder: Path) -> tuple[str, ...]:
-    """Begins a command there. In `folder`, for whoever enters a mount namespace is in its root."""
-    who = () if os.geteuid() == 0 else ("--user", "--preserve-credentials")
-    return ("nsenter", "--target", str(pid), "--net", "--mount", f"--wd={folder}", *who)
-
-
-def _ip(prefix: Sequence[str], command: str) -> None:
-    subprocess.run([*prefix, "ip", *command.split()], check=True, capture_output=True, timeout=30)
 
 
 def shown_pattern(text: str) -> re.Pattern[str]:

@@ -10,8 +10,9 @@ import click
 import pytest
 from pages import PAGES, ROOT, anchors, blocks, links, prose
 
-from kvferry.config import FILE_SUFFIX, Settings
-from kvferry.config import env_name as variable_of
+from kvferry.config.environment import FILE_SUFFIX
+from kvferry.config.environment import env_name as variable_of
+from kvferry.config.settings import Settings
 from kvferry_local.cli import main
 
 # Other programs' flags that stand in prose; in blocks these programs' lines are not looked at.

@@ -26,7 +26,8 @@ from stack import KVFERRY, Stack
 from kvferry.bus.nats import NatsBus
 from kvferry.bus.rights import BusRole
 from kvferry.runtime import blocking_clock
-from kvferry.wire.messages import Codecs, Ping
+from kvferry.wire.messages import Codecs
+from kvferry.wire.orders import Ping
 from kvferry.wire.subjects import beat_subject, mail_subject, process_subject
 
 SETTLE_S = 15.0  # at most, until connections that a test made are closed on the other side, too

@@ -12,7 +12,7 @@ import pytest
 from stack import kvferry
 
 COMMANDS = [
-    [], ["up"], ["gateway"], ["prefill"], ["decode"], ["chat"], ["status"], ["drain"], ["scale"],
+    [], ["up"], ["gateway"], ["prefill"], ["decode"], ["rank"], ["chat"], ["status"], ["drain"], ["scale"],
     ["autoscale"], ["bench"], ["doctor"], ["credentials"],
     ["model"], ["model", "fetch"], ["model", "import"], ["model", "list"],
 ]  # fmt: skip

@@ -11,7 +11,11 @@ import pytest
 from chromium import CHROMIUM, Chromium
 from scripted_worker import EOS, Cluster, ScriptedWorker, completion, tokens_of
 
-from kvferry.wire.messages import DecodeRequest, Drain, Load, PrefillRequest, TokenBatch, Work, pack_tokens
+from kvferry.wire.beats import Load
+from kvferry.wire.fields import pack_tokens
+from kvferry.wire.orders import Drain
+from kvferry.wire.tokens import TokenBatch
+from kvferry.wire.work import DecodeRequest, PrefillRequest, Work
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on PATH")
 

@@ -1,7 +1,8 @@
 """A real stack with known secrets, all of its planes that can be encrypted encrypted: the secrets turn up nowhere.
 
-NATS behind TLS and a password, a gateway behind TLS and API keys, a data key of the operator's own; everything logs at
-debug. A worker is killed, keys are guessed, a connection is refused. Then every place that others can read is searched.
+NATS behind TLS with a user for each role, a gateway behind TLS and API keys, a data key of the operator's own;
+everything logs at debug. A worker is killed, keys are guessed, a connection is refused. Then every place that others
+can read is searched.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from typing import Final
 import httpx
 import pytest
 from certificates import Authority
-from nats_server import NatsServer
 from stack import Stack, kvferry
 
+from kvferry.bus.rights import users_of
+from kvferry.bus.server import EmbeddedNats
+from kvferry.runtime import SystemRuntime
+from kvferry_local.credentials import ROLES, write_credentials
 from kvferry_local.trust import trust
 
 API_KEY: Final = "sk-of-the-client-4f1d8c"
@@ -54,12 +58,15 @@ async def place(flags: tuple[str, ...], tmp_path: Path) -> AsyncIterator[Place]:
     keys = tmp_path / "keys"
     keys.write_text(f"{API_KEY} requests_per_minute=1000\n")
     keys.chmod(0o600)
-    server = NatsServer(options={"tls": {"cert_file": str(nats.certificate), "key_file": str(nats.key)}})
-    await server.embedded.start()
+    credentials = tmp_path / "credentials"
+    write_credentials(credentials, "dev", SystemRuntime())
+    passwords = {role: (credentials / f"nats-password-{role}").read_text() for role in ROLES}
+    tls = {"cert_file": str(nats.certificate), "key_file": str(nats.key)}
+    server = EmbeddedNats(users_of("dev", passwords), options={"tls": tls})
+    await server.start()
     environ = {
-        "KVFERRY_NATS_URL": server.embedded.url,
-        "KVFERRY_NATS_USER": server.user,
-        "KVFERRY_NATS_PASSWORD": server.password,
+        "KVFERRY_NATS_URL": server.url,
+        "KVFERRY_NATS_CREDENTIALS": str(credentials),
         "KVFERRY_NATS_TLS_CA": str(authority.certificate),
         "KVFERRY_DATA_KEY": DATA_KEY,
         "KVFERRY_TLS_KEY_PASSWORD": TLS_PASSWORD,
@@ -68,17 +75,18 @@ async def place(flags: tuple[str, ...], tmp_path: Path) -> AsyncIterator[Place]:
     own = ("--tls-cert", gateway.certificate, "--tls-key", gateway.key, "--api-key-file", keys, "--log-level", "debug")
     stack = Stack(tmp_path, *flags, *map(str, own), environ=environ)
     secrets = {
-        "NATS password": server.password, "data key": DATA_KEY, "API key": API_KEY, "guessed key": GUESSED_KEY,
+        **{f"NATS password of {role}": password for role, password in passwords.items()},
+        "data key": DATA_KEY, "API key": API_KEY, "guessed key": GUESSED_KEY,
         "password of the TLS key": TLS_PASSWORD, "prompt": "xylophones of Ulan Bator",
     }  # fmt: skip
     try:
         await asyncio.to_thread(stack.start)
-        tls = trust(stack.url, authority.certificate)
-        async with httpx.AsyncClient(base_url=stack.url, verify=tls, timeout=PATIENCE_S, trust_env=False) as http:
+        right = trust(stack.url, authority.certificate)
+        async with httpx.AsyncClient(base_url=stack.url, verify=right, timeout=PATIENCE_S, trust_env=False) as http:
             yield Place(stack, http, environ, secrets)
     finally:
         await asyncio.to_thread(stack.close)
-        await server.embedded.stop()
+        await server.stop()
 
 
 async def test_no_secret_is_in_a_log_a_command_line_an_environment_or_an_answer(place: Place) -> None:
@@ -156,5 +164,8 @@ async def exercised(place: Place) -> dict[str, str]:
     status = stack.run_file.stat()
     assert (stat.S_IMODE(status.st_mode), status.st_uid) == (0o600, os.getuid())
     facts = json.loads(stack.run_file.read_text())
-    assert (facts["nats_password"], facts["data_key"]) == (place.secrets["NATS password"], DATA_KEY)
+    assert facts["data_key"] == DATA_KEY
+    assert {role: login["password"] for role, login in facts["nats_logins"].items()} == {
+        role: place.secrets[f"NATS password of {role}"] for role in ROLES
+    }
     return told

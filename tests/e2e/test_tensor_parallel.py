@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from kvferry.engine.native.runner import NativeRunner
 from kvferry.engine.settings import EngineSettings
 from kvferry.schedule.step import Draw, SequenceStep, StepPlan
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 SEEDED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 11}

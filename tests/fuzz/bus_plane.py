@@ -19,7 +19,7 @@ from fuzz.campaign import Batch, run_virtually
 from fuzz.forger import Forger
 from fuzz.http_plane import Sent, exchange
 
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 
 NUM_REQUESTS: Final = 3  # under way all the time
 DEADLINE_S: Final = 20.0  # of a request

@@ -34,14 +34,10 @@ from kvferry.wire.flow import (
     Unknown,
 )
 from kvferry.wire.frame import frame_tag
-from kvferry.wire.messages import (
-    DecodeRequest,
-    End,
-    PrefillRequest,
-    Sampling,
-    Work,
-    WorkerAddress,
-)
+from kvferry.wire.record import WorkerAddress
+from kvferry.wire.sampling import Sampling
+from kvferry.wire.tokens import End
+from kvferry.wire.work import DecodeRequest, PrefillRequest, Work
 
 FROM_D: Final = Open | Fetch | Credit | Abort | Ack
 FROM_P: Final = Unknown | Progress | Aborted

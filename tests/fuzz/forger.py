@@ -16,21 +16,12 @@ from fuzz.spoiling import spoiled
 
 from kvferry.bus.base import BusMessage
 from kvferry.errors import BusError, WireError
+from kvferry.wire.beats import Heartbeat
 from kvferry.wire.codec import Codec
-from kvferry.wire.messages import (
-    WORKER_ROLES,
-    Answer,
-    Beat,
-    CacheNews,
-    Codecs,
-    DecodeRequest,
-    Heartbeat,
-    PrefillRequest,
-    ToGateway,
-    ToWorker,
-    unpack_tokens,
-)
+from kvferry.wire.fields import WORKER_ROLES, unpack_tokens
+from kvferry.wire.messages import Answer, Beat, CacheNews, Codecs, ToGateway, ToWorker
 from kvferry.wire.subjects import beat_subject, cache_subject, exit_subject
+from kvferry.wire.work import DecodeRequest, PrefillRequest
 
 CLUSTER: Final = "dev"
 RANDOM: Final = 0.1  # share of payloads that were never valid

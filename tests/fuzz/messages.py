@@ -16,7 +16,8 @@ from fuzz import junk
 from msgspec import inspect
 
 from kvferry.wire.codec import Message
-from kvferry.wire.messages import PromptLogprobColumns, pack_tokens
+from kvferry.wire.fields import pack_tokens
+from kvferry.wire.tokens import PromptLogprobColumns
 
 LIVE: Final = 0.7  # probability that an id is a live one
 ODD: Final = 0.15  # that a number is at a bound of its type

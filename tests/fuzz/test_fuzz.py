@@ -102,7 +102,7 @@ def test_a_handler_of_bus_messages_that_raises_is_found(monkeypatch: pytest.Monk
         right(self, message)
 
     monkeypatch.setattr(Inbox, "_on_message", broken)
-    assert "a handler of bus messages failed" in found("bus")
+    assert "a handler of bus messages failed" in found("bus", 400)
 
 
 def test_a_checksum_that_nobody_checks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ import yaml
 from compose_stack import ROOT
 from prometheus_server import documented_metrics, panel_expressions
 
-from kvferry.config import env_name, load_settings
+from kvferry.config.environment import env_name
+from kvferry.config.layers import load_settings
 from kvferry.model_source import ModelSource
 from kvferry.scaling import SERVICES, Role, scaling_path
 from kvferry_decode.settings import DecodeSettings

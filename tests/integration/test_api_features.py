@@ -13,7 +13,7 @@ from scripted_worker import EOS, text_of, tokens_of
 from structlog.testing import capture_logs
 
 from kvferry.engine.memory import scored_continuation
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 PROMPT = "The quick brown fox jumps over the lazy dog, twice."

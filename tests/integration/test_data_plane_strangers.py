@@ -15,7 +15,7 @@ from kvferry.transport.base import Connection, TransportSettings
 from kvferry.transport.hello import Handshake
 from kvferry.transport.tcp import HEADER, KIND_FLOW, TcpTransport
 from kvferry.wire.flow import Aborted, Fetch, Flow, FlowCodec, Hello, Open, Progress, Prove, Unknown
-from kvferry.wire.messages import PrefillRequest
+from kvferry.wire.work import PrefillRequest
 from kvferry_prefill.worker import PrefillWorker
 
 PATIENCE_S = 60.0

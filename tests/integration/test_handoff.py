@@ -9,7 +9,8 @@ import pytest
 from cluster import GREEDY, MODEL, Cluster, address_of, all_free, expected, prompt_of, settled, virtual
 
 from kvferry.schedule.step import StepPlan, StepResult
-from kvferry.wire.messages import Accepted, DecodeRequest, PrefillRequest, Sampling
+from kvferry.wire.sampling import Sampling
+from kvferry.wire.work import Accepted, DecodeRequest, PrefillRequest
 from kvferry.worker.report import load
 
 

@@ -6,24 +6,14 @@ import pytest
 from cluster import GREEDY, Cluster, expected, prompt_of, settled, virtual
 
 from kvferry.bus.memory import Faults
-from kvferry.wire.messages import (
-    Accepted,
-    Cancel,
-    Codecs,
-    DecodeRequest,
-    Drain,
-    EndAck,
-    Fence,
-    GatewayHeartbeat,
-    Ping,
-    Pong,
-    PrefillRequest,
-    Rejected,
-    Sampling,
-    WorkerAddress,
-    pack_tokens,
-)
+from kvferry.wire.beats import GatewayHeartbeat
+from kvferry.wire.fields import pack_tokens
+from kvferry.wire.messages import Codecs
+from kvferry.wire.orders import Cancel, Drain, EndAck, Fence, Ping, Pong
+from kvferry.wire.record import WorkerAddress
+from kvferry.wire.sampling import Sampling
 from kvferry.wire.subjects import beat_subject, mail_subject
+from kvferry.wire.work import Accepted, DecodeRequest, PrefillRequest, Rejected
 from kvferry.worker.report import load
 
 LONG = Sampling(temperature=0.0, max_tokens=300)
@@ -198,6 +188,25 @@ def test_a_request_for_the_other_role_or_with_no_single_shard_is_malformed() -> 
             answer = await gateway.ask(worker, request)
             assert isinstance(answer, Rejected)
             assert answer.reason == "malformed"
+
+    virtual(scenario)
+
+
+def test_a_full_queue_makes_room_for_a_higher_priority_and_tells_who_lost_its_place() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        prefill, decode = await cluster.prefill(max_waiting=1), await cluster.decode(max_waiting=1)
+        gateway = await cluster.gateway()
+        first, displaced, urgent = (gateway.work(prompt_of(900, seed=n), priority=5 - n) for n in range(3))
+        for work in (first, displaced):
+            gateway.expect(work, prefill)
+            assert isinstance(await gateway.ask(prefill, PrefillRequest(work)), Accepted)
+        await gateway.accepted(urgent, decode, prefill)
+        await gateway.until(lambda: displaced.stream_id in gateway.ends)
+        assert gateway.ends[displaced.stream_id].reason == "preempted"
+        await gateway.ended(urgent)
+        assert urgent.stream_id in gateway.ends
+        await gateway.cancel(first, prefill)
+        await settled(lambda: not prefill.scheduler.sequences, within=0.5)
 
     virtual(scenario)
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import pytest
 from cluster import GREEDY, Cluster, all_free, expected, prompt_of, settled, virtual
 
-from kvferry.wire.messages import Cancel, Fence, PrefillRequest, Rejected, Sampling, Work
+from kvferry.wire.orders import Cancel, Fence
+from kvferry.wire.sampling import Sampling
+from kvferry.wire.work import PrefillRequest, Rejected, Work
 from kvferry.worker.report import load
 from kvferry_decode.worker import DecodeWorker
 from kvferry_prefill.worker import PrefillWorker

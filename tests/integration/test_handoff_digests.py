@@ -9,7 +9,7 @@ from cluster import GREEDY, Cluster, check_clean, expected, prompt_of, virtual
 
 from kvferry.schedule.step import BlockTable
 from kvferry.wire.frame import Piece
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 from kvferry.worker.digests import MAX_SEQUENCES, Digests
 
 

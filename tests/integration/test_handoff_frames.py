@@ -12,7 +12,8 @@ from kvferry.transport.base import Connection, TransportSettings
 from kvferry.transport.memory import MemoryTransport
 from kvferry.wire.flow import Aborted, Ack, Credit, Fetch, Flow, FlowCodec, Open, Progress, Unknown
 from kvferry.wire.frame import frame_tag
-from kvferry.wire.messages import DecodeRequest, PrefillRequest, Sampling
+from kvferry.wire.sampling import Sampling
+from kvferry.wire.work import DecodeRequest, PrefillRequest
 from kvferry.worker.report import load
 from kvferry_prefill.worker import PrefillWorker
 

@@ -9,8 +9,10 @@ import pytest
 from cluster import MODEL, Cluster, prompt_of, virtual
 
 from kvferry.engine.memory import scored_continuation
+from kvferry.wire.fields import unpack_tokens
 from kvferry.wire.flow import Manifest
-from kvferry.wire.messages import Sampling, Work, unpack_tokens
+from kvferry.wire.sampling import Sampling
+from kvferry.wire.work import Work
 from kvferry_prefill.pump import Pump
 
 SCORED = Sampling(temperature=0.0, max_tokens=8, num_logprobs=3)

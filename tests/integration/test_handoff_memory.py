@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from cluster import GREEDY, MODEL, Cluster, all_free, expected, prompt_of, settled, virtual
 
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 from kvferry.worker.report import load
 
 SMALL = replace(MODEL, num_blocks=20, max_model_len=320)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from cluster import MODEL, Cluster, prompt_of, settled, virtual
 
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 from kvferry.worker.report import load
 
 WIDE = replace(MODEL, num_kv_heads=8, head_dim=128)  # 8 KiB of KV a token: eight tokens fill a slot

@@ -7,7 +7,8 @@ from cluster import GREEDY, Cluster, all_free, expected, prompt_of, settled, vir
 
 from kvferry.schedule.step import BlockTable, StepResult
 from kvferry.wire.frame import Piece
-from kvferry.wire.messages import Drain, Sampling
+from kvferry.wire.orders import Drain
+from kvferry.wire.sampling import Sampling
 from kvferry_decode.scheduler import DecodeDecision
 
 LONG = Sampling(temperature=0.0, max_tokens=300)

@@ -18,7 +18,9 @@ from scripted_worker import tokens_of
 
 from kvferry.engine.memory import MemoryRunner, scored_prompt
 from kvferry.schedule.step import StepPlan, StepResult
-from kvferry.wire.messages import DecodeRequest, PrefillRequest, Scoring, TokenBatch, Work
+from kvferry.wire.sampling import Scoring
+from kvferry.wire.tokens import TokenBatch
+from kvferry.wire.work import DecodeRequest, PrefillRequest, Work
 from kvferry_gateway.dispatcher import Dispatcher
 from kvferry_gateway.fleet import Fleet
 from kvferry_prefill.worker import PrefillWorker

@@ -35,8 +35,8 @@ async def main():
     settings = DecodeSettings(
         name="d", model=sys.argv[1], dtype="bfloat16", num_blocks=8, tensor_parallel_size=int(sys.argv[2])
     )
-    with ranks_of(settings) as ranks:
-        runner = NativeRunner(engine_settings(settings), followers=ranks.followers)
+    with ranks_of(settings, SystemRuntime()) as ranks:
+        runner = NativeRunner(engine_settings(settings), followers=ranks.joined())
         ranks.watch()
         engine, stdin = SystemRuntime().lane("engine"), SystemRuntime().lane("stdin")
         print("ready", flush=True)

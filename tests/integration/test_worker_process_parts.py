@@ -16,10 +16,12 @@ from kvferry.runtime import SystemRuntime
 from kvferry.transport.base import TransportSettings
 from kvferry.transport.slots import SlotPool
 from kvferry.transport.tcp import TcpTransport
-from kvferry.wire.messages import DecodeRequest, Sampling, WorkerAddress
+from kvferry.wire.record import WorkerAddress
+from kvferry.wire.sampling import Sampling
+from kvferry.wire.work import DecodeRequest
 from kvferry.worker import debug
 from kvferry.worker.debug import DebugServer
-from kvferry.worker.worker import Parts
+from kvferry.worker.parts import Parts
 from kvferry_decode.settings import DecodeSettings
 from kvferry_decode.worker import DecodeWorker
 from kvferry_prefill.settings import PrefillSettings

@@ -296,7 +296,7 @@ class NativeModel:
     def transfer(self, name: str, piece: Piece, table: npt.NDArray[np.int32], frame: npt.NDArray[Any]) -> None:
         function = getattr(self.library.c, name)
         arguments = (table.ctypes.data, len(table), frame.ctypes.data, frame.nbytes)
-        self.library.call(function, ctypes.byref(self.blocks), ctypes.byref(piece), *arguments)
+        self.library.call(function, ctypes.byref(self.blocks), ctypes.byref(piece), 1, *arguments)
 
 
 def placed_words(shape: tuple[int, ...], offset: int) -> tuple[Words, Words]:

@@ -152,8 +152,8 @@ void run_model() {
                                                 (piece.head_end - piece.head_start) * shape.head_dim);
     std::vector<uint8_t> frame(size + 1);
     uint8_t* unaligned = frame.data() + 1;
-    CHECK(kvf_gather(&all, &piece, moved.table.data(), per_sequence, unaligned, size) == KVF_OK);
-    CHECK(kvf_scatter(&all, &piece, moved.table.data(), per_sequence, unaligned, size) == KVF_OK);
+    CHECK(kvf_gather(&all, &piece, 1, moved.table.data(), per_sequence, unaligned, size) == KVF_OK);
+    CHECK(kvf_scatter(&all, &piece, 1, moved.table.data(), per_sequence, unaligned, size) == KVF_OK);
   }
   const int32_t pair[2] = {order.front(), order.back()};
   CHECK(kvf_copy_blocks(&all, pair, 1) == KVF_OK);

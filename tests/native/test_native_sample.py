@@ -21,7 +21,7 @@ from kvferry.engine.native.library import Library
 from kvferry.engine.native.sampler import NativeSampler
 from kvferry.engine.sampler import sample
 from kvferry.schedule.step import MAX_LOGPROBS, Draw
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 SAMPLER = engine("draw_weights", "descent", "penalties", "logprobs", "sample")

@@ -30,7 +30,7 @@ from native.step_model import (
     whole_piece,
 )
 
-from kvferry.engine.native.library import SEQUENCE, Library, Piece, Wanted, Weight
+from kvferry.engine.native.library import SEQUENCE, Cache, Library, Piece, Wanted, Weight
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 LENGTH = 200  # positions: four steps of attention, and no whole number of pages
@@ -426,6 +426,21 @@ def test_pieces_outside_the_cache_are_refused(library: Library) -> None:
             native.transfer("kvf_gather", Piece(0, 2, 0, 8, 0, 1), table, np.zeros(9, np.uint16))
         with pytest.raises(RuntimeError, match="block outside"):
             native.transfer("kvf_gather", Piece(0, 1, 0, 8, 0, 1), table + 4, np.zeros((2, 8, 16), np.uint16))
+
+
+def test_parts_that_differ_in_more_than_their_heads_are_refused(library: Library) -> None:
+    config = Config(max_len=64)
+    with NativeModel(library, config, random_weights(config, 1), num_blocks=4) as native:
+        table, frame = np.arange(4, dtype=np.int32), np.zeros((2, 8, 16), np.uint16)
+        own, later = Piece(0, 1, 0, 8, 0, 1), Piece(0, 1, 8, 16, 0, 1)
+        caches = (Cache * 2)(native.blocks, native.blocks)
+        where = (table.ctypes.data, len(table), frame.ctypes.data, frame.nbytes)
+        for function in (library.c.kvf_gather, library.c.kvf_scatter):
+            library.call(function, caches, (Piece * 2)(own, own), 2, *where)
+            with pytest.raises(RuntimeError, match="fit"):
+                library.call(function, caches, (Piece * 2)(own, later), 2, *where)
+            with pytest.raises(RuntimeError, match="argument"):
+                library.call(function, caches, (Piece * 2)(own, own), 0, *where)
 
 
 def test_pieces_move_beside_a_running_step(library: Library) -> None:

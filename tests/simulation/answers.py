@@ -22,7 +22,7 @@ from kvferry.engine.memory import (
     root_state,
 )
 from kvferry.schedule.step import Draw, Logprobs
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 
 LOGPROB_TOLERANCE = 1e-5
 

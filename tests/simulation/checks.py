@@ -16,7 +16,8 @@ from kvferry.kv.ledger import BlockState
 from kvferry.runtime import now
 from kvferry.schedule.sequence import Dropped, Key, Sequence
 from kvferry.transport.slots import Slot, SlotPool
-from kvferry.wire.messages import Codecs, Fence
+from kvferry.wire.messages import Codecs
+from kvferry.wire.orders import Fence
 from kvferry.worker.worker import Worker
 from kvferry_gateway.attempt import Attempt
 
@@ -167,12 +168,15 @@ class Referee:
 
     def hangs(self, name: str) -> bool:
         """Whether a process's steps do not end."""
-        return self._world.runtime.disks.get(name, 0.0) >= HANG_S
+        ranks = self._world.runtime.ranks.get(name)
+        return self._world.runtime.disks.get(name, 0.0) >= HANG_S or (ranks is not None and ranks.hang)
 
     def may_be_late(self, name: str) -> bool:
         """Whether a process could not keep its own deadlines lately."""
         since = self._world.true_time - self.thawed.get(name, float("-inf"))
-        return since < AWAKE_S or bool(self._world.runtime.disks.get(name))
+        ranks = self._world.runtime.ranks.get(name)
+        slow = self._world.runtime.disks.get(name) or (ranks is not None and (ranks.late_s or ranks.hang))
+        return since < AWAKE_S or bool(slow)
 
 
 class WatchedWorker:
@@ -218,7 +222,7 @@ class WatchedWorker:
             must(work.attempt == self._newest[unit], "attempt", work.attempt, "runs after", self._newest[unit])
             fenced = self._fenced.get(work.gateway_incarnation, 0)
             must(work.attempt > fenced, "attempt", work.attempt, "runs though fenced up to", fenced)
-            counted = work.gateway_incarnation in worker._inbox._gateways._known
+            counted = work.gateway_incarnation in worker.inbox._gateways._known
             must(counted, "works for a gateway that it counts as gone")
             dead_for = self._referee.dead_for(work.gateway_incarnation, worker)
             must(dead_for < DEAD_GATEWAY_S, "works for a gateway that died", dead_for, "s ago")

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -19,12 +19,14 @@ from disturbances import live_attempts
 from gateways import SimulatedGateway
 from planes import STORM
 from processes import run_as
+from ranks import SimulatedRanks
 from workload import MAX_PROMPT, ClientRequest, requests
 from world import World
 
 from kvferry.runtime import now
+from kvferry.wire.beats import ExitNotice
 from kvferry.wire.flow import Open
-from kvferry.wire.messages import Codecs, ExitNotice
+from kvferry.wire.messages import Codecs
 from kvferry.wire.subjects import exit_subject
 from kvferry.worker.worker import Worker
 
@@ -32,7 +34,7 @@ Kind = Literal[
     "kill", "kill_gateway", "freeze", "freeze_deaf", "freeze_gateway", "partition", "partition_in", "partition_out",
     "partition_gateway", "cut_off", "data_partition", "data_partition_one_way", "reset", "bus_restart", "bus_storm",
     "bad_frames", "mixed_up", "slow_disk", "lost_beats", "lost_gateway_beats", "slow_client", "leave", "burst",
-    "lost_batches", "drain", "drain_gateway", "wedge",
+    "lost_batches", "drain", "drain_gateway", "wedge", "kill_rank", "freeze_rank", "slow_rank",
 ]  # fmt: skip
 Phase = Literal["queued", "computing", "held", "fetching", "running"]
 STATES: dict[str, tuple[str, ...]] = {
@@ -43,6 +45,8 @@ STATES: dict[str, tuple[str, ...]] = {
     "running": ("running",),
 }
 KINDS: tuple[Kind, ...] = get_args(Kind)
+RANK_KINDS: tuple[Kind, ...] = ("kill_rank", "freeze_rank", "slow_rank")  # where there are workers with ranks
+RANK_PERCENT = 30  # of the other faults: so many more
 OFTEN: tuple[Kind, ...] = ("kill", "freeze_deaf", "bad_frames", "mixed_up", "mixed_up")  # drawn more than others
 PHASES: tuple[Phase, ...] = get_args(Phase)
 WEDGED_S = 6.0  # by then a worker has noticed that a step does not end
@@ -64,11 +68,20 @@ class Fault:
     phase: Phase = "running"
 
 
-def drawn_faults(seed: int | str, count: int, seconds: float) -> list[Fault]:
-    chance = random.Random(f"faults {seed}")
-    faults = [
+def drawn_faults(seed: int | str, count: int, seconds: float, *, ranks: bool = False) -> list[Fault]:
+    """`ranks`: some more befall single ranks."""
+    others = (*(kind for kind in KINDS if kind not in RANK_KINDS), *OFTEN)
+    faults = _drawn(random.Random(f"faults {seed}"), others, count, seconds)
+    if ranks:
+        more = -(-count * RANK_PERCENT // 100)
+        faults += _drawn(random.Random(f"faults of ranks {seed}"), RANK_KINDS, more, seconds)
+    return sorted(faults, key=lambda fault: fault.at)
+
+
+def _drawn(chance: random.Random, kinds: Sequence[Kind], count: int, seconds: float) -> list[Fault]:
+    return [
         Fault(
-            chance.choice((*KINDS, *OFTEN)),
+            chance.choice(kinds),
             round(chance.uniform(0.1, seconds), 3),
             round(chance.random(), 3),
             round(chance.choice((0.1, 0.5, 1.0, 2.0)) * (1 + chance.random()), 3),
@@ -76,7 +89,6 @@ def drawn_faults(seed: int | str, count: int, seconds: float) -> list[Fault]:
         )
         for _ in range(count)
     ]
-    return sorted(faults, key=lambda fault: fault.at)
 
 
 def dump(faults: Iterable[Fault]) -> str:
@@ -121,7 +133,8 @@ class Saboteur:
             await asyncio.sleep(LOOK_S)
 
     def _any_phase(self, fault: Fault) -> Fault:
-        victim = next((s for w in self._world.workers for s in w.scheduler.sequences.values()), None)
+        workers = [w for w in self._world.workers if fault.kind not in RANK_KINDS or self._ranks(w) is not None]
+        victim = next((s for w in workers for s in w.scheduler.sequences.values()), None)
         if victim is None:
             return fault
         phase = next(phase for phase in PHASES if victim.state in STATES[phase])
@@ -130,7 +143,7 @@ class Saboteur:
     # -- whom it hits ----------------------------------------------------------------------------------------
 
     def _needed(self, fault: Fault, role: str | None = None) -> Worker[Any] | None:
-        """A worker that has a live request in the fault's phase."""
+        """A worker that has a live request in the fault's phase; one with ranks for a fault of theirs."""
         states = STATES[fault.phase]
         live = {attempt.ticket for _, _, attempt in live_attempts(self._world)}
         found = [
@@ -138,9 +151,13 @@ class Saboteur:
             for worker in self._world.workers
             if role in (None, worker.role)
             and not self._disturbed(worker.settings.name)
+            and (fault.kind not in RANK_KINDS or self._ranks(worker) is not None)
             and any(s.state in states and s.work.ticket in live for s in worker.scheduler.sequences.values())
         ]
         return _pick(found, fault.where)
+
+    def _ranks(self, worker: Worker[Any]) -> SimulatedRanks | None:
+        return self._world.runtime.ranks.get(worker.settings.name)
 
     def _busy_gateway(self, fault: Fault) -> SimulatedGateway | None:
         found = [
@@ -207,6 +224,56 @@ class Saboteur:
         if self._world.worker(name) is None:
             await self._restart(victim)
         return True
+
+    # -- ranks -----------------------------------------------------------------------------------------------
+
+    async def _kill_rank(self, fault: Fault) -> bool:
+        victim = self._needed(fault)
+        if victim is None or (ranks := self._ranks(victim)) is None:
+            return False
+        await self._world.lose_rank(victim, _pick(ranks.numbers, fault.where))
+        await self._ended(victim, fault)
+        return True
+
+    async def _freeze_rank(self, fault: Fault) -> bool:
+        """Its worker's steps do not end meanwhile; if that takes too long the worker says so, and ends."""
+        victim = self._needed(fault)
+        if victim is None or (ranks := self._ranks(victim)) is None:
+            return False
+        world, name, rank = self._world, victim.settings.name, _pick(ranks.numbers, fault.where)
+        world.log.record("freeze", name, rank)
+        ranks.stop(rank)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2 * fault.lasts):
+                await victim.wedged.wait()
+        if victim.wedged.is_set():
+            await world.kill(victim)
+            await self._ended(victim, fault)
+            return True
+        world.log.record("thaw", name, rank)
+        ranks.resume(rank)
+        world.referee.thawed[name] = world.true_time
+        return True
+
+    async def _slow_rank(self, fault: Fault) -> bool:
+        victim = self._needed(fault)
+        if victim is None or (ranks := self._ranks(victim)) is None:
+            return False
+        ranks.late_s = 0.02 + 0.3 * fault.where
+        await asyncio.sleep(fault.lasts)
+        ranks.late_s = 0.0
+        self._world.referee.thawed[victim.settings.name] = self._world.true_time
+        return True
+
+    async def _ended(self, victim: Worker[Any], fault: Fault) -> None:
+        """Its process has ended: the supervisor may say so, and starts it again."""
+        if fault.where < 0.5:
+            self._tell_of(victim)
+        await asyncio.sleep(fault.lasts)
+        if self._world.worker(victim.settings.name) is None:
+            await self._restart(victim)
+
+    # -- gateways --------------------------------------------------------------------------------------------
 
     async def _drain_gateway(self, fault: Fault) -> bool:
         """Requests under way get its grace time; then its clients ask another one."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
 from processes import process_name
+from ranks import SimulatedRanks
 
 from kvferry.lane import InlineLane, Lane
 from kvferry.runtime import SeededRuntime
@@ -38,9 +39,11 @@ class SimulatedLane(Lane):
     """Calls run one after the other. A call's reads and writes happen at one of its two ends, by chance: so it meets
     what others do to the same blocks before it and after it."""
 
-    def __init__(self, runtime: ProcessRuntime, seconds: Callable[..., float]) -> None:
+    def __init__(self, runtime: ProcessRuntime, seconds: Callable[..., float], *, computes: bool = False) -> None:
+        """`computes`: what runs here needs all ranks of its worker."""
         self._runtime = runtime
         self._seconds = seconds
+        self._computes = computes
         self._calls: deque[_Call] = deque()
         self._timer: asyncio.Handle | None = None
         self._outcome: Callable[[], None] | None = None
@@ -71,14 +74,33 @@ class SimulatedLane(Lane):
         self._calls.clear()
 
     def _begin(self) -> None:
-        call = self._calls[0]
+        call, ranks = self._calls[0], self._ranks
         loop = asyncio.get_running_loop()
-        if call.early:
+        if ranks is not None and ranks.lost:  # nobody waits for a rank that can't be told
+            self._outcome = _execute(call)
+            self._timer = loop.call_soon(self._go_on)
+            return
+        if call.early and (ranks is None or not ranks.hang):
             self._outcome = _execute(call)
         seconds = call.seconds + self._runtime.disks.get(process_name.get(), 0.0) * self._runtime.uniform()
+        if ranks is not None:
+            seconds += ranks.late_s * self._runtime.uniform()
         self._timer = loop.call_later(seconds, self._ended) if seconds > 0 else loop.call_soon(self._ended)
 
+    @property
+    def _ranks(self) -> SimulatedRanks | None:
+        return self._runtime.ranks.get(process_name.get()) if self._computes else None
+
     def _ended(self) -> None:
+        if self._timer is None:
+            return  # it was closed while it waited for a rank
+        ranks = self._ranks
+        if ranks is not None and ranks.hang:
+            ranks.when_resumed(self._ended)
+            return
+        self._go_on()
+
+    def _go_on(self) -> None:
         self._end()
         if self._calls:
             self._begin()
@@ -117,18 +139,21 @@ class ProcessRuntime(SeededRuntime):
     seed: int
     disks: dict[str | None, float] = field(default_factory=dict)  # process -> most seconds that a call takes longer
     lanes: dict[str | None, list[SimulatedLane]] = field(default_factory=dict)
+    ranks: dict[str | None, SimulatedRanks] = field(default_factory=dict)  # of workers that have several
 
     def __post_init__(self) -> None:
         super().__init__(self.seed)
 
-    def lane(self, name: str, nice: int = 0) -> Lane:
+    def lane(self, name: str, nice: int = 0, *, daemon: bool = False) -> Lane:
         if name == "mask":
             return InlineLane()  # a step that wants a mask waits for it, as no lane here can
-        lane = SimulatedLane(self, step_seconds if name == "engine" else self._copy_seconds)
+        computes = name == "engine"
+        lane = SimulatedLane(self, step_seconds if computes else self._copy_seconds, computes=computes)
         self.lanes.setdefault(process_name.get(), []).append(lane)
         return lane
 
     def kill_lanes(self, process: str) -> None:
+        self.ranks.pop(process, None)
         for lane in self.lanes.pop(process, []):
             lane.kill()
 

@@ -118,9 +118,9 @@ PLANTS: tuple[Plant, ...] = (
         "token 0 sampled again by a recompute",
         (
             Edit(
-                "services/gateway/kvferry_gateway/flight.py",
-                "generated=pack_tokens(self.stream.tokens),",
-                "generated=pack_tokens(self.stream.tokens if len(self.stream.tokens) > 1 else []),",
+                "services/gateway/kvferry_gateway/offer.py",
+                "generated=pack_tokens(stream.tokens),",
+                "generated=pack_tokens(stream.tokens if len(stream.tokens) > 1 else []),",
             ),
         ),
     ),

@@ -40,6 +40,7 @@ LOAD_S = 7.0  # in which requests arrive
 FAULTS_S = 6.0  # in which faults begin
 LIMIT_S = 150.0  # virtual
 TIGHT_BLOCKS = 40
+RANKED_SHARE = 0.35
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Setting:
     prefill: dict[str, Any]
     decode: dict[str, Any]
     gateways: dict[str, Any]
+    degrees: dict[str, int]  # ranks of each worker that has several
 
     @property
     def max_prompt(self) -> int:
@@ -128,7 +130,18 @@ def drawn_setting(seed: int) -> Setting:
             "drain_grace": 1.0,
             "local_prefill_threshold": chance.choice((0, 32, 128)),
         },
+        degrees=drawn_degrees(seed),
     )
+
+
+def drawn_degrees(seed: int) -> dict[str, int]:
+    """Of one in three seeds: workers of 1, 2 and 3 ranks, where the third one shares a KV head."""
+    chance = random.Random(f"degrees {seed}")
+    if chance.random() >= RANKED_SHARE:
+        return {}
+    names = [f"{role}-{number}" for role in ("prefill", "decode") for number in range(3)]
+    drawn = {name: chance.choice((1, 2, 2, 3)) for name in names}
+    return {name: ranks for name, ranks in drawn.items() if ranks > 1}
 
 
 class Play:
@@ -136,9 +149,9 @@ class Play:
 
     def __init__(self, seed: int, faults: Sequence[Fault] | None = None, num_requests: int = NUM_REQUESTS) -> None:
         self.seed = seed
-        self.faults = drawn_faults(seed, NUM_FAULTS, FAULTS_S) if faults is None else list(faults)
-        self.goes_on = faults is None
         self.setting = drawn_setting(seed)
+        self.faults = self._drawn_faults(seed, NUM_FAULTS, FAULTS_S) if faults is None else list(faults)
+        self.goes_on = faults is None
         self.requests = self._drawn_requests(seed, num_requests, LOAD_S * num_requests / NUM_REQUESTS, 0)
         self.hits: list[str] = []
         self.num_steps = 0
@@ -165,7 +178,7 @@ class Play:
                 world,
                 saboteur,
                 self._drawn_requests(chance, ROUND_REQUESTS, ROUND_S, ROUND_REQUESTS * number + NUM_REQUESTS),
-                drawn_faults(chance, ROUND_FAULTS, ROUND_S),
+                self._drawn_faults(chance, ROUND_FAULTS, ROUND_S),
             )
         self.hits = saboteur.hits
         self.num_steps = world.referee.num_steps
@@ -189,6 +202,9 @@ class Play:
         await world.all_over()
         await sabotage
         await world.all_over()
+
+    def _drawn_faults(self, chance: int | str, count: int, seconds: float) -> list[Fault]:
+        return drawn_faults(chance, count, seconds, ranks=bool(self.setting.degrees))
 
     def _drawn_requests(self, chance: int | str, count: int, seconds: float, first: int) -> list[ClientRequest]:
         setting = self.setting
@@ -214,7 +230,8 @@ class Play:
         model = self.setting.model(int(name.split("-")[1]))
         start = world.prefill if role == "prefill" else world.decode
         own = self.setting.prefill if role == "prefill" else self.setting.decode
-        return await start(name, model, **self.setting.workers, **own)
+        degree = self.setting.degrees.get(name, 1)
+        return await start(name, model, tensor_parallel_size=degree, **self.setting.workers, **own)
 
     def _forced_checks(self, request: ClientRequest) -> list[Check]:
         models = [self.setting.model(number) for number in range(2)]

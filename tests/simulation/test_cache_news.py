@@ -14,7 +14,9 @@ from world import World, check_answered, informed, simulate
 
 from kvferry.kv.events import pack_keys, unpack_keys
 from kvferry.runtime import now
-from kvferry.wire.messages import MAX_CACHE_KEYS, CacheEvents, CacheNews, CacheResync, CacheSnapshot, Sampling
+from kvferry.wire.cache_news import MAX_CACHE_KEYS, CacheEvents, CacheSnapshot
+from kvferry.wire.messages import CacheNews
+from kvferry.wire.sampling import Sampling
 from kvferry.worker.worker import Worker
 from kvferry_gateway.prefix_index import Heard
 
@@ -166,7 +168,9 @@ def test_many_gateways_that_ask_at_once_get_one_snapshot_in_parts() -> None:
                 return hear(news)  # type: ignore[operator]
 
             fleet.placers[MODEL_NAME].hear = listen  # type: ignore[method-assign]
-            fleet._send(worker.subject, CacheResync(worker.incarnation))
+            record = fleet.registry.record_of(worker.incarnation)
+            assert record is not None
+            fleet.mail.resync(record)
             asked += 1
         await settled(lambda: len(parts) == 2, within=1.0)
         await settled(lambda: worker.cache_news._snapshot is not None and worker.cache_news._snapshot.done(), 1.0)

@@ -13,7 +13,7 @@ from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.grammar.mask import GrammarMask
 from kvferry.schedule.step import NO_TOKENS
 from kvferry.text.model_dir import ModelDir
-from kvferry.wire.messages import Grammar
+from kvferry.wire.sampling import Grammar
 
 
 @cache

@@ -14,7 +14,7 @@ from lanes import SECONDS_PER_STEP, SECONDS_PER_TOKEN
 from scripted_worker import EOS, VOCAB_SIZE, text_of, tokens_of
 
 from kvferry.engine.memory import MemorySettings, scored_prompt
-from kvferry.wire.messages import Grammar, Sampling
+from kvferry.wire.sampling import Grammar, Sampling
 
 MODEL = MemorySettings(
     num_blocks=128,

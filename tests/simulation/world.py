@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,17 +16,22 @@ from clients import CLIENTS, Call
 from cluster import Cluster, all_free, settled
 from gateways import SimulatedGateway
 from lanes import ProcessRuntime
+from memory_ranks import ranked_memory
 from planes import SimulatedBroker, SimulatedBus, SimulatedNetwork
 from processes import MachineClock, ProcessLoop, acting_as, run_as
+from ranks import SimulatedRanks
 from tiny import compiler
 from virtual_loop import Deadlock, EventLog, VirtualTimeout
 from workload import MODEL, MODEL_NAME, ClientRequest
 
 from kvferry.bus.base import BusSettings
-from kvferry.engine.memory import MemorySettings
+from kvferry.engine.memory import MemoryRunner, MemorySettings
+from kvferry.errors import RankLost
 from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.runtime import TaskSet, now
+from kvferry.schedule.step import ModelRunner
 from kvferry.wire.subjects import inbox_prefix
+from kvferry.worker.settings import WorkerSettings
 from kvferry.worker.worker import Worker
 from kvferry_decode.worker import DecodeWorker
 from kvferry_prefill.worker import PrefillWorker
@@ -33,6 +39,7 @@ from kvferry_prefill.worker import PrefillWorker
 LIMIT_S = 300.0  # virtual seconds of one scenario
 END_CONFIRMED_S = 5.0  # for the last words between gateways and workers, bus faults among them
 RESTART_S = 0.1
+RANK_LOST_S = 0.01
 WEDGED = "wedged: no engine step ended"
 SLOT_PAYLOAD_BYTES = 8 << 10  # small: a prompt is many frames
 
@@ -113,6 +120,13 @@ class World(Cluster):
     def _grammars(self, model: MemorySettings) -> GrammarCompiler:
         return compiler()
 
+    def _runner(self, settings: WorkerSettings, model: MemorySettings) -> ModelRunner:
+        size = settings.tensor_parallel_size
+        if size == 1:
+            return MemoryRunner(model)
+        ranks = self.runtime.ranks[settings.name] = SimulatedRanks()
+        return ranked_memory(model, size, ranks.connect)
+
     def _slots(self) -> CheckedSlots:
         return CheckedSlots(self.num_slots, SLOT_PAYLOAD_BYTES, self.referee)
 
@@ -152,6 +166,15 @@ class World(Cluster):
             self.thaw(name)
         self.runtime.kill_lanes(name)
         await super().kill(worker)
+
+    async def lose_rank(self, worker: Worker[Any], rank: int) -> None:
+        """One of a worker's ranks is killed. The worker's process hears it a moment later, and ends."""
+        name = worker.settings.name
+        self.log.record("kill", name, rank)
+        self.runtime.ranks[name].kill(rank)
+        await asyncio.sleep(RANK_LOST_S * self.runtime.uniform())
+        if worker in self.workers:
+            await self.kill(worker)
 
     async def kill_gateway(self, core: SimulatedGateway) -> None:
         self.log.record("kill", core.name)
@@ -355,7 +378,8 @@ def errors_collected() -> Iterator[list[MutableMapping[str, Any]]]:
     lines: list[MutableMapping[str, Any]] = []
 
     def keep(_: object, __: str, line: MutableMapping[str, Any]) -> Any:
-        if line["event"] != WEDGED:  # only where a fault wants it, as the referee sees to
+        # Only where a fault wants it, as the referee sees to; or a rank was killed.
+        if line["event"] != WEDGED and not isinstance(sys.exc_info()[1], RankLost):
             lines.append(line)
         raise structlog.DropEvent
 

@@ -12,7 +12,10 @@ from click.testing import CliRunner
 from pydantic import Field, SecretStr
 
 from kvferry.command import service_command
-from kvferry.config import Port, ServiceSettings, env_name, is_secret, load_settings, without_secrets
+from kvferry.config.environment import env_name, without_secrets
+from kvferry.config.field import is_secret
+from kvferry.config.layers import load_settings
+from kvferry.config.settings import Port, ServiceSettings
 from kvferry.errors import SettingError
 from kvferry.runfile import MAX_RUN_FILE_BYTES, NatsLogin, RunFile, default_run_file
 from kvferry_decode.settings import DecodeSettings

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
 from docs_tables import DOCUMENTS, ROOT, with_tables
 
-from kvferry.wire import flow, messages
+import kvferry.wire
 from kvferry.wire.codec import Message
 
 README = (ROOT / "README.md").read_text()
@@ -92,7 +93,10 @@ def test_no_document_names_a_private_path() -> None:
 def wire_messages() -> set[str]:
     """Every tagged message type of both planes."""
     found = set()
-    for module in (messages, flow):
+    modules = [
+        importlib.import_module(f"kvferry.wire.{module.name}") for module in pkgutil.iter_modules(kvferry.wire.__path__)
+    ]
+    for module in modules:
         for name, kind in vars(module).items():
             if (
                 isinstance(kind, type)

@@ -6,15 +6,22 @@ import asyncio
 import os
 import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 
 from kvferry.lane import InlineLane, Lane, ThreadLane
 
+LANES: dict[str, Callable[[], Lane]] = {
+    "thread": lambda: ThreadLane("test"),
+    "daemon": lambda: ThreadLane("test", daemon=True),
+    "inline": InlineLane,
+}
 
-@pytest.fixture(params=["thread", "inline"])
+
+@pytest.fixture(params=LANES)
 def lane(request: pytest.FixtureRequest) -> Lane:
-    return ThreadLane("test") if request.param == "thread" else InlineLane()
+    return LANES[request.param]()
 
 
 async def test_calls_run_in_the_order_in_which_they_were_given(lane: Lane) -> None:
@@ -102,9 +109,26 @@ async def test_a_cancelled_call_does_not_begin_and_a_running_one_goes_on() -> No
     lane.close()
 
 
+async def test_nobody_waits_for_what_a_daemon_runs() -> None:
+    lane = ThreadLane("test", daemon=True)
+    begun, end = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        begun.set()
+        end.wait()
+
+    running, waiting = lane.run(hang), lane.run(int)
+    assert begun.wait(10)
+    lane.close()
+    assert not running.done()
+    assert waiting.cancelled()
+    end.set()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts niceness by thread")
-async def test_only_the_lanes_own_thread_gives_way() -> None:
-    lane = ThreadLane("test", nice=3)
+@pytest.mark.parametrize("daemon", [False, True])
+async def test_only_the_lanes_own_thread_gives_way(daemon: bool) -> None:
+    lane = ThreadLane("test", nice=3, daemon=daemon)
     own = os.getpriority(os.PRIO_PROCESS, 0)
     assert await lane.run(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())) == 3
     assert os.getpriority(os.PRIO_PROCESS, 0) == own

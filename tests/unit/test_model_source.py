@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from pydantic import SecretStr
 
 from kvferry.command import service_command
-from kvferry.config import load_settings
+from kvferry.config.layers import load_settings
 from kvferry.errors import SettingError
 from kvferry.model_source import ModelSource, check_different, model_sources
 from kvferry.runfile import RunFile

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvferry.config import ServiceSettings, load_settings
+from kvferry.config.layers import load_settings
+from kvferry.config.settings import ServiceSettings
 from kvferry.errors import SettingError
 from kvferry.scaling import SERVICES, DecodeScaling, PrefillScaling, Role, scaling_path
 from kvferry_decode.settings import DecodeSettings

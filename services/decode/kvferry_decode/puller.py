@@ -25,9 +25,11 @@ from kvferry.schedule.step import ModelRunner
 from kvferry.transport.base import Connection
 from kvferry.transport.pool import ConnectionPool
 from kvferry.transport.slots import SlotPool
+from kvferry.wire.beats import MAX_RECENT_PULLS, PullTime
 from kvferry.wire.flow import Abort, Aborted, Ack, Flow, FlowCodec, Open, Progress, Unknown
 from kvferry.wire.logprobs import TokenLogprobs
-from kvferry.wire.messages import MAX_RECENT_PULLS, EndReason, PullTime, WorkerAddress
+from kvferry.wire.record import WorkerAddress
+from kvferry.wire.tokens import EndReason
 from kvferry.worker.digests import Digests
 from kvferry.worker.metrics import WorkerMetrics
 from kvferry_decode.landing import Dock, Landing

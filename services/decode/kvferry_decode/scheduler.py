@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from kvferry.kv.ledger import BlockState
 from kvferry.schedule.chunk import ChunkBudget
 from kvferry.schedule.memory import KVMemory
-from kvferry.schedule.queue import AdmissionQueue
+from kvferry.schedule.queue import AdmissionQueue, to_displace
 from kvferry.schedule.sequence import Dropped, Emission, Key, ModelLimits, Sequence, pick_alone, put_in_order
 from kvferry.schedule.step import SequenceStep, StepPlan, StepResult
 from kvferry.wire.logprobs import PromptLogprobs, TokenLogprobs
-from kvferry.wire.messages import RejectReason
+from kvferry.wire.work import RejectReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,14 @@ class DecodeScheduler:
         else:
             self._waiting.add(sequence)
         return None
+
+    def displace(self, urgent: Sequence) -> Dropped | None:
+        """Give up a queued sequence for one that the full queue has refused, if one has a lower priority."""
+        victim = to_displace((*self._waiting, *self._opening.values()), urgent)
+        if victim is None:
+            return None
+        self.cancel(victim.key)
+        return Dropped(victim, "preempted")
 
     def due(self, key: Key) -> Sequence | None:
         """P holds memory and the time has come to reserve. The sequence if that is news."""

@@ -16,9 +16,13 @@ from kvferry.runtime import now
 from kvferry.schedule.sequence import Dropped, Emission, Key, Sequence
 from kvferry.transport.base import Connection
 from kvferry.transport.pool import ConnectionPool
+from kvferry.wire.beats import PullTime
+from kvferry.wire.fields import Role
 from kvferry.wire.logprobs import TokenLogprobs
-from kvferry.wire.messages import DecodeRequest, EndReason, PrefillRequest, PullTime, RejectReason, Role
-from kvferry.worker.worker import Parts, Worker, kv_memory, model_limits
+from kvferry.wire.tokens import EndReason
+from kvferry.wire.work import DecodeRequest, PrefillRequest, RejectReason
+from kvferry.worker.parts import Parts, kv_memory, model_limits
+from kvferry.worker.worker import Worker
 from kvferry_decode.puller import Puller
 from kvferry_decode.scheduler import DecodeDecision, DecodeScheduler
 from kvferry_decode.settings import DecodeSettings
@@ -61,6 +65,8 @@ class DecodeWorker(Worker[DecodeScheduler]):
         if address is not None and len(address.shards) != 1:
             return "malformed"
         reason = self.scheduler.add(sequence, pull=address is not None)
+        if reason == "queue_full" and self.displace(sequence):
+            reason = self.scheduler.add(sequence, pull=address is not None)
         if reason is None and address is not None:
             self._puller.open(sequence, address)
         return reason

@@ -10,5 +10,6 @@ The life of a request, file by file:
    writes straight to the client's `connection.py`.
 5. `answers.py` holds the JSON around the text; `completions.py` is the route that runs 1 to 5.
 
-`fleet.py` is the only file that talks to the bus; `service.py` starts and ends everything.
+`fleet.py` knows the workers: it hears them through `inbox.py` and writes to them through `mail.py`, the only files that
+talk to the bus but for its own heartbeat. `service.py` starts and ends everything.
 """

@@ -14,7 +14,7 @@ from typing import Any, Final
 from kvferry.log import get_logger
 from kvferry.metrics import Metrics
 from kvferry.runtime import now
-from kvferry.wire.messages import MAX_NAME_CHARS
+from kvferry.wire.fields import MAX_NAME_CHARS
 from kvferry_gateway.asgi import Caller, Exchange, Scope, respond
 from kvferry_gateway.auth import ApiKey, ApiKeys
 from kvferry_gateway.body import parse

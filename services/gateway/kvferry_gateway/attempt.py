@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from kvferry.trace.open_span import OpenSpan
-from kvferry.wire.messages import End, EndReason, Held, SequenceState, WorkerRecord
+from kvferry.wire.beats import Held, SequenceState
+from kvferry.wire.record import WorkerRecord
+from kvferry.wire.tokens import End, EndReason
 from kvferry_gateway.answers import FinishReason
 from kvferry_gateway.forecast import Forecast
 from kvferry_gateway.streams import TokenStream

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from kvferry.errors import SettingError
+from kvferry.file_version import version_of
 from kvferry.log import get_logger
 from kvferry_gateway.rate_limit import NO_LIMITS, Allowance, RateLimits
 
@@ -63,7 +64,7 @@ class ApiKeys:
         open door must be no accident."""
         self._path = path
         self._limits = limits
-        self._version = self._stat()
+        self._version = version_of(path)
         self._keys: dict[bytes, ApiKey] = {}  # by digest
         self._keys = self._read()
 
@@ -83,23 +84,16 @@ class ApiKeys:
 
     def refresh(self) -> None:
         """Read the file again if it has changed. What can't be read leaves the keys as they are."""
+        version = version_of(self._path)
+        if version == self._version:
+            return
+        self._version = version
         try:
-            version = self._stat()
-            if version == self._version:
-                return
-            self._version = version
             self._keys = self._read()
         except SettingError as error:
             log.error("API keys kept as they were", problem=error.problem)
             return
         log.info("API keys read again", num_keys=len(self._keys))
-
-    def _stat(self) -> tuple[int, int, int]:
-        try:
-            status = self._path.stat()
-        except OSError as error:
-            raise SettingError(_SETTING, f"{self._path}: {error.strerror}") from None
-        return status.st_mtime_ns, status.st_size, status.st_ino
 
     def _read(self) -> dict[bytes, ApiKey]:
         keys: dict[bytes, ApiKey] = {}

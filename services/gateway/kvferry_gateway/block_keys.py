@@ -9,7 +9,7 @@ import numpy as np
 
 from kvferry.kv.events import pack_keys
 from kvferry.kv.hashing import block_hashes, root_hash
-from kvferry.wire.messages import pack_tokens, unpack_tokens
+from kvferry.wire.fields import pack_tokens, unpack_tokens
 from kvferry_gateway.prefix_index import index_keys
 
 HASHED_AT_ONCE: Final = 256  # blocks, before the loop may do something else: below 1 ms

@@ -75,7 +75,7 @@ class Choice:
 
     def whole(self, told_prompt: PromptTold = NOTHING_TOLD) -> WholeChoice:
         """As a part of an answer that is not streamed. Takes the text."""
-        text: str = json.loads(b'"' + self.stream.take_text() + b'"')
+        text: str = json.loads(b'"' + self.stream.take() + b'"')
         told = self.stream.told if isinstance(self.stream, ToldStream) else ()
         parts: list[Part] = [Content(self.prompt.echo + text)]
         if (parser := self.prompt.reading.parser()) is not None:

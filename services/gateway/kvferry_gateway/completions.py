@@ -9,7 +9,7 @@ from typing import Final
 
 from kvferry.log import get_logger
 from kvferry.runtime import now
-from kvferry.wire.messages import pack_tokens
+from kvferry.wire.fields import pack_tokens
 from kvferry_gateway.admission import Admission
 from kvferry_gateway.answers import Answer, Details, Usage
 from kvferry_gateway.asgi import EVENT_STREAM, Caller, Exchange, connection_of, respond
@@ -242,7 +242,7 @@ class Completions:
 
         async def land(choice: Choice) -> None:
             await (choice.land() if choice.scores is None else _land_echoed(choice, answer))
-            choice.stream.pieces.append(answer.last_event(choice.index, choice.reason))
+            choice.stream.put(answer.last_event(choice.index, choice.reason))
             if len(choices) > 1:
                 choice.stream.flush(now())
 

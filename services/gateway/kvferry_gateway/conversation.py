@@ -9,7 +9,7 @@ from typing import Any, Final
 from kvferry.text.chat_template import ChatTemplate
 from kvferry.text.model_dir import ModelDir
 from kvferry.text.tokenizer import Tokenizer
-from kvferry.wire.messages import TokenArray
+from kvferry.wire.fields import TokenArray
 from kvferry_gateway.errors import bad_request
 from kvferry_gateway.messages import ChatMessage
 from kvferry_gateway.parsing.forms import Thoughts, carries_tools, thoughts_of

@@ -7,7 +7,7 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kvferry.wire.messages import WorkerRecord
+from kvferry.wire.record import WorkerRecord
 from kvferry_gateway.placement import NoWorker, OtherNumerics, TooLong
 
 Why = Literal[

@@ -15,7 +15,7 @@ import numpy as np
 
 from kvferry.errors import MalformedMessage
 from kvferry.wire.logprobs import PromptLogprobs, unpack_logprobs, unpack_prompt_logprobs
-from kvferry.wire.messages import TokenBatch
+from kvferry.wire.tokens import TokenBatch
 from kvferry_gateway.attempt import Attempt, AttemptTable, Lost
 from kvferry_gateway.metrics import GatewayMetrics
 from kvferry_gateway.streams import TokenStream
@@ -151,25 +151,32 @@ class Dispatcher:
         """Write every touched stream once, see which choices are complete, confirm ends."""
         self._scheduled = False
         now = asyncio.get_running_loop().time()
-        itl = self._metrics.itl
+        itl, gap, model, alike = self._metrics.itl, 0.0, "", 0  # streams of one batch are mostly alike
         touched, self._touched = self._touched, []
         for stream in touched:
             stream.touched = False
-            if len(stream.tokens) > stream.num_timed:
-                stream.num_timed = len(stream.tokens)
+            attempt = stream.attempt
+            num_tokens = len(stream.tokens)
+            if num_tokens > stream.num_timed:
+                stream.num_timed = num_tokens
                 if stream.first_token_at is None:
                     stream.first_token_at = now
                     if stream.on_first_token is not None:
                         stream.on_first_token()
-                elif stream.attempt is not None:
-                    itl.observe(stream.attempt.decode.model, now - stream.last_token_at)
+                elif attempt is not None:
+                    if now - stream.last_token_at != gap or attempt.decode.model != model:
+                        if alike:
+                            itl.observe(model, gap, alike)
+                        gap, model, alike = now - stream.last_token_at, attempt.decode.model, 0
+                    alike += 1
                 stream.last_token_at = now
-                if stream.attempt is not None:
-                    stream.attempt.forecast.began(now)
+                if attempt is not None and attempt.forecast.first_token_at is None:
+                    attempt.forecast.began(now)
             stream.flush(now)
-            attempt = stream.attempt
             if attempt is not None and (stream.stopped or attempt.end is not None):
                 attempt.review()
+        if alike:
+            itl.observe(model, gap, alike)
         acks, self._acks = self._acks, {}
         scored, self._scored = self._scored, {}
         for incarnation in acks | scored:

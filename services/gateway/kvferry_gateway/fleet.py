@@ -1,100 +1,51 @@
-"""The workers as this gateway reaches them: the only part of it that talks to the bus.
+"""The workers as this gateway knows them: who lives, what each is asked and has told, and when one is gone.
 
-In: token batches, heartbeats, exit notices. Out: requests, cancels, acknowledgements, and every
-`BEAT_INTERVAL` the gateway's own heartbeat.
+In, through `Inbox`: token batches, heartbeats, exit notices, cache news. Out, through `Mail`: requests, cancels,
+acknowledgements; and every `BEAT_INTERVAL` the gateway's own heartbeat.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final
+from typing import Final
 
-from kvferry.bus.base import Bus, BusMessage, Subscription
-from kvferry.bus.liveness import BEAT_INTERVAL, PING_TIMEOUT, Seen
-from kvferry.errors import BusError, BusTimeout, BusUnavailable, NoResponders, WireError
+from kvferry.bus.base import Bus
+from kvferry.bus.liveness import BEAT_INTERVAL, Seen
+from kvferry.errors import BusError, NoResponders
 from kvferry.log import get_logger
 from kvferry.runtime import Runtime, TaskSet, now
 from kvferry.trace.span import SpanExporter
 from kvferry.trace.tracer import Tracer
-from kvferry.wire.messages import (
-    WORKER_ROLES,
-    Accepted,
-    CacheResync,
-    Cancel,
-    Codecs,
-    DecodeRequest,
-    Drain,
-    EndAck,
-    ExitNotice,
-    Fence,
-    GatewayHeartbeat,
-    Heartbeat,
-    Ping,
-    Pong,
-    PrefillRequest,
-    Rejected,
-    Resend,
-    ToWorker,
-    WorkerRecord,
-)
-from kvferry.wire.subjects import (
-    all_cache_news,
-    all_exits,
-    all_mail,
-    beat_subject,
-    cache_subject,
-    check_origin,
-    mail_subject,
-    process_subject,
-    role_beats,
-)
+from kvferry.wire.beats import ExitNotice, GatewayHeartbeat, Heartbeat
+from kvferry.wire.messages import CacheNews, Codecs
+from kvferry.wire.record import WorkerRecord
+from kvferry.wire.subjects import beat_subject, process_subject
+from kvferry.wire.tokens import TokenBatch
+from kvferry.wire.work import DecodeRequest, PrefillRequest
 from kvferry_gateway.attempt import Attempt, AttemptTable, Lost, LostReason, audit
-from kvferry_gateway.dispatcher import Dispatcher, WorkerMail
+from kvferry_gateway.dispatcher import Dispatcher
+from kvferry_gateway.inbox import Inbox, Reader
+from kvferry_gateway.mail import Mail, Reply, Unreachable
 from kvferry_gateway.metrics import GatewayMetrics
 from kvferry_gateway.models import ServedModel
+from kvferry_gateway.news import News, Waiting
 from kvferry_gateway.placer import Placer
-from kvferry_gateway.post import Post
 from kvferry_gateway.registry import Registry
 from kvferry_gateway.settings import GatewaySettings
 from kvferry_gateway.streams import TokenStream
 from kvferry_gateway.targets import Targets
 from kvferry_gateway.timeline import Timelines
 
-ASKS: Final = 2  # how often a worker is asked before its silence counts
 MAX_FENCES: Final = 4096  # workers that are gone and may come back
 MAX_OBJECTIONS_LOGGED: Final = 4  # of one new worker; /v1/cluster has them all
 
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Unreachable:
-    """A worker gave no answer. `bus_down`: because nothing could be asked."""
-
-    bus_down: bool = False
-
-
-Reply = Accepted | Rejected | Unreachable
-
-
-Order = tuple[int, float, int]  # priority, arrival, number of a unit: who is placed before whom
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """A request that lost its workers and finds no new ones."""
-
-    request_id: str
-    model: str
-    since: float
-    why: str
-
-
-class Fleet(WorkerMail):
-    """Registry, attempts and dispatcher of one gateway, and the bus around them."""
+class Fleet(Reader):
+    """Registry, attempts and dispatcher of one gateway, and what a worker's words and silence mean to them."""
 
     def __init__(
         self,
@@ -122,40 +73,32 @@ class Fleet(WorkerMail):
         self.failed = asyncio.Event()  # a task without which this gateway is of no use has ended
         self.attached: dict[TokenStream, None] = {}  # streams that want a comment in silence
         self.waiting: dict[int, Waiting] = {}  # by the unit's number
+        self.news = News()
+        self.mail = Mail(bus, self.incarnation, self.registry, metrics)
+        self._inbox = Inbox(bus, settings.cluster, self.subject, self.registry, metrics, self)
         self._bus = bus
-        self._dispatcher = Dispatcher(self.table, self, metrics)
-        self._post = Post(bus, metrics.bus_drops.inc)
+        self._dispatcher = Dispatcher(self.table, self.mail, metrics)
         self._codecs = Codecs()
         self._pid = pid
         self._attempts = 0
         self._beat = 0
         self._fences: dict[int, int] = {}  # incarnation that is gone -> highest attempt it may have
-        self._sleepers: dict[Order, asyncio.Future[None]] = {}
-        self._subscriptions: list[Subscription] = []
 
     # -- life cycle ------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Raises `BusUnavailable`."""
         self._bus.on_change(self._bus_changed)
-        self._subscriptions.append(await self._bus.subscribe(all_mail(self.subject), self._on_batch))
-        for role in WORKER_ROLES:
-            beats = role_beats(self.settings.cluster, role)
-            self._subscriptions.append(await self._bus.subscribe(beats, self._on_beat))
-        exits = all_exits(self.settings.cluster)
-        self._subscriptions.append(await self._bus.subscribe(exits, self._on_exit))
-        news = all_cache_news(self.settings.cluster)
-        self._subscriptions.append(await self._bus.subscribe(news, self._on_cache_news))
-        self.tasks.spawn(self._post.run(), "post")
+        await self._inbox.open()
+        self.tasks.spawn(self.mail.post.run(), "post")
         self.tasks.spawn(self._beat_loop(), "beat")
 
     async def stop(self) -> None:
         """What was posted is published first. The bus is left open."""
         if self._bus.connected:
-            await self._post.flushed()
+            await self.mail.post.flushed()
         await self.tasks.cancel()
-        for subscription in self._subscriptions:
-            await subscription.close()
+        await self._inbox.close()
         if self.tracer is not None:
             await self.tracer.close()
 
@@ -163,121 +106,39 @@ class Fleet(WorkerMail):
 
     def mail_from(self, role: str) -> str:
         """Where workers of a role write to this gateway."""
-        return mail_subject(self.subject, role)
+        return self._inbox.mail_from(role)
 
     def new_attempt_number(self) -> int:
         self._attempts += 1
         return self._attempts
 
     async def ask(self, worker: WorkerRecord, request: PrefillRequest | DecodeRequest) -> Reply:
-        """Offer a request to a worker; twice if it keeps silent. Never raises."""
-        payload = self._codecs.to_worker.encode(request)
-        for _ in range(ASKS):
-            try:
-                answer = await self._bus.request(worker.subject, payload, self.settings.accept_timeout)
-                reply = self._codecs.answer.decode(answer)
-            except BusTimeout:
-                continue
-            except NoResponders:
-                break
-            except WireError as error:
-                self.metrics.wire_errors.labels("bus", error.kind).inc()
-                continue
-            except BusUnavailable:
-                return Unreachable(bus_down=True)
-            except BusError as error:
-                log.error("request not sent", worker=worker.name, problem=str(error))
-                return Unreachable()
-            if isinstance(reply, (Accepted, Rejected)):
-                return reply
-        self.suspect(worker)
-        return Unreachable()
-
-    async def wait_for_news(self, order: Order, stop: asyncio.Future[Exception]) -> None:
-        """Until a worker has come or changed its state, a heartbeat has passed, or `stop` is done.
-
-        All who wait are woken in their order, so that the urgent and the old are placed before the others.
-        """
-        news = self._sleepers[order] = asyncio.get_running_loop().create_future()
-        try:
-            waits: tuple[asyncio.Future[Any], ...] = (news, stop)
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            del self._sleepers[order]
-
-    def cancel(self, worker: WorkerRecord, attempt: Attempt) -> None:
-        self._send(worker.subject, Cancel(attempt.ticket, attempt.number))
-        self.metrics.cancels.inc()
-
-    def drain(self, incarnation: int) -> WorkerRecord | None:
-        """Tell a worker to take no more and to end. None: there is no such worker."""
-        worker = self.registry.record_of(incarnation)
-        if worker is not None:
-            self._send(worker.subject, Drain(incarnation))
-        return worker
+        """Offer a request to a worker, which is suspected if it keeps silent. Never raises."""
+        reply = await self.mail.ask(worker, request, self.settings.accept_timeout)
+        if reply is None:
+            self.suspect(worker)
+            return Unreachable()
+        return reply
 
     def confirm_end(self, attempt: Attempt) -> None:
         """Its end has done its work."""
         if attempt.end is not None:
             self._dispatcher.acknowledge(attempt.end_from, attempt.stream_id)
 
-    def acknowledge(self, incarnation: int, stream_ids: tuple[int, ...], scored: tuple[int, ...]) -> None:
-        if (worker := self.registry.record_of(incarnation)) is not None:
-            self._send(worker.subject, EndAck(self.incarnation, stream_ids, scored))
-
-    def resend(
-        self, incarnation: int, streams: tuple[tuple[int, int], ...], prompts: tuple[tuple[int, int], ...], cause: str
-    ) -> None:
-        if (worker := self.registry.record_of(incarnation)) is not None:
-            self.metrics.resends.labels(cause).inc()
-            self._send(worker.subject, Resend(self.incarnation, streams, prompts))
-
-    def _send(self, subject: str, message: ToWorker) -> None:
-        self._post.send(subject, self._codecs.to_worker.encode(message))
-
     # -- messages from workers -------------------------------------------------------------------------------
 
-    def _on_batch(self, message: BusMessage) -> None:
-        try:
-            batch = self._codecs.to_gateway.decode(message.payload)
-            worker = self.registry.record_of(batch.incarnation)
-            if worker is None:
-                return  # gone: its attempts are over, and are told to it when it returns
-            check_origin(message.subject, self.mail_from(worker.role))
-            self._dispatcher.take(batch)
-        except WireError as error:
-            self.metrics.wire_errors.labels("bus", error.kind).inc()
-            log.warning("message dropped", kind=error.kind, bytes=len(message.payload))
+    def take_batch(self, batch: TokenBatch) -> None:
+        self._dispatcher.take(batch)
 
-    def _on_beat(self, message: BusMessage) -> None:
-        try:
-            beat = self._codecs.beat.decode(message.payload)
-            if isinstance(beat, Heartbeat):
-                self._check_record(message.subject, beat.record)
-                self._on_heartbeat(beat)
-        except WireError as error:
-            self.metrics.wire_errors.labels("bus", error.kind).inc()
+    def take_cache_news(self, news: CacheNews) -> None:
+        if (placer := self._placer_of(news.incarnation)) is not None:
+            placer.hear(news)
 
-    def _check_record(self, subject: str, record: WorkerRecord) -> None:
-        """Raises `Impostor` for a worker that speaks for another one, or wants to be written to in another's place."""
-        named = self.settings.cluster, record.role, record.name, record.incarnation
-        check_origin(subject, beat_subject(*named))
-        process = process_subject(*named)
-        check_origin(record.subject, mail_subject(process, "gateway"), process)  # a worker of an older version
-        known = self.registry.record_of(record.incarnation)
-        if known is not None:
-            check_origin(record.subject, known.subject)
-
-    def _on_exit(self, message: BusMessage) -> None:
-        try:
-            notice = self._codecs.beat.decode(message.payload)
-        except WireError as error:
-            self.metrics.wire_errors.labels("bus", error.kind).inc()
-            return
-        if isinstance(notice, ExitNotice) and self.registry.exited(notice.incarnation, notice.cause, now()):
+    def take_exit(self, notice: ExitNotice) -> None:
+        if self.registry.exited(notice.incarnation, notice.cause, now()):
             self._ping(notice.incarnation)
 
-    def _on_heartbeat(self, beat: Heartbeat) -> None:
+    def take_heartbeat(self, beat: Heartbeat) -> None:
         incarnation = beat.record.incarnation
         before = self.registry.state_of(incarnation)
         seen = self.registry.observe(beat, now())
@@ -285,9 +146,9 @@ class Fleet(WorkerMail):
             return
         placer = self._placer_of(incarnation)
         if placer is not None and placer.heartbeat(beat, now()):
-            self._send(beat.record.subject, CacheResync(incarnation))
+            self.mail.resync(beat.record)
         if seen is not Seen.ALIVE or beat.state != before:
-            self._tell_news()
+            self.news.tell()
             record = beat.record
             log.info(
                 "worker", name=record.name, role=record.role, model=record.model, state=beat.state, seen=seen.value
@@ -296,20 +157,20 @@ class Fleet(WorkerMail):
             self._look_at(beat.record)
         if seen is Seen.RETURNED and (highest := self._fences.pop(incarnation, None)) is not None:
             # It was frozen, and its work has been placed elsewhere meanwhile.
-            self._send(beat.record.subject, Fence(incarnation, self.incarnation, highest))
+            self.mail.fence(beat.record, highest)
         if beat.state == "wedged":
             self._lose(incarnation, "wedged", "wedged")
         rows = beat.sequences.get(self.mail_from(beat.record.role), ())
         result = audit(incarnation, rows, self.table.of_worker(incarnation))
         if result.resend or result.resend_prompts:
-            self.resend(incarnation, result.resend, result.resend_prompts, "heartbeat")
+            self.mail.resend(incarnation, result.resend, result.resend_prompts, "heartbeat")
         for attempt in result.forgotten:
             attempt.conclude(Lost("forgotten"))
         for row in result.strangers:
             if row.state == "ended":
                 self._dispatcher.acknowledge(incarnation, row.stream_id)
             elif (key := self.table.remembered(row.stream_id)) is not None:
-                self._send(beat.record.subject, Cancel(*key))
+                self.mail.cancel_forgotten(beat.record, *key)
 
     def _placer_of(self, incarnation: int) -> Placer | None:
         """That of the worker's model; None for a worker that no request goes to."""
@@ -323,19 +184,6 @@ class Fleet(WorkerMail):
         for other, why in islice(self.registry.objections(worker).items(), MAX_OBJECTIONS_LOGGED):
             log.warning("workers don't pair", worker=worker.name, other=other, model=worker.model, why=why)
 
-    def _on_cache_news(self, message: BusMessage) -> None:
-        try:
-            news = self._codecs.cache.decode(message.payload)
-            worker = self.registry.record_of(news.incarnation)
-            if worker is None:
-                return  # its first heartbeat will show what is missing
-            cluster = self.settings.cluster
-            check_origin(message.subject, cache_subject(cluster, worker.role, worker.name, worker.incarnation))
-            if (placer := self._placer_of(news.incarnation)) is not None:
-                placer.hear(news)
-        except WireError as error:
-            self.metrics.wire_errors.labels("bus", error.kind).inc()
-
     # -- liveness --------------------------------------------------------------------------------------------
 
     async def _beat_loop(self) -> None:
@@ -345,7 +193,7 @@ class Fleet(WorkerMail):
             moment = loop.time()
             self.registry.liveness.tick(moment)
             self._judge(moment)
-            self._tell_news()
+            self.news.tell()
             for stream in self.attached:
                 stream.keep_alive(moment, self.settings.sse_comment_interval)
             await self._publish_beat()
@@ -378,7 +226,7 @@ class Fleet(WorkerMail):
             self._fences[incarnation] = self._attempts
             if len(self._fences) > MAX_FENCES:
                 del self._fences[next(iter(self._fences))]
-            self._send(worker.subject, Fence(incarnation, self.incarnation, self._attempts))
+            self.mail.fence(worker, self._attempts)
             self._lose(incarnation, "decode_gone", "prefill_gone", crashed=crashed)
 
     def _lose(self, incarnation: int, as_decode: LostReason, as_prefill: LostReason, *, crashed: bool = False) -> None:
@@ -400,29 +248,20 @@ class Fleet(WorkerMail):
 
     async def _ask_whether_alive(self, worker: WorkerRecord) -> None:
         liveness = self.registry.liveness
-        payload = self._codecs.to_worker.encode(Ping(self._beat))
         try:
-            answer = self._codecs.answer.decode(await self._bus.request(worker.subject, payload, PING_TIMEOUT))
+            if await self.mail.ping(worker, self._beat):
+                liveness.answered(worker.incarnation, now())
+            # Its silence is an answer, too: the next tick judges.
         except NoResponders:
             liveness.refused(worker.incarnation)
             self._judge(now())
-        except (BusError, WireError):
-            return  # its silence is the answer: the next tick judges
-        else:
-            if isinstance(answer, Pong) and answer.incarnation == worker.incarnation:
-                liveness.answered(worker.incarnation, now())
 
     def _bus_changed(self, connected: bool) -> None:
         if connected:
             self.registry.liveness.bus_up(now())
-            self._tell_news()
+            self.news.tell()
         else:
             self.registry.liveness.bus_down(now())
-
-    def _tell_news(self) -> None:
-        for _, sleeper in sorted(self._sleepers.items()):
-            if not sleeper.done():
-                sleeper.set_result(None)
 
     def _task_failed(self, name: str, error: BaseException) -> None:
         log.error("task failed", task=name, exc_info=error)

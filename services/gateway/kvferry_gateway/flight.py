@@ -10,35 +10,22 @@ The gateway owns prompt and generated tokens, so every attempt goes on at exactl
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
-
-import msgspec
+from typing import Any
 
 from kvferry.log import get_logger
 from kvferry.runtime import now
-from kvferry.wire.messages import Sampling, Work, pack_tokens
 from kvferry_gateway.answers import FinishReason
 from kvferry_gateway.attempt import Attempt, Finished, Lost, Verdict
 from kvferry_gateway.block_keys import BlockKeys
-from kvferry_gateway.decision import Hopeless, Placed, Request
-from kvferry_gateway.errors import (
-    ApiError,
-    ClientGone,
-    context_length_exceeded,
-    deadline_exceeded,
-    failures_used_up,
-    grammar_failed,
-    numerics_gone,
-    shutting_down,
-    too_many_requests,
-)
-from kvferry_gateway.fleet import Fleet, Waiting
-from kvferry_gateway.offer import Refusals, Unit, offer
-from kvferry_gateway.placement import NoWorker, OtherNumerics, TooLong, numerics_of
+from kvferry_gateway.decision import Request
+from kvferry_gateway.errors import ApiError, ClientGone, deadline_exceeded, shutting_down
+from kvferry_gateway.fleet import Fleet
+from kvferry_gateway.news import Waiting
+from kvferry_gateway.offer import Refusals, Unit, offer, work_of
+from kvferry_gateway.placement import numerics_of
+from kvferry_gateway.setbacks import Setbacks
 from kvferry_gateway.spans import begin_attempt, end_attempt
 from kvferry_gateway.streams import TokenStream
-
-CRASHES_TO_ISOLATE: Final = 2  # workers that crashed under a request before it runs alone
 
 log = get_logger(__name__)
 
@@ -57,14 +44,11 @@ class Flight:
         self._placer = fleet.placers[unit.model]
         self._eos_token_ids = eos_token_ids
         self._attempt: Attempt | None = None
-        self._failures = 0
-        self._crashes = 0
-        self._alone = False
+        self._setbacks = Setbacks(self._settings.failure_budget, self._settings.request_deadline)
         self._finish_reason: FinishReason | None = None
         self._begun = False  # a worker has accepted, or given a token
         self._bound_to: str | None = None  # numerics_id that the unit began on, in `exact`
         self._block_keys = BlockKeys(unit.prompt, unit.salt)
-        self._lost_prefills: set[int] = set()  # incarnations whose data plane broke under it
         loop = asyncio.get_running_loop()
         # Done when nobody wants the rest: with the error to end with.
         self._stop: asyncio.Future[Exception] = loop.create_future()
@@ -150,7 +134,7 @@ class Flight:
             ended_here = attempt.end is not None and worker.incarnation == attempt.end_from
             has_acknowledged = worker is attempt.prefill and attempt.running
             if not ended_here and not has_acknowledged:
-                self._fleet.cancel(worker, attempt)
+                self._fleet.mail.cancel(worker, attempt)
 
     def _lose(self, verdict: Lost) -> None:
         """Count a lost attempt. Raises `ApiError` when that was the last one."""
@@ -163,22 +147,10 @@ class Flight:
             num_tokens=len(self.stream.tokens),
         )  # fmt: skip
         self._retire(cancel=True)
-        if verdict.reason == "deadline":
-            raise deadline_exceeded(self._settings.request_deadline)
-        if verdict.reason == "grammar":
-            raise grammar_failed(verdict.detail)
-        if verdict.reason == "prefill_lost" and attempt.prefill is not None:
-            # Whether it is gone is known only when a ping goes unanswered; the budget must not be spent till then.
-            self._lost_prefills.add(attempt.prefill.incarnation)
-            self._fleet.suspect(attempt.prefill)
-        if verdict.crashed:
-            self._crashes += 1
-        if verdict.is_failure:
-            self._failures += 1
-        poisonous = verdict.crashed and self._alone
-        if poisonous or self._failures >= self._settings.failure_budget:
-            raise failures_used_up(self._failures, verdict.reason)
-        self._alone = self._crashes >= CRASHES_TO_ISOLATE
+        prefill = attempt.prefill
+        if verdict.reason == "prefill_lost" and prefill is not None:
+            self._fleet.suspect(prefill)
+        self._setbacks.count(verdict, None if prefill is None else prefill.incarnation)
 
     def _ended(self) -> FinishReason | None:
         """Why nothing is left to generate, told by the tokens: the word that the last one was the last may have died
@@ -202,7 +174,7 @@ class Flight:
             end_attempt(attempt.span, attempt, now())
         if cancel:
             for worker in attempt.workers:
-                self._fleet.cancel(worker, attempt)
+                self._fleet.mail.cancel(worker, attempt)
 
     # -- placement -------------------------------------------------------------------------------------------
 
@@ -220,7 +192,7 @@ class Flight:
                     if self.unit.number not in waiting:
                         log.warning("no place to go on", request_id=self.unit.request_id, why=error.message)
                     waiting[self.unit.number] = Waiting(self.unit.request_id, self.unit.model, since, error.message)
-                await self._fleet.wait_for_news(self.unit.order, self._stop)
+                await self._fleet.news.wait(self.unit.order, self._stop)
                 self._check_stop()
         finally:
             if waiting.pop(self.unit.number, None) is not None and self.unit.span is not None:
@@ -233,7 +205,8 @@ class Flight:
             keys = await self._keys()
             self._check_stop()
             attempt = self._begin(refusals, keys, first=first)
-            await offer(self._fleet, attempt, self._work(attempt), self._stop, refusals)
+            work = work_of(self._fleet, attempt, self.unit, self._deadline - now(), alone=self._setbacks.alone)
+            await offer(self._fleet, attempt, work, self._stop, refusals)
             self._check_stop()
             if attempt.accepted:
                 self._bind(attempt)
@@ -266,7 +239,7 @@ class Flight:
         """Choose workers and give the attempt its numbers."""
         fleet, unit, moment = self._fleet, self.unit, now()
         ticket = fleet.runtime.random_bytes(16)
-        unusable = refusals.unusable | self._lost_prefills
+        unusable = refusals.unusable | self._setbacks.lost_prefills
         if unit.sampling.grammar is not None:
             unusable |= fleet.registry.without_grammars()
             if unit.sampling.grammar.kind == "tagged":
@@ -286,20 +259,7 @@ class Flight:
             bound_to=self._bound_to,
             admitted=not first,
         )
-        match self._placer.place(request, moment):
-            case Placed() as placed:
-                pass
-            case Hopeless(expected_s, retry_after):
-                raise too_many_requests(f"The first token is expected in {expected_s:.1f} s, too late.", retry_after)
-            case TooLong(capacity) if first:
-                raise context_length_exceeded(
-                    f"Prompt and output of {request.max_total} tokens fit no worker; the largest holds {capacity}.",
-                    unit.prompt_field,
-                )
-            case OtherNumerics(numerics_id) if not (refusals.full or refusals.bus_down):
-                raise numerics_gone(numerics_id)
-            case TooLong() | NoWorker() | OtherNumerics():
-                raise refusals.error(unit)
+        placed = refusals.placement(self._placer.place(request, moment), request, unit)
         number = fleet.new_attempt_number()
         attempt = Attempt(
             number=number,
@@ -331,30 +291,3 @@ class Flight:
             ttft_s=round(reason.ttft_s, 4), queue_s=round(reason.queue_s, 4), itl_s=round(reason.itl_s, 4),
             chance=round(reason.chance, 3), considered=reason.num_considered,
         )  # fmt: skip
-
-    def _work(self, attempt: Attempt) -> Work:
-        unit = self.unit
-        work = Work(
-            gateway=self._fleet.mail_from("decode"),
-            gateway_incarnation=self._fleet.incarnation,
-            ticket=attempt.ticket,
-            attempt=attempt.number,
-            stream_id=attempt.stream_id,
-            choice=unit.choice,
-            request_id=unit.request_id,
-            model=unit.model,
-            prompt=unit.prompt,
-            generated=pack_tokens(self.stream.tokens),
-            sampling=unit.sampling,
-            priority=unit.priority,
-            arrival=unit.arrival,
-            salt=unit.salt,
-            alone=self._alone,
-            deadline=max(0.0, self._deadline - now()),
-            unit=unit.number,
-            scoring=None if self.stream.scores is None else self.stream.scores.lacking,
-            trace=None if attempt.span is None else attempt.span.context,
-        )
-        if attempt.scores_only:
-            return msgspec.structs.replace(work, generated=b"", sampling=Sampling(max_tokens=0))
-        return work

@@ -34,10 +34,10 @@ class HotHistogram(Collector):
         self._counts[model] = [0] * (len(self._bounds) + 1)
         self._sums[model] = 0.0
 
-    def observe(self, model: str, value: float) -> None:
+    def observe(self, model: str, value: float, times: int = 1) -> None:
         """`model` has begun."""
-        self._counts[model][bisect_left(self._bounds, value)] += 1
-        self._sums[model] += value
+        self._counts[model][bisect_left(self._bounds, value)] += times
+        self._sums[model] += value * times
 
     def collect(self) -> Iterable[Metric]:
         family = HistogramMetricFamily(self._name, self._description, labels=MODEL)

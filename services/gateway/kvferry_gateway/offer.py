@@ -10,10 +10,17 @@ from msgspec.structs import replace
 
 from kvferry.log import get_logger
 from kvferry.trace.open_span import OpenSpan
-from kvferry.wire.messages import Accepted, DecodeRequest, PrefillRequest, Rejected, Sampling, Work, WorkerRecord
+from kvferry.wire.fields import pack_tokens
+from kvferry.wire.record import WorkerRecord
+from kvferry.wire.sampling import Sampling
+from kvferry.wire.work import Accepted, DecodeRequest, PrefillRequest, Rejected, Work
 from kvferry_gateway.attempt import Attempt, Finished
-from kvferry_gateway.errors import ApiError, context_length_exceeded, no_worker, too_many_requests
-from kvferry_gateway.fleet import Fleet, Order, Reply, Unreachable
+from kvferry_gateway.decision import Decision, Hopeless, Placed, Request
+from kvferry_gateway.errors import ApiError, context_length_exceeded, no_worker, numerics_gone, too_many_requests
+from kvferry_gateway.fleet import Fleet
+from kvferry_gateway.mail import Reply, Unreachable
+from kvferry_gateway.news import Order
+from kvferry_gateway.placement import NoWorker, OtherNumerics, TooLong
 
 log = get_logger(__name__)
 
@@ -69,6 +76,23 @@ class Refusals:
                 self.bus_down |= bus_down
                 return "unreachable"
 
+    def placement(self, decision: Decision, request: Request, unit: Unit) -> Placed:
+        """What was decided, if it is to be tried. Raises the `ApiError` that the client gets else."""
+        match decision:
+            case Placed():
+                return decision
+            case Hopeless(expected_s, retry_after):
+                raise too_many_requests(f"The first token is expected in {expected_s:.1f} s, too late.", retry_after)
+            case TooLong(capacity) if not request.admitted:
+                raise context_length_exceeded(
+                    f"Prompt and output of {request.max_total} tokens fit no worker; the largest holds {capacity}.",
+                    unit.prompt_field,
+                )
+            case OtherNumerics(numerics_id) if not (self.full or self.bus_down):
+                raise numerics_gone(numerics_id)
+            case TooLong() | NoWorker() | OtherNumerics():
+                raise self.error(unit)
+
     def error(self, unit: Unit) -> ApiError:
         """What the client is told when nobody is left."""
         if self.full:
@@ -78,6 +102,35 @@ class Refusals:
         if self.bus_down:
             return no_worker("The workers can't be reached at the moment.")
         return no_worker(f"No worker serves the model '{unit.model}' at the moment.")
+
+
+def work_of(fleet: Fleet, attempt: Attempt, unit: Unit, seconds_left: float, *, alone: bool) -> Work:
+    """What D is asked to do."""
+    stream = attempt.stream
+    work = Work(
+        gateway=fleet.mail_from("decode"),
+        gateway_incarnation=fleet.incarnation,
+        ticket=attempt.ticket,
+        attempt=attempt.number,
+        stream_id=attempt.stream_id,
+        choice=unit.choice,
+        request_id=unit.request_id,
+        model=unit.model,
+        prompt=unit.prompt,
+        generated=pack_tokens(stream.tokens),
+        sampling=unit.sampling,
+        priority=unit.priority,
+        arrival=unit.arrival,
+        salt=unit.salt,
+        alone=alone,
+        deadline=max(0.0, seconds_left),
+        unit=unit.number,
+        scoring=None if stream.scores is None else stream.scores.lacking,
+        trace=None if attempt.span is None else attempt.span.context,
+    )
+    if attempt.scores_only:
+        return replace(work, generated=b"", sampling=Sampling(max_tokens=0))
+    return work
 
 
 async def offer(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 from pydantic import Field, model_validator
 
 from kvferry.text.stop import MAX_STOP_CHARS, MAX_STOP_STRINGS
-from kvferry.wire.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_REPETITION_PENALTY, MAX_TOKEN_LIST
+from kvferry.wire.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_REPETITION_PENALTY, MAX_TOKEN_LIST
 from kvferry_gateway.errors import bad_request
 from kvferry_gateway.messages import Label, Messages
 from kvferry_gateway.request_model import RequestModel

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvferry.wire.messages import WorkerRecord
+from kvferry.wire.record import WorkerRecord
 
 
 @dataclass(frozen=True, slots=True)

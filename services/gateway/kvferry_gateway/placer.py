@@ -12,7 +12,10 @@ from collections import Counter, deque
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from kvferry.wire.messages import CacheEvents, CacheNews, Heartbeat, WorkerRecord
+from kvferry.wire.beats import Heartbeat
+from kvferry.wire.cache_news import CacheEvents
+from kvferry.wire.messages import CacheNews
+from kvferry.wire.record import WorkerRecord
 from kvferry_gateway.block_keys import BlockFormat
 from kvferry_gateway.decision import Decision, Placed, Request
 from kvferry_gateway.estimates import ForecastError

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.kv.events import unpack_keys
-from kvferry.wire.messages import CacheEvents, CacheSnapshot
+from kvferry.wire.cache_news import CacheEvents, CacheSnapshot
 
 MAX_EARLY: Final = 16  # batches kept of a worker with a gap
 MAX_SNAPSHOT_PARTS: Final = 256  # a million blocks

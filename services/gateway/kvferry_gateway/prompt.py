@@ -15,7 +15,8 @@ from kvferry.text.detokenizer import TokenTexts
 from kvferry.text.errors import ChatTemplateError, InvalidTextError
 from kvferry.text.model_dir import ModelDir
 from kvferry.text.tokenizer import Tokenizer
-from kvferry.wire.messages import Sampling, TokenArray
+from kvferry.wire.fields import TokenArray
+from kvferry.wire.sampling import Sampling
 from kvferry_gateway.conversation import Conversation, ConversationReader, Rendered
 from kvferry_gateway.errors import bad_request
 from kvferry_gateway.openai import ChatRequest, CompletionRequest

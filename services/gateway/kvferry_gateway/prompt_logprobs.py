@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from kvferry.text.detokenizer import TokenTexts
-from kvferry.wire.messages import TokenArray
+from kvferry.wire.fields import TokenArray
 from kvferry_gateway.errors import bad_request
 from kvferry_gateway.logprobs import ToldToken, finite, name_of, text_logprobs
 from kvferry_gateway.prompt_scores import PromptScores

@@ -7,8 +7,9 @@ import asyncio
 import numpy as np
 import numpy.typing as npt
 
+from kvferry.wire.fields import TokenArray
 from kvferry.wire.logprobs import PromptLogprobs
-from kvferry.wire.messages import Scoring, TokenArray
+from kvferry.wire.sampling import Scoring
 
 
 class PromptScores:

@@ -7,7 +7,7 @@ from typing import Final
 
 from kvferry.text.model_dir import ModelDir
 from kvferry.text.tokenizer import Tokenizer
-from kvferry.wire.messages import MAX_GRAMMAR_CHARS, Grammar
+from kvferry.wire.sampling import MAX_GRAMMAR_CHARS, Grammar
 from kvferry_gateway.errors import bad_request
 from kvferry_gateway.openai import ChatRequest
 from kvferry_gateway.parsing.forms import (

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from kvferry.bus.liveness import Liveness, Seen
-from kvferry.wire.messages import WORKER_ROLES, Feature, Heartbeat, Load, WorkerRecord, WorkerState
+from kvferry.wire.beats import Heartbeat, Load, WorkerState
+from kvferry.wire.fields import WORKER_ROLES
+from kvferry.wire.record import Feature, WorkerRecord
 from kvferry_gateway.placement import Partners, capacity_of
 
 MAX_WORKERS: Final = 4096  # incarnations known at once

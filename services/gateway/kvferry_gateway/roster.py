@@ -11,7 +11,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from kvferry.wire.messages import NUM_PRIORITY_CLASSES, Load, WorkerRecord, WorkerState, priority_class
+from kvferry.wire.beats import Load, WorkerState
+from kvferry.wire.record import WorkerRecord
+from kvferry.wire.work import NUM_PRIORITY_CLASSES, priority_class
 from kvferry_gateway.estimates import Ewma, StepLine
 
 Rows = npt.NDArray[np.intp]

@@ -11,7 +11,7 @@ from kvferry.runtime import Runtime
 from kvferry.text.errors import InvalidTextError
 from kvferry.text.model_dir import ModelDir
 from kvferry.text.tokenizer import Tokenizer
-from kvferry.wire.messages import MAX_TOKEN_LIST, Grammar, Sampling
+from kvferry.wire.sampling import MAX_TOKEN_LIST, Grammar, Sampling
 from kvferry_gateway.errors import bad_request, context_length_exceeded
 from kvferry_gateway.openai import ChatRequest, GenerationRequest
 

@@ -7,7 +7,7 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,9 +15,9 @@ import uvicorn
 
 from kvferry import ready
 from kvferry.bus.base import Bus, least_payload
-from kvferry.bus.login import service_login
+from kvferry.bus.login import bus_login
 from kvferry.bus.nats import NatsBus
-from kvferry.certificate import server_context
+from kvferry.certificate import ServerCertificate
 from kvferry.errors import KvferryError, SettingError
 from kvferry.http_port import QuietServer
 from kvferry.log import get_logger
@@ -39,7 +39,8 @@ from kvferry_gateway.rate_limit import RateLimits
 from kvferry_gateway.scaling import read_targets
 from kvferry_gateway.settings import GatewaySettings
 
-KEY_REFRESH_S: Final = 1.0
+FILE_REFRESH_S: Final = 1.0
+FILE_NICE: Final = 5
 SHUTDOWN_SLACK_S: Final = 5.0  # for answers that are being written when the grace time ends
 BACKLOG: Final = 2048  # connections that the kernel may hold for us
 
@@ -56,6 +57,7 @@ class Gateway:
     completions: Completions
     models: Models
     keys: ApiKeys | None
+    certificate: ServerCertificate | None
     app: GatewayApp
 
     @classmethod
@@ -76,19 +78,24 @@ class Gateway:
         """
         limits = RateLimits(settings.requests_per_minute, settings.tokens_per_minute)
         keys = None if settings.api_key_file is None else ApiKeys(settings.api_key_file, limits)
+        certificate = (
+            None
+            if settings.tls_cert is None
+            else ServerCertificate(settings.tls_cert, settings.tls_key, settings.tls_key_password)
+        )
         targets = read_targets(settings.scaling_file, directories)
         models = Models(served(name, directory, settings, runtime) for name, directory in directories.items())
         fleet = Fleet(settings, runtime, bus, GatewayMetrics(models.names), pid, models, targets, spans)
         completions = Completions(fleet, models)
         app = GatewayApp(fleet, completions, models, keys, created)
-        gateway = cls(settings, bus, fleet, completions, models, keys, app)
+        gateway = cls(settings, bus, fleet, completions, models, keys, certificate, app)
         try:
             await fleet.start()
         except BaseException:
             await gateway.stop()
             raise
-        if keys is not None:
-            fleet.tasks.spawn(_refresh(keys), "keys")
+        if files := [file for file in (keys, certificate) if file is not None]:
+            fleet.tasks.spawn(_refresh(files, runtime), "files")
         return gateway
 
     async def stop(self) -> None:
@@ -114,10 +121,12 @@ def open_models(settings: GatewaySettings) -> dict[str, ModelDir]:
     return {source.served_name: ModelDir(source.where) for source in sources}
 
 
-async def _refresh(keys: ApiKeys) -> None:
-    while True:
-        await asyncio.sleep(KEY_REFRESH_S)
-        keys.refresh()
+async def _refresh(files: Sequence[ApiKeys | ServerCertificate], runtime: Runtime) -> None:
+    with contextlib.closing(runtime.lane("files", nice=FILE_NICE)) as lane:
+        while True:
+            await asyncio.sleep(FILE_REFRESH_S)
+            for file in files:
+                await lane.run(file.refresh)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -133,14 +142,13 @@ def listen(host: str, port: int) -> socket.socket:
 class HttpServer:
     """The HTTP side: from a bound socket until the last connection is closed."""
 
-    def __init__(self, app: GatewayApp, listener: socket.socket, settings: GatewaySettings, shutdown_s: float) -> None:
-        """Raises `SettingError`."""
-        tls = server_context(settings.tls_cert, settings.tls_key, settings.tls_key_password)
+    def __init__(self, gateway: Gateway, listener: socket.socket, shutdown_s: float) -> None:
+        settings, certificate = gateway.settings, gateway.certificate
         self.address: tuple[str, int] = listener.getsockname()[:2]
         self._listener = listener
         self._server = QuietServer(
             uvicorn.Config(
-                app,
+                gateway.app,
                 http=GatewayProtocol.with_limits(settings.receive_timeout),
                 ws="none",
                 lifespan="off",
@@ -150,7 +158,7 @@ class HttpServer:
                 timeout_keep_alive=settings.keep_alive_timeout,
                 timeout_graceful_shutdown=int(shutdown_s),
                 backlog=BACKLOG,
-                ssl_context_factory=None if tls is None else lambda *_: tls,
+                ssl_context_factory=None if certificate is None else lambda *_: certificate.context,
             )
         )
         self._task: asyncio.Task[None] | None = None
@@ -178,7 +186,7 @@ async def serve(settings: GatewaySettings) -> None:
     ready.report("load")
     longest = max(directory.max_context for directory in directories.values())
     with contextlib.closing(listen(settings.host, settings.port)) as listener:
-        bus = NatsBus(service_login(settings, least_payload(longest)), runtime)
+        bus = NatsBus(bus_login(settings, settings.role, settings.name, least_payload(longest)), runtime)
         await bus.start()
         try:
             with stop_signals(asyncio.get_running_loop()) as stop:
@@ -199,7 +207,7 @@ async def _serve(
     created = int(runtime.wall_clock())
     gateway = await Gateway.start(settings, runtime, bus, directories, pid=os.getpid(), created=created, spans=spans)
     try:
-        http = HttpServer(gateway.app, listener, settings, settings.drain_grace + SHUTDOWN_SLACK_S)
+        http = HttpServer(gateway, listener, settings.drain_grace + SHUTDOWN_SLACK_S)
         await http.start()
         host, port = http.address
         log.info("ready", host=host, port=port, incarnation=f"{gateway.fleet.incarnation:016x}")

@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, SecretStr, model_validator
 
-from kvferry.config import Port, ServiceSettings, flag_name
+from kvferry.config.field import flag_name
+from kvferry.config.settings import Port, ServiceSettings
 from kvferry.model_source import ModelSource, model_sources
 from kvferry_gateway.parsing.forms import ReasoningParserName, ToolParserName
 
@@ -23,7 +24,8 @@ class GatewaySettings(ServiceSettings):
     port: Port = Field(8000, description="HTTP port; 0: any free one.")
     tls_cert: Path | None = Field(
         None,
-        description="PEM file of the certificate for HTTPS, and of those that lead to its authority; HTTP without.",
+        description="PEM file of the certificate for HTTPS, and of those that lead to its authority; HTTP without. "
+        "Read again when it changes, with its key.",
     )
     tls_key: Path | None = Field(None, description="PEM file of its private key; the certificate's file unless given.")
     tls_key_password: SecretStr = Field(SecretStr(""), description="Password of an encrypted private key.")
@@ -52,7 +54,7 @@ class GatewaySettings(ServiceSettings):
         1024, description="Requests of one model under way at once; one more is refused with 429."
     )
     max_backlog_bytes: Positive = Field(
-        1 << 20, description="Bytes that may wait for a slow client before its stream is cancelled."
+        1 << 20, description="Bytes that may wait for a client that takes none, before its stream is cancelled."
     )
     local_prefill_threshold: Annotated[int, Field(ge=0)] = Field(
         32,

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from kvferry_gateway.attempt import Attempt
 
 
+def _escape(text: str) -> bytes:
+    """For a JSON string, without quotes; what `TokenTexts.escaped` has of a token."""
+    return json.dumps(text, ensure_ascii=False)[1:-1].encode("utf-8", "surrogatepass")
+
+
 @dataclass(frozen=True, slots=True)
 class TextRules:
     """How tokens become text, where it is not just theirs."""
@@ -30,14 +35,15 @@ class TextRules:
 
 
 PLAIN: Final = TextRules()
+SLOW_S: Final = 1.0  # without a byte taken, by a client whose backlog is full
 
 
 class TokenStream:
     """Lives as long as its request, over all attempts.
 
-    `tokens[i]` is the token with index i; `held` has later ones that came before it. `pieces` are bytes that
-    no write has taken yet: SSE events if a stream was asked for, else bare text. `attempt` is the one whose
-    tokens are taken now. Without `event_head` and `event_tail` the pieces make up one JSON string.
+    `tokens[i]` is the token with index i; `held` has later ones that came before it. No write has taken `pieces`
+    yet, and after them `_texts`: pieces are SSE events if a stream was asked for, else parts of one JSON string; each
+    text becomes one when it is written. `attempt` is the one whose tokens are taken now.
     """
 
     __slots__ = (
@@ -47,13 +53,16 @@ class TokenStream:
         "_detokenizer",
         "_escaped",
         "_frame",
+        "_glue",
         "_head",
+        "_marks",
         "_matcher",
         "_max_backlog",
         "_on_slow",
         "_plain",
         "_rules",
         "_tail",
+        "_texts",
         "attempt",
         "cached_tokens",
         "first_token_at",
@@ -94,12 +103,15 @@ class TokenStream:
         self.last_write = 0.0
         self.on_first_token: Callable[[], None] | None = None
         self.scores: PromptScores | None = None  # of its prompt, where they are asked for and it is the one to ask
-        self._head = self._tail = b""
+        self._texts: list[bytes] = []  # of plain tokens, escaped
+        self._head = self._tail = self._glue = b""
         self._frame = frame
         self._rules = rules
         self._escaped = texts.escaped
         self._detokenizer = texts.stream(skip_special_tokens=rules.skip_special_tokens, shown=rules.shown)
         self._matcher = StopMatcher(stops) if stops else None
+        # First bytes of the stop strings, escaped: a text without any of them begins none.
+        self._marks = tuple({_escape(stop[0])[0]: None for stop in stops})
         self._plain = self._may_be_plain  # the table of ready texts may be used for the next token
         self._connection: ClientConnection | None = None
         self._max_backlog = 0
@@ -111,17 +123,20 @@ class TokenStream:
         """Its tokens will come from there. Called before the first one, again if that place fell through."""
         if self._frame is not None:
             self._head, self._tail = self._frame(numerics_id)
+            self._glue = self._tail + self._head
 
     # -- tokens ----------------------------------------------------------------------------------------------
 
     def append(self, token: int) -> None:
         """Take the token with index `len(tokens)`, which is below `limit`."""
-        if self._plain:
-            text = self._escaped(token)
-            if text is not None:
+        if self._plain and (text := self._escaped(token)) is not None:
+            for mark in self._marks:
+                if mark in text:
+                    break
+            else:
                 self.tokens.append(token)
                 if text:
-                    self.pieces.append(self._head + text + self._tail)
+                    self._texts.append(text)
                 return
         if not self.stopped:
             self.tokens.append(token)
@@ -138,8 +153,9 @@ class TokenStream:
 
     @property
     def _may_be_plain(self) -> bool:
-        rules = self._rules
-        return self._matcher is None and not rules.silent and not rules.shown and rules.skip_special_tokens
+        rules, matcher = self._rules, self._matcher
+        simple = not rules.silent and not rules.shown and rules.skip_special_tokens
+        return simple and (matcher is None or matcher.is_idle)
 
     def _text_of(self, token: int) -> str:
         return "" if token in self._rules.silent else self._detokenizer.push(token)
@@ -178,18 +194,27 @@ class TokenStream:
 
     def _emit(self, text: str) -> None:
         if text:
-            self.pieces.append(self._head + json.dumps(text, ensure_ascii=False)[1:-1].encode() + self._tail)
+            self._texts.append(_escape(text))
 
-    def take_text(self) -> bytes:
+    def put(self, event: bytes) -> None:
+        """An event of its own, after all that has come."""
+        self.pieces.append(self.take() + event)
+
+    def take(self) -> bytes:
         """All pieces so far, joined and taken."""
-        text = b"".join(self.pieces)
-        self.pieces.clear()
-        return text
+        pieces, texts = self.pieces, self._texts
+        if texts:
+            pieces.append(self._head + (texts[0] if len(texts) == 1 else self._glue.join(texts)) + self._tail)
+            texts.clear()
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        return body
 
     # -- the client ------------------------------------------------------------------------------------------
 
     def attach(self, connection: ClientConnection, now: float, max_backlog: int, on_slow: Callable[[], None]) -> None:
-        """The head of the response is out: from now on pieces are written. `on_slow`: the backlog is full."""
+        """The head of the response is out: from now on pieces are written. `on_slow`: the backlog is full, and the
+        client takes nothing of it."""
         self._connection = connection
         self._max_backlog = max_backlog
         self._on_slow = on_slow
@@ -197,19 +222,20 @@ class TokenStream:
         self.flush(now)
 
     def flush(self, now: float) -> None:
-        """Write what there is, in one write, if the client keeps up; else keep it, up to the bound."""
+        """Write what there is, in one write, if the client keeps up; else keep it, up to the bound. What comes at once,
+        as after an outage of the bus, may be more than that: it takes `SLOW_S` to be slow."""
         connection = self._connection
-        if connection is None or not self.pieces:
+        if connection is None or not (self._texts or self.pieces):
             return
-        body = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
-        self.pieces.clear()
+        body = self.take()
         if not connection.paused:
             connection.write(body)
             self.last_write = now
             return
         self._backlog.append(body)
         self._backlog_bytes += len(body)
-        if self._backlog_bytes > self._max_backlog and self._on_slow is not None:
+        is_slow = self._backlog_bytes > self._max_backlog and now - self.last_write >= SLOW_S
+        if is_slow and self._on_slow is not None:
             on_slow, self._on_slow = self._on_slow, None
             on_slow()
 
@@ -225,13 +251,14 @@ class TokenStream:
     def close(self, last: bytes, now: float) -> None:
         """Write everything that is left and then `last`. The backlog is bounded, so a pause doesn't matter."""
         if self._connection is not None:
-            self._connection.write(b"".join((*self._backlog, *self.pieces, last)))
+            self._connection.write(b"".join((*self._backlog, self.take(), last)))
             self.last_write = now
         self.detach()
 
     def detach(self) -> None:
         self._connection = None
         self._backlog.clear()
+        self._texts.clear()
         self.pieces.clear()
 
     def keep_alive(self, now: float, interval: float) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from kvferry.wire.messages import Grammar
+from kvferry.wire.sampling import Grammar
 from kvferry_gateway.parsing import hermes, llama3, mistral
 from kvferry_gateway.parsing.forms import MARKS, THOUGHT_MARKS, ToolForm
 from kvferry_gateway.tagged import Special, TaggedText, between

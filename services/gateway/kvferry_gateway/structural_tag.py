@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from kvferry.wire.messages import Grammar
+from kvferry.wire.sampling import Grammar
 from kvferry_gateway.errors import bad_request
 from kvferry_gateway.request_model import RequestModel
 from kvferry_gateway.tagged import Special, TaggedText, between

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from kvferry.grammar.compiler import GrammarCompiler, GrammarError
 from kvferry.lane import Lane
-from kvferry.wire.messages import MAX_GRAMMAR_CHARS, Grammar, GrammarKind
+from kvferry.wire.sampling import MAX_GRAMMAR_CHARS, Grammar, GrammarKind
 from kvferry_gateway.errors import bad_request
 from kvferry_gateway.request_model import RequestModel
 from kvferry_gateway.structural_tag import NewerForm, OlderForm, grammar_of_tags

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from kvferry.wire.messages import Grammar
+from kvferry.wire.sampling import Grammar
 
 Special = Mapping[str, int]  # special tokens by their text: to a grammar they are no text
 

@@ -3,7 +3,6 @@ plain streams."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 
 from kvferry.text.detokenizer import TokenTexts
@@ -95,7 +94,7 @@ class ToldStream(TokenStream):
         if not text:
             return
         if self._make_event is None:
-            self.pieces.append(json.dumps(text, ensure_ascii=False)[1:-1].encode())
+            super()._emit(text)
         else:
             self._tell([Content(text)] if self._parser is None else self._parser.push(text))
 

@@ -2,6 +2,7 @@
 
     kvferry up                          the whole stack on this machine
     kvferry gateway|prefill|decode      one service in the foreground, the same as python -m kvferry_<service>
+    kvferry rank                        a part of a worker on another host
     kvferry chat|status|drain           talk to a running stack
     kvferry scale|autoscale             more workers, or fewer
     kvferry bench                       a load on any OpenAI-compatible endpoint
@@ -24,7 +25,8 @@ from typing import Any, Final, TypeVar
 import click
 
 from kvferry.command import EXIT_FAILED, EXIT_SETTING, fail, one_line_errors, run
-from kvferry.config import load_settings, settings_options
+from kvferry.config.flags import settings_options
+from kvferry.config.layers import load_settings
 from kvferry.log import setup_logging
 from kvferry.runfile import default_run_file
 from kvferry_local.settings import (
@@ -37,9 +39,10 @@ from kvferry_local.settings import (
 )
 
 SERVICES: Final = {
-    "gateway": "Run one gateway in the foreground: HTTP in, tokens out.",
-    "prefill": "Run one prefill worker in the foreground: prompts in, KV caches out.",
-    "decode": "Run one decode worker in the foreground: KV caches in, tokens out.",
+    "gateway": ("kvferry_gateway", "Run one gateway in the foreground: HTTP in, tokens out."),
+    "prefill": ("kvferry_prefill", "Run one prefill worker in the foreground: prompts in, KV caches out."),
+    "decode": ("kvferry_decode", "Run one decode worker in the foreground: KV caches in, tokens out."),
+    "rank": ("kvferry.worker.remote_rank", "Compute a part of a tensor-parallel worker's model, on another host."),
 }
 CONTEXT: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -85,10 +88,10 @@ def up_command(config_file: Path | None, **flags: Any) -> None:
             fail(code, failure.reason)
 
 
-def add_service(name: str, summary: str) -> None:
+def add_service(name: str, module: str, summary: str) -> None:
     @main.command(
         name,
-        help=summary + f"\n\nThe same as python -m kvferry_{name}; `kvferry {name} --help` lists its settings.",
+        help=summary + f"\n\nThe same as python -m {module}; `kvferry {name} --help` lists its settings.",
         short_help=summary,
         add_help_option=False,
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
@@ -96,12 +99,12 @@ def add_service(name: str, summary: str) -> None:
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     def command(arguments: tuple[str, ...]) -> None:
         # The service becomes this process: signals, exit code and terminal are its own.
-        program = (sys.executable, "-P", "-m", f"kvferry_{name}", *arguments)
+        program = (sys.executable, "-P", "-m", module, *arguments)
         os.execv(program[0], program)  # noqa: S606 - no shell is the point
 
 
-for _name, _summary in SERVICES.items():
-    add_service(_name, _summary)
+for _name, (_module, _summary) in SERVICES.items():
+    add_service(_name, _module, _summary)
 
 
 @main.command("chat")

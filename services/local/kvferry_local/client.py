@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import httpx
 
-from kvferry.config import load_settings
+from kvferry.config.layers import load_settings
 from kvferry.errors import KvferryError, SettingError
 from kvferry.runfile import RunFile, default_run_file
 from kvferry_local.settings import ClientSettings

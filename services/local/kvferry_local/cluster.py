@@ -9,12 +9,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvferry.bus.login import stack_login
+from kvferry.bus.login import bus_login
 from kvferry.bus.nats import NatsBus
 from kvferry.errors import SettingError
 from kvferry.runfile import RunFile
 from kvferry.runtime import SystemRuntime
-from kvferry.wire.messages import WORKER_ROLES, Codecs, Drain
+from kvferry.wire.fields import WORKER_ROLES
+from kvferry.wire.messages import Codecs
+from kvferry.wire.orders import Drain
 from kvferry.wire.subjects import mail_subject, process_subject
 from kvferry_local.client import Target, check, request_errors
 from kvferry_local.settings import ClientSettings
@@ -61,7 +63,7 @@ def show_status(target: Target, settings: ClientSettings) -> None:
 async def drain(run_file: RunFile, worker: Worker) -> None:
     """Ask one worker to take no more and to end. Returns when the message is on the bus."""
     incarnation = int(worker["incarnation"], 16)
-    bus = NatsBus(stack_login(run_file, "operator", "kvferry-drain"), SystemRuntime())
+    bus = NatsBus(bus_login(run_file.in_role("operator"), "operator", "kvferry-drain"), SystemRuntime())
     await bus.start()
     try:
         process = process_subject(run_file.cluster, worker["role"], worker["name"], incarnation)

@@ -12,18 +12,25 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from kvferry.bus.rights import BusRole, authorization, users_of
-from kvferry.config import DATA_KEY_BYTES
+from pydantic import SecretStr
+
+from kvferry.bus.rights import BusRole, authorization, user_name, users_of
+from kvferry.config.settings import DATA_KEY_BYTES
 from kvferry.errors import SettingError
+from kvferry.runfile import NatsLogin
 from kvferry.runtime import Runtime
+from kvferry.secret_file import check_private, read_secret
 
 ROLES: Final[tuple[BusRole, ...]] = ("gateway", "prefill", "decode", "operator")
 PASSWORD_BYTES: Final = 24
 AUTHORIZATION: Final = "authorization.conf"
 DATA_KEY: Final = "data-key"
+PREFIX: Final = "nats-password-"  # of the file of a role
+CREDENTIALS_SETTING: Final = "--nats-credentials"
 
 
 def new_password(runtime: Runtime) -> str:
@@ -44,7 +51,7 @@ def write_credentials(directory: Path, cluster: str, runtime: Runtime) -> list[P
     passwords = {role: new_password(runtime) for role in ROLES}
     texts = {
         AUTHORIZATION: authorization_file(cluster, passwords),
-        **{f"nats-password-{role}": password for role, password in passwords.items()},
+        **{f"{PREFIX}{role}": password for role, password in passwords.items()},
         DATA_KEY: new_data_key(runtime),
     }
     paths = [directory / name for name in texts]
@@ -58,6 +65,31 @@ def write_credentials(directory: Path, cluster: str, runtime: Runtime) -> list[P
     except OSError as error:
         raise SettingError("DIRECTORY", f"{error.filename}: {error.strerror}") from None
     return paths
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    logins: Mapping[str, NatsLogin]  # by role
+    data_key: SecretStr
+
+
+def read_credentials(directory: Path, cluster: str) -> Credentials:
+    """What `write_credentials` wrote for this cluster, and its owner alone may read. Raises `SettingError`."""
+    return Credentials(
+        {
+            role: NatsLogin(user=user_name(cluster, role), password=_read(directory / f"{PREFIX}{role}"))
+            for role in ROLES
+        },
+        _read(directory / DATA_KEY),
+    )
+
+
+def _read(path: Path) -> SecretStr:
+    secret = read_secret(path, CREDENTIALS_SETTING)
+    check_private(path.stat(), path, CREDENTIALS_SETTING)
+    if not secret:
+        raise SettingError(CREDENTIALS_SETTING, f"{path} is empty")
+    return SecretStr(secret)
 
 
 def write_secret(path: Path, text: str) -> None:

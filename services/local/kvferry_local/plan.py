@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from kvferry.config import env_name
+from kvferry.config.environment import env_name
 from kvferry.model_source import ModelSource
 from kvferry_local.process import Program
 from kvferry_local.settings import UpSettings

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kvferry.bus.tether import tethered
-from kvferry.config import without_secrets
+from kvferry.config.environment import without_secrets
 from kvferry.ready import MAX_REPORT_BYTES, READY_FD
 from kvferry_local.supervision import Role
 

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Final, Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 
-from kvferry.config import Layer, LogFormat, LogLevel, Port, Settings, SubjectName
+from kvferry.config.settings import Layer, LogFormat, LogLevel, Port, Settings, SubjectName
 from kvferry.errors import SettingError
 from kvferry.scaling import SERVICES, Role, scaling_path
 
@@ -91,6 +91,11 @@ class UpSettings(Settings):
     nats_url: str = Field("", description="NATS server to use; an embedded one is started unless given.")
     nats_user: str = Field("", description="NATS user.")
     nats_password: SecretStr = Field(SecretStr(""), description="NATS password.")
+    nats_credentials: Path | None = Field(
+        None,
+        description="Directory that `kvferry credentials` has written: a NATS user for each role, and the data key. "
+        "Without it --nats-user is every role's.",
+    )
     nats_token: SecretStr = Field(SecretStr(""), description="NATS token, instead of user and password.")
     nats_tls_ca: str = Field("", description="PEM file of the authority that signed the NATS server's certificate.")
     nats_tls_cert: str = Field("", description="PEM file of our own certificate, for a NATS server that asks for one.")
@@ -119,6 +124,15 @@ class UpSettings(Settings):
         """Of each worker of a role."""
         own = {"prefill": self.prefill_tensor_parallel_size, "decode": self.decode_tensor_parallel_size}
         return own.get(role) or self.tensor_parallel_size
+
+    @model_validator(mode="after")
+    def _one_kind_of_login(self) -> Self:
+        if self.nats_credentials is not None:
+            if not self.nats_url:
+                raise ValueError("--nats-credentials is for a NATS server of your own, and there is no --nats-url")
+            if self.nats_user or self.nats_password.get_secret_value() or self.nats_token.get_secret_value():
+                raise ValueError("--nats-credentials names a user for each role; there is another one beside it")
+        return self
 
     @model_validator(mode="after")
     def _ports_fit(self) -> Self:

@@ -13,7 +13,8 @@ from kvferry.certificate import pinned_context
 from kvferry.errors import BusUnavailable
 from kvferry.log import get_logger
 from kvferry.runtime import now
-from kvferry.wire.messages import Codecs, ExitNotice
+from kvferry.wire.beats import ExitNotice
+from kvferry.wire.messages import Codecs
 from kvferry.wire.subjects import exit_subject
 from kvferry_gateway.auth import first_key
 from kvferry_local.plan import curl_options, ready_message

@@ -12,31 +12,25 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ctypes.util
 import importlib.util
 import os
 import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
-from pydantic import SecretStr
-
 from kvferry.bus.base import least_payload
-from kvferry.bus.login import stack_login
+from kvferry.bus.login import bus_login
 from kvferry.bus.nats import NatsBus
-from kvferry.bus.rights import BUS_ROLES, user_name, users_of
-from kvferry.bus.server import EmbeddedNats
-from kvferry.certificate import server_context
+from kvferry.certificate import ServerCertificate
 from kvferry.errors import SettingError
 from kvferry.model_source import ModelSource
-from kvferry.runfile import NatsLogin, RunFile, default_run_file
-from kvferry.runtime import Runtime, SystemRuntime, now
+from kvferry.runfile import RunFile, default_run_file
+from kvferry.runtime import SystemRuntime, now
 from kvferry.text.model_dir import ModelDir
 from kvferry_local.control import Crew, control_socket
-from kvferry_local.credentials import new_data_key, new_password
-from kvferry_local.keeper import keep_running, sole_owner
+from kvferry_local.control_plane import check_logins, control_plane
+from kvferry_local.keeper import sole_owner
 from kvferry_local.plan import Place, Plan, usable_cores
 from kvferry_local.ports import base_url, claim
 from kvferry_local.settings import UpSettings
@@ -54,7 +48,8 @@ def check_settings(settings: UpSettings) -> None:
         raise SettingError("--transport", "ucx is not installed: pip install 'kvferry[ucx]', or use tcp")
     if settings.api_key_file is not None and not settings.api_key_file.is_file():
         raise SettingError("--api-key-file", f"{settings.api_key_file} does not exist")
-    server_context(settings.tls_cert, settings.tls_key, settings.tls_key_password)
+    if settings.tls_cert is not None:
+        ServerCertificate(settings.tls_cert, settings.tls_key, settings.tls_key_password)
     claim(settings.host, settings.port, settings.gateways)
 
 
@@ -81,52 +76,14 @@ async def up(settings: UpSettings, models: tuple[ModelSource, ...]) -> None:
             # The children ask for it, too, but a worker only when it has loaded its model.
             context = max(ModelDir(model.where).max_context for model in models)
             min_payload = least_payload(min(settings.max_model_len or context, context))
-            bus = NatsBus(stack_login(facts, "operator", "kvferry-up", min_payload), runtime)
+            bus = NatsBus(bus_login(facts.in_role("operator"), "operator", "kvferry-up", min_payload), runtime)
             await bus.start()
             try:
+                if settings.nats_credentials is not None:
+                    await check_logins(facts, runtime)
                 await supervise(settings, models, facts, run_file, ports, bus, began)
             finally:
                 await bus.close()
-
-
-@contextlib.asynccontextmanager
-async def control_plane(settings: UpSettings, runtime: Runtime) -> AsyncIterator[RunFile]:
-    """The NATS server that was named, or one of our own: a run file without gateways and model."""
-    data_key = settings.data_key.get_secret_value() or new_data_key(runtime)
-    if settings.nats_url:
-        yield RunFile(
-            cluster=settings.cluster,
-            pid=os.getpid(),
-            nats_url=settings.nats_url,
-            nats_user=settings.nats_user,
-            nats_password=settings.nats_password,
-            nats_token=settings.nats_token,
-            nats_tls_ca=settings.nats_tls_ca,
-            nats_tls_cert=settings.nats_tls_cert,
-            nats_tls_key=settings.nats_tls_key,
-            data_key=SecretStr(data_key),
-        )
-        return
-    passwords = {role: new_password(runtime) for role in BUS_ROLES}
-    server = EmbeddedNats(users_of(settings.cluster, passwords))
-    await server.start()
-    keeper = asyncio.get_running_loop().create_task(keep_running(server), name="keep nats-server")
-    try:
-        yield RunFile(
-            cluster=settings.cluster,
-            pid=os.getpid(),
-            nats_url=server.url,
-            nats_logins={
-                role: NatsLogin(user=user_name(settings.cluster, role), password=SecretStr(password))
-                for role, password in passwords.items()
-            },
-            data_key=SecretStr(data_key),
-        )
-    finally:
-        keeper.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await keeper
-        await server.stop()
 
 
 async def supervise(

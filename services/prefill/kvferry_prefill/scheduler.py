@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from kvferry.kv.ledger import BlockState
 from kvferry.schedule.chunk import ChunkBudget
 from kvferry.schedule.memory import KVMemory
-from kvferry.schedule.queue import AdmissionQueue
+from kvferry.schedule.queue import AdmissionQueue, to_displace
 from kvferry.schedule.sequence import Dropped, Emission, Key, ModelLimits, Sequence, pick_alone, put_in_order
 from kvferry.schedule.step import SequenceStep, StepPlan, StepResult
 from kvferry.wire.logprobs import TokenLogprobs
-from kvferry.wire.messages import RejectReason
+from kvferry.wire.work import RejectReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,14 @@ class PrefillScheduler:
         self.sequences[sequence.key] = sequence
         self._waiting.add(sequence)
         return None
+
+    def displace(self, urgent: Sequence) -> Dropped | None:
+        """Give up a waiting sequence for one that the full queue has refused, if one has a lower priority."""
+        victim = to_displace(self._waiting, urgent)
+        if victim is None:
+            return None
+        self.cancel(victim.key)
+        return Dropped(victim, "preempted")
 
     def cancel(self, key: Key) -> Sequence | None:
         """Forget a sequence in any state. Its blocks are free at once, or when the running step and copies end."""

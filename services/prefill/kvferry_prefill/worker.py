@@ -13,8 +13,10 @@ from typing import ClassVar
 
 from kvferry.schedule.sequence import Emission, Sequence
 from kvferry.transport.base import Connection
-from kvferry.wire.messages import DecodeRequest, PrefillRequest, RejectReason, Role
-from kvferry.worker.worker import Parts, Worker, kv_memory, model_limits
+from kvferry.wire.fields import Role
+from kvferry.wire.work import DecodeRequest, PrefillRequest, RejectReason
+from kvferry.worker.parts import Parts, kv_memory, model_limits
+from kvferry.worker.worker import Worker
 from kvferry_prefill.scheduler import PrefillDecision, PrefillScheduler
 from kvferry_prefill.sender import AbortReason, Sender
 from kvferry_prefill.settings import PrefillSettings
@@ -53,6 +55,8 @@ class PrefillWorker(Worker[PrefillScheduler]):
 
     def accept(self, request: PrefillRequest | DecodeRequest, sequence: Sequence) -> RejectReason | None:
         reason = self.scheduler.add(sequence)
+        if reason == "queue_full" and self.displace(sequence):
+            reason = self.scheduler.add(sequence)
         if reason is None:
             self._sender.arrived(sequence)
         return reason

@@ -1,42 +1,39 @@
-"""As whom a process joins the bus: from its settings, or from the run file of a stack on this machine."""
+"""As whom a process joins the bus."""
 
 from __future__ import annotations
 
+from typing import Protocol
+
+from pydantic import SecretStr
+
 from kvferry.bus.base import BusSettings
-from kvferry.bus.rights import BusRole
-from kvferry.config import ServiceSettings
-from kvferry.runfile import RunFile
 from kvferry.wire.subjects import inbox_prefix
 
 
-def service_login(settings: ServiceSettings, min_payload: int) -> BusSettings:
-    """Of a service, in its role."""
-    return BusSettings(
-        url=settings.nats_url,
-        name=settings.name,
-        inbox_prefix=inbox_prefix(settings.cluster, settings.role),
-        user=settings.nats_user,
-        password=settings.nats_password.get_secret_value(),
-        token=settings.nats_token.get_secret_value(),
-        tls_ca=settings.nats_tls_ca,
-        tls_cert=settings.nats_tls_cert,
-        tls_key=settings.nats_tls_key,
-        min_payload=min_payload,
-    )
+class NatsAccess(Protocol):
+    """What settings and run files say of it."""
+
+    cluster: str
+    nats_url: str
+    nats_user: str
+    nats_password: SecretStr
+    nats_token: SecretStr
+    nats_tls_ca: str
+    nats_tls_cert: str
+    nats_tls_key: str
 
 
-def stack_login(run_file: RunFile, role: BusRole, name: str, min_payload: int = 0) -> BusSettings:
-    """Of whoever can read the run file, in any role."""
-    login = run_file.login(role)
+def bus_login(access: NatsAccess, role: str, name: str, min_payload: int = 0) -> BusSettings:
+    """`access`: of that role; a run file's, by its `in_role`."""
     return BusSettings(
-        url=run_file.nats_url,
+        url=access.nats_url,
         name=name,
-        inbox_prefix=inbox_prefix(run_file.cluster, role),
-        user=login.user,
-        password=login.password.get_secret_value(),
-        token=run_file.nats_token.get_secret_value(),
-        tls_ca=run_file.nats_tls_ca,
-        tls_cert=run_file.nats_tls_cert,
-        tls_key=run_file.nats_tls_key,
+        inbox_prefix=inbox_prefix(access.cluster, role),
+        user=access.nats_user,
+        password=access.nats_password.get_secret_value(),
+        token=access.nats_token.get_secret_value(),
+        tls_ca=access.nats_tls_ca,
+        tls_cert=access.nats_tls_cert,
+        tls_key=access.nats_tls_key,
         min_payload=min_payload,
     )

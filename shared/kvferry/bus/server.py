@@ -20,7 +20,7 @@ import structlog
 
 from kvferry.bus.rights import BusUser, authorization
 from kvferry.bus.tether import tethered
-from kvferry.config import without_secrets
+from kvferry.config.environment import without_secrets
 from kvferry.errors import BusUnavailable, SettingError
 
 MAX_PAYLOAD: Final = 8 << 20

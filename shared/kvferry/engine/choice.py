@@ -25,6 +25,8 @@ def obstacle(settings: EngineSettings, config: ModelConfig) -> tuple[str, str] |
     """What keeps the native engine from running this: (setting, problem); None: nothing does."""
     if settings.device != "cpu":
         return "device", f"{settings.device!r}, the native engine runs on cpu"
+    if settings.remote_ranks:
+        return "remote_ranks", f"{settings.remote_ranks}, the ranks of the native engine share memory"
     dtype = resolved_dtype(settings, config)
     if dtype != NATIVE_DTYPE:
         named = dtype if settings.dtype == dtype else f"{settings.dtype} ({dtype} in the checkpoint)"

@@ -6,18 +6,25 @@ Nothing is summed over ranks, so there is no order of summation to agree on: see
 from __future__ import annotations
 
 import ctypes
-import mmap
+import socket
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Final, TypeAlias
 
 import torch
 import torch.distributed
 
 from kvferry.engine.native.library import Library, LibraryUnavailable, open_library
-from kvferry.engine.ranks import SharedMemory
+from kvferry.engine.ranks import Exchange
+from kvferry.engine.shared_memory import SharedMemory
 
+distributed: Any = torch.distributed  # its stores and groups have no types
+Store: TypeAlias = Any
 STATE_BYTES: Final = 256  # KVF_BARRIER_BYTES
+# For all ranks to come to a step over the network. A worker whose step takes too long ends earlier, by `step_timeout`;
+# a rank whose leader is cut off ends by this.
+EXCHANGE_TIMEOUT: Final = timedelta(minutes=5)
 BUFFER_BYTES: Final = 32 << 20  # rows that would not fit are exchanged in several rounds
 
 
@@ -43,7 +50,7 @@ class SharedGather(Collective):
     only when they have read the first. So one barrier a round is enough.
     """
 
-    def __init__(self, library: Library, memory: mmap.mmap, rank: int, size: int) -> None:
+    def __init__(self, library: Library, memory: memoryview, rank: int, size: int) -> None:
         """`memory`: `SharedGather.num_bytes` long, zero before the first rank came."""
         self._library = library
         self._memory = memory
@@ -74,18 +81,22 @@ _OFFSETS: Final = (STATE_BYTES, STATE_BYTES + BUFFER_BYTES)
 
 
 class GlooGather(Collective):
-    """Through torch.distributed's gloo, on the loopback device: where there is no native library."""
+    """Through torch.distributed's gloo: where ranks share no memory, or there is no native library.
 
-    def __init__(self, store: str, rank: int, size: int) -> None:
-        """`store`: the path of an empty file that all ranks see, where they find each other."""
-        distributed: Any = torch.distributed  # these have no types; a group of our own needs no global state
-        options = distributed.ProcessGroupGloo._Options()
-        options._devices = [distributed.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-        options._threads = 1
-        self._group = distributed.ProcessGroupGloo(distributed.FileStore(store, size), rank, size, options)
+    The ranks find each other with the first exchange. Until then one that can't load is no reason for others to wait.
+    """
+
+    def __init__(self, store: Callable[[], Store], host: str, rank: int, size: int) -> None:
+        """`store` opens the one where all ranks find each other; `host`: this rank's address, as the others see it."""
+        self._store = store
+        self._host = host
+        self._rank = rank
         self._size = size
+        self._group: Any = None
 
     def gather(self, part: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+        if self._group is None:
+            self._group = self._met()
         # gloo wants equal shapes, and knows bytes whatever they stand for.
         padded = part.new_zeros(len(part), max(widths))
         padded[:, : part.shape[1]] = part
@@ -94,11 +105,40 @@ class GlooGather(Collective):
         self._group.allgather([parts], [content]).wait()
         return torch.cat([each.view(part.dtype)[:, :width] for each, width in zip(parts, widths, strict=True)], 1)
 
+    def _met(self) -> Any:
+        """The group, once all ranks are there."""
+        gloo = distributed.ProcessGroupGloo  # a group of our own needs no global state
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname=self._host)]
+        options._threads = 1
+        options._timeout = EXCHANGE_TIMEOUT
+        return gloo(self._store(), self._rank, self._size, options)
+
 
 def open_collective(memory: SharedMemory, rank: int, size: int) -> Collective:
-    """Shared memory where there is a native library, else gloo; the same for all ranks of one machine."""
+    """Of ranks on one host: shared memory where there is a native library, else gloo; the same for all."""
     try:
         library = open_library()
     except LibraryUnavailable:
-        return GlooGather(f"/proc/self/fd/{memory.descriptors[0]}", rank, size)
+        path = f"/proc/self/fd/{memory.descriptors[0]}"  # of an empty file that all ranks see
+        return GlooGather(lambda: distributed.FileStore(path, size), "127.0.0.1", rank, size)
     return SharedGather(library, memory.exchange(SharedGather.num_bytes), rank, size)
+
+
+def open_exchange(host: str) -> tuple[Exchange, Store]:
+    """What the leader of ranks on several hosts opens, on its address: they find each other there."""
+    server = socket.create_server((host, 0))
+    port = server.getsockname()[1]
+    store = distributed.TCPStore(
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=server.detach(), timeout=EXCHANGE_TIMEOUT
+    )
+    return Exchange(host, port), store
+
+
+def joined_exchange(exchange: Exchange, host: str, rank: int, size: int) -> Collective:
+    """The side of any other rank. `host`: its own address."""
+
+    def store() -> Store:
+        return distributed.TCPStore(exchange.host, exchange.port, is_master=False, timeout=EXCHANGE_TIMEOUT)
+
+    return GlooGather(store, host, rank, size)

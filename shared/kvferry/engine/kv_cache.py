@@ -36,7 +36,7 @@ class KVCache:
         num_blocks: int,
         dtype: torch.dtype,
         device: torch.device,
-        memory: Callable[[int], mmap.mmap] | None = None,
+        memory: Callable[[int], mmap.mmap | memoryview] | None = None,
     ) -> None:
         """`heads`: the KV heads of the whole model that lie in it. `memory` maps so many bytes that are zero; without
         it the memory is the cache's own."""
@@ -132,5 +132,5 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return _view(mapped_memory(math.prod(shape) * dtype.itemsize), shape, dtype)
 
 
-def _view(memory: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def _view(memory: mmap.mmap | memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(memory, np.uint8)).view(dtype).view(shape)

@@ -8,6 +8,9 @@ So KV depends on every token up to and including its position, and a step reads 
 its block table: one wrong, stale or misplaced byte changes the tokens from then on. `continuation` computes
 the same tokens from the text alone.
 
+With several ranks each has the KV of its heads, in memory that they share, and goes on from that alone; the runner is
+their leader, as those of the real engines are, and draws from the KV of all.
+
 Where a draw has a bias, a grammar or banned tokens, or wants log-probabilities, the digest makes a whole row of
 logits. The token that it gives by itself is the row's best, so a feature changes nothing but what it is for.
 """
@@ -15,32 +18,40 @@ logits. The token that it gives by itself is the row's best, so a feature change
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
+from kvferry.engine.columns import Columns, Wanted
 from kvferry.engine.drawing import draws_of, result_of
-from kvferry.engine.limits import Limits, Slots, slots_of
+from kvferry.engine.limits import Limits, slots_of
+from kvferry.engine.memory_kv import Lanes, chain, expand, lanes_shape, mix
+from kvferry.engine.memory_rank import MemoryCache, MemoryFollower, apart
 from kvferry.engine.penalties import adjust, adjusts
+from kvferry.engine.ranks import Followers, Step
 from kvferry.engine.sampler import Drawn, find_logprobs, greedy
 from kvferry.engine.scoring import prompt_logprobs
-from kvferry.schedule.step import BlockTable, Draw, KVFormat, Logprobs, StepPlan, StepResult, TokenMask
-from kvferry.wire.frame import DTYPE_BYTES, Piece
+from kvferry.engine.shard import heads_of
+from kvferry.engine.shared_memory import SharedMemory
+from kvferry.schedule.step import (
+    BlockTable,
+    Draw,
+    KVFormat,
+    Logprobs,
+    SequenceStep,
+    StepPlan,
+    StepResult,
+    TokenMask,
+)
+from kvferry.wire.frame import Piece
 from kvferry.wire.logprobs import PromptLogprobs
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 
-Lanes = npt.NDArray[np.uint8]  # [layers, 2, positions, kv_heads, head_dim * itemsize]: raw bytes
-
-_MIX_A = np.uint64(0xBF58476D1CE4E5B9)  # constants of splitmix64
-_MIX_B = np.uint64(0x94D049BB133111EB)
-_STEP = np.uint64(0x9E3779B97F4A7C15)
-_UNMIX_A = np.uint64(pow(int(_MIX_A), -1, 1 << 64))
-_UNMIX_B = np.uint64(pow(int(_MIX_B), -1, 1 << 64))
-_A_INT, _B_INT, _STEP_INT, _WORD = int(_MIX_A), int(_MIX_B), int(_STEP), (1 << 64) - 1
 GREEDY = Sampling(temperature=0.0)
-_UNWRITTEN = 0xFF  # NaN in every float format, and no state that a sequence has
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,7 @@ class MemorySettings:
     dtype: str = "bfloat16"
     model: str = "memory"  # two models of different names have different KV and different tokens
     numerics: str = ""  # two numerics, too, though they say that their KV format is the same
+    num_heads: int = 4  # query heads: what ranks split where there are fewer KV heads than ranks
     draws: str = ""  # two of these have equal KV, and other tokens: as close as `fast` asks for
     seconds_per_step: float = 0.0
     seconds_per_token: float = 0.0
@@ -73,18 +85,21 @@ class MemorySettings:
 
 
 class MemoryRunner:
-    """Implements `ModelRunner`."""
+    """Implements `ModelRunner`. `followers` are the other ranks, set up here and told here."""
 
     exact = True
 
-    def __init__(self, settings: MemorySettings | None = None) -> None:
+    def __init__(self, settings: MemorySettings | None = None, followers: Followers | None = None) -> None:
         self._settings = settings = settings or MemorySettings()
         self._format = settings.kv_format
         self._limits = Limits(self._format, settings.num_blocks, settings.max_model_len, settings.vocab_size)
-        # [layers, 2, num_slots, kv_heads, head_dim * itemsize]
-        self._blocks: Lanes = np.full(
-            lanes_shape(self._format, settings.num_blocks * settings.block_size), _UNWRITTEN, np.uint8
-        )
+        self._followers = followers
+        if followers is None:
+            self._caches = [MemoryCache(self._format, range(settings.num_kv_heads), settings.num_blocks)]
+            return
+        followers.set_up("memory", {})
+        self._caches = [open_cache(settings, followers.size, rank, followers.memory) for rank in range(followers.size)]
+        followers.ready()
 
     @property
     def kv_format(self) -> KVFormat:
@@ -112,15 +127,15 @@ class MemoryRunner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         self._limits.check_plan(plan)
+        drawing = draws_of(plan)
+        with self._told(plan, drawing):
+            self._caches[0].write(plan.steps, root_state(self._settings))
         drawn = Drawn([], [])
         scored: dict[int, PromptLogprobs] = {}
         for index, step in enumerate(plan.steps):
-            end = step.start + len(step.tokens)
-            slots = self._slots(step.block_table, 0, end)
-            before = self._read_state(slots[step.start - 1]) if step.start else root_state(self._settings)
-            lanes = expand(self._format, chain(before, step.tokens))
-            self._blocks[:, :, slots[step.start :]] = lanes
-            context = self._blocks[:, :, slots]
+            if step.draw is None and step.score is None:
+                continue
+            context = self._context(step)
             if step.draw is not None:
                 token, logprobs = pick(context, step.draw, self._settings)
                 drawn.tokens.append(token)
@@ -132,43 +147,48 @@ class MemoryRunner:
                 ]
                 scored[index] = prompt_logprobs(step.scored_from, rows, step.score.num_top)
         seconds = self._settings.seconds_per_step + plan.num_tokens * self._settings.seconds_per_token
-        return result_of(plan, draws_of(plan), drawn, seconds, scored)
+        return result_of(plan, drawing, drawn, seconds, scored)
 
     def gather(self, piece: Piece, block_table: BlockTable, out: memoryview) -> None:
         self._limits.check_piece(piece, block_table, out.nbytes)
-        frame = self._frame(piece, out)
-        slots = self._slots(block_table, piece.token_start, piece.token_end)
-        layers = self._blocks[piece.layer_start : piece.layer_end, :, :, piece.head_start : piece.head_end]
-        frame[...] = layers[:, :, slots]
+        for cache in apart(self._caches):
+            cache.gather(piece, block_table, out)
 
     def scatter(self, piece: Piece, block_table: BlockTable, payload: memoryview) -> None:
         self._limits.check_piece(piece, block_table, payload.nbytes)
-        frame = self._frame(piece, payload)
-        slots = self._slots(block_table, piece.token_start, piece.token_end)
-        layers = self._blocks[piece.layer_start : piece.layer_end, :, :, piece.head_start : piece.head_end]
-        layers[:, :, slots] = frame
+        for cache in self._caches:
+            cache.scatter(piece, block_table, payload)
 
     def warm_up(self) -> None:
         """Nothing to warm."""
 
     def close(self) -> None:
-        self._blocks = np.empty(lanes_shape(self._format, 0), np.uint8)
+        self._caches.clear()
 
-    def _slots(self, block_table: BlockTable, start: int, end: int) -> Slots:
-        return slots_of(block_table, start, end, self._format.block_size)
+    def _told(self, plan: StepPlan, drawing: Mapping[int, Draw]) -> AbstractContextManager[None]:
+        """Inside, the other ranks know the step."""
+        if self._followers is None or not plan.steps:
+            return nullcontext()
+        wanted = [Wanted.LAST if index in drawing else Wanted.NONE for index in range(len(plan.steps))]
+        return self._followers.told(Step(Columns.of(plan.steps, wanted).message(), bool(drawing)))
 
-    def _read_state(self, slot: int) -> np.uint64:
-        """A state that depends on every byte of one position, read from its block.
+    def _context(self, step: SequenceStep) -> Lanes:
+        """KV of all heads up to the end of a sequence's chunk."""
+        slots = slots_of(step.block_table, 0, step.start + len(step.tokens), self._format.block_size)
+        lanes = [cache.read(slots) for cache in apart(self._caches)]
+        return lanes[0] if len(lanes) == 1 else np.concatenate(lanes, 3)
 
-        The chain goes on from what lies in the block, not from the plan, so that a wrong byte spreads.
-        """
-        lanes = self._blocks[:, :, [slot]]
-        return restore(self._format, lanes)
 
-    def _frame(self, piece: Piece, buffer: memoryview) -> Lanes:
-        row = self._format.head_dim * DTYPE_BYTES[self._format.dtype]
-        shape = (piece.num_layers, 2, piece.num_tokens, piece.num_heads, row)
-        return np.frombuffer(buffer, np.uint8).reshape(shape)
+def memory_follower(settings: MemorySettings, size: int, rank: int, memory: SharedMemory) -> MemoryFollower:
+    """A rank beside the leader of `size` ranks with these settings."""
+    return MemoryFollower(open_cache(settings, size, rank, memory), root_state(settings))
+
+
+def open_cache(settings: MemorySettings, size: int, rank: int, memory: SharedMemory) -> MemoryCache:
+    """One rank's KV."""
+    group = settings.num_heads // settings.num_kv_heads
+    _, heads = heads_of(settings.num_kv_heads, group, size, rank)
+    return MemoryCache(settings.kv_format, heads, settings.num_blocks, partial(memory.cache, rank))
 
 
 def continuation(
@@ -221,69 +241,6 @@ def scored_prompt(settings: MemorySettings, prompt: Sequence[int], num_top: int)
 def root_state(settings: MemorySettings) -> np.uint64:
     name = settings.kv_format.format_id + settings.numerics
     return np.uint64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
-
-
-def chain(state: np.uint64, tokens: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
-    """States [num_tokens] of positions that follow one whose state is `state`."""
-    states = np.empty(len(tokens), np.uint64)
-    value = int(state)
-    for place, token in enumerate(tokens.tolist()):
-        value = _mix_one(value ^ (token + 1))
-        states[place] = value
-    return states
-
-
-def _mix_one(value: int) -> int:
-    """`mix` of one word, where numpy would take ten times as long."""
-    value = (value + _STEP_INT) & _WORD
-    value = ((value ^ (value >> 30)) * _A_INT) & _WORD
-    value = ((value ^ (value >> 27)) * _B_INT) & _WORD
-    return value ^ (value >> 31)
-
-
-def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """splitmix64's finaliser: a bijection of 64-bit words, elementwise."""
-    values = values + _STEP
-    values = (values ^ (values >> np.uint64(30))) * _MIX_A
-    values = (values ^ (values >> np.uint64(27))) * _MIX_B
-    return values ^ (values >> np.uint64(31))
-
-
-def lanes_shape(kv_format: KVFormat, num_positions: int) -> tuple[int, int, int, int, int]:
-    row = kv_format.head_dim * DTYPE_BYTES[kv_format.dtype]
-    return (kv_format.num_layers, 2, num_positions, kv_format.num_kv_heads, row)
-
-
-def expand(kv_format: KVFormat, states: npt.NDArray[np.uint64]) -> Lanes:
-    """KV bytes of positions with these states.
-
-    The first word of each (layer, kind, head) row is mix(state ^ place); a row is cut or repeated from words.
-    """
-    num_layers, kinds, _, num_heads, row = lanes_shape(kv_format, 0)
-    num_words = -(-row // 8)
-    places = np.arange(num_layers * kinds * num_heads * num_words, dtype=np.uint64)
-    words = mix(states[:, None] ^ (places << np.uint64(32)))  # [positions, places]
-    shaped = words.view(np.uint8).reshape(len(states), num_layers, kinds, num_heads, num_words * 8)
-    return np.ascontiguousarray(shaped[..., :row].transpose(1, 2, 0, 3, 4))
-
-
-def restore(kv_format: KVFormat, lanes: Lanes) -> np.uint64:
-    """The state that one position's KV was expanded from; some other state if any byte of it is wrong."""
-    first_word = np.ascontiguousarray(lanes[0, 0, 0, 0, :8]).view(np.uint64)
-    state = unmix(first_word)
-    if np.array_equal(expand(kv_format, state), lanes):
-        return np.uint64(state[0])
-    return np.uint64(int.from_bytes(hashlib.blake2b(lanes.tobytes(), digest_size=8).digest(), "little"))
-
-
-def unmix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The inverse of `mix`."""
-    values = values ^ (values >> np.uint64(31)) ^ (values >> np.uint64(62))
-    values = values * _UNMIX_B
-    values = values ^ (values >> np.uint64(27)) ^ (values >> np.uint64(54))
-    values = values * _UNMIX_A
-    values = values ^ (values >> np.uint64(30)) ^ (values >> np.uint64(60))
-    return values - _STEP
 
 
 def pick(context: Lanes, wanted: Draw, settings: MemorySettings) -> tuple[int, Logprobs | None]:

@@ -4,47 +4,53 @@
     Setup(engine, rank, settings)        ->         loads its shard of the weights
                                          <-         Ready(weight bytes), or Failed(why)
     Step, Head                           ->         computes it, together with all ranks
-    closes the channel                   ->         ends
+    ends the channel                     ->         ends
 
-A channel is a byte stream that keeps order and is closed when either end dies; messages are msgpack behind their
-length. Nothing is answered after Ready: the ranks wait for each other inside a step, in the engine's own collective. A
-rank that fails ends its process. Then the leader can never end its step, so the worker's process must end, too.
+Messages are msgpack. Nothing is answered after Ready: the ranks wait for each other inside a step, in the engine's own
+collective. A rank that fails ends its process, and with it its channel (`channel.py`). Then the leader can never end
+its step, so the worker's process must end, too.
 
-Channels could lead to other hosts. What the ranks share beside them can't: memory (`SharedMemory`) for what they
-exchange in a step, and for the KV of each rank, which the leader copies into frames and out of them.
+The ranks of one host share memory (`SharedMemory`) for what they exchange in a step, and for the KV of each, which the
+leader copies into frames and out of them. A rank on another host exchanges over the network (`Exchange`), and its KV is
+copied through a second channel (`copies.py`).
 """
 
 from __future__ import annotations
 
-import mmap
-import os
-import socket
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from typing import Annotated, Final, Literal, Protocol
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
+from kvferry.engine.channel import Channel
 from kvferry.engine.choice import EngineName
-from kvferry.engine.columns import MAX_STEP_ROWS, Columns, ColumnsMessage
-from kvferry.errors import CheckpointError, MalformedMessage, RankLost, SettingError
-from kvferry.runtime import shared_memory
+from kvferry.engine.columns import MAX_STEP_ROWS, ColumnsMessage
+from kvferry.engine.shared_memory import SharedMemory
+from kvferry.errors import CheckpointError, RankLost, SettingError
 
-MAX_CHANNEL_BYTES: Final = 64 << 20  # of one message between ranks
 MAX_PROBLEM_CHARS: Final = 4096
-_LENGTH: Final = struct.Struct("<I")
 
 RowNumber = Annotated[int, Meta(ge=0, le=MAX_STEP_ROWS)]
+
+
+class Exchange(msgspec.Struct, frozen=True):
+    """Where ranks that share no memory find each other: the store of `torch.distributed`, on the leader's host."""
+
+    host: str
+    port: int
 
 
 class Setup(msgspec.Struct, frozen=True):
     """What a follower loads."""
 
-    engine: EngineName
+    engine: EngineName | Literal["memory"]
     rank: int
     settings: Mapping[str, str | int | None]  # fields of EngineSettings
+    exchange: Exchange | None = None  # None: all share memory
+    format_id: str = ""  # of the leader's KV, which every rank on another host must have, too
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -91,73 +97,53 @@ class Head(msgspec.Struct, frozen=True, tag="head", array_like=True):
 
 
 _REPORTS: Final = msgspec.msgpack.Decoder(Ready | Failed)
-_ORDERS: Final = msgspec.msgpack.Decoder(Step | Head)
-_SETUP: Final = msgspec.msgpack.Decoder(Setup)
-
-
-class Follower(Protocol):
-    """The engine of a rank that is told what to compute. Every call is one that all ranks make."""
-
-    @property
-    def weight_bytes(self) -> int: ...
-
-    def step(self, columns: Columns, *, head: bool) -> None: ...
-
-    def head(self, rows: range) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class SharedMemory:
-    """Anonymous memory files that all ranks of a worker map: what they exchange, and the KV cache of each rank.
-
-    They live as long as a process holds their descriptors or has mapped them. Linux.
-    """
-
-    def __init__(self, descriptors: Sequence[int]) -> None:
-        """Of what is exchanged, then of the caches by rank. They are this object's to close."""
-        self.descriptors: Final = tuple(descriptors)
-
-    @classmethod
-    def create(cls, size: int) -> SharedMemory:
-        """For `size` ranks."""
-        return cls([os.memfd_create(name) for name in ("kvferry-exchange", *("kvferry-kv" for _ in range(size)))])
-
-    def exchange(self, num_bytes: int) -> mmap.mmap:
-        return shared_memory(self.descriptors[0], num_bytes)
-
-    def cache(self, rank: int, num_bytes: int) -> mmap.mmap:
-        return shared_memory(self.descriptors[1 + rank], num_bytes)
-
-    def close(self) -> None:
-        """Close the descriptors. What is mapped stays."""
-        for descriptor in self.descriptors:
-            os.close(descriptor)
 
 
 class Followers:
     """The leader's ends of the channels. One step at a time."""
 
-    def __init__(self, memory: SharedMemory, channels: Sequence[socket.socket]) -> None:
-        """`channels` [ranks - 1], blocking: of rank 1, 2, …"""
+    def __init__(
+        self,
+        memory: SharedMemory,
+        channels: Sequence[Channel],
+        copies: Mapping[int, Channel] | None = None,
+        host: str = "",
+    ) -> None:
+        """`channels` [ranks - 1]: to rank 1, 2, …; `copies`: to those on other hosts, for their KV; `host`: where these
+        see this one."""
         self.memory = memory
+        self.host = host
         self._channels = tuple(channels)
+        self._copies = dict(copies or {})
+        self._copying = threading.Lock()
+
+    @property
+    def remote(self) -> Set[int]:
+        """Ranks on other hosts."""
+        return self._copies.keys()
 
     @property
     def size(self) -> int:
         """Ranks, the leader included."""
         return 1 + len(self._channels)
 
-    def set_up(self, engine: EngineName, settings: Mapping[str, str | int | None]) -> None:
+    def set_up(
+        self,
+        engine: EngineName | Literal["memory"],
+        settings: Mapping[str, str | int | None],
+        exchange: Exchange | None = None,
+        format_id: str = "",
+    ) -> None:
         """Let them load. Raises `RankLost`."""
         for rank, channel in enumerate(self._channels, 1):
-            self._send(rank, channel, msgspec.msgpack.encode(Setup(engine, rank, settings)))
+            setup = Setup(engine, rank, settings, exchange, format_id if rank in self._copies else "")
+            self._send(rank, channel, msgspec.msgpack.encode(setup))
 
     def ready(self) -> list[int]:
         """Wait until all have loaded. Returns the bytes of their weights; raises the first one's failure."""
         sizes = []
         for rank, channel in enumerate(self._channels, 1):
-            payload = receive(channel)
+            payload = channel.receive()
             if payload is None:
                 raise RankLost(rank, "ended while it loaded")
             report = _REPORTS.decode(payload)
@@ -169,7 +155,7 @@ class Followers:
     @contextmanager
     def told(self, order: Step | Head) -> Iterator[None]:
         """Tell all ranks what to compute; inside, the leader computes its own part. If that fails the ranks are out of
-        step for good: the channels are closed, which ends the worker."""
+        step for good: the channels are ended, which ends the worker."""
         payload = msgspec.msgpack.encode(order)
         try:
             for rank, channel in enumerate(self._channels, 1):
@@ -179,65 +165,28 @@ class Followers:
             self.close()
             raise
 
+    def ask(self, rank: int, payload: bytes) -> bytes:
+        """A message about the KV of a rank on another host, and its answer. May be called beside a step. Raises
+        `RankLost`; then the channels are ended, which ends the worker."""
+        channel = self._copies[rank]
+        with self._copying:
+            try:
+                channel.send(payload)
+                answer = channel.receive()
+            except OSError:
+                answer = None
+        if answer is None:
+            self.close()
+            raise RankLost(rank, "its KV can no longer be copied")
+        return answer
+
     def close(self) -> None:
         """End the channels, and with them the followers. May be called twice, and by any thread."""
-        for channel in self._channels:
-            try:
-                channel.shutdown(socket.SHUT_RDWR)
-            except OSError:  # the other end is gone
-                continue
+        for channel in (*self._channels, *self._copies.values()):
+            channel.end()
 
-    def _send(self, rank: int, channel: socket.socket, payload: bytes) -> None:
+    def _send(self, rank: int, channel: Channel, payload: bytes) -> None:
         try:
-            send(channel, payload)
+            channel.send(payload)
         except OSError as error:
             raise RankLost(rank, str(error)) from None
-
-
-def await_setup(channel: socket.socket) -> Setup | None:
-    """A follower's first message; None if the leader is gone."""
-    payload = receive(channel)
-    return None if payload is None else _SETUP.decode(payload)
-
-
-def follow(channel: socket.socket, follower: Follower) -> None:
-    """Do what the leader tells, until it closes the channel. Raises whatever goes wrong: the process must then end."""
-    send(channel, msgspec.msgpack.encode(Ready(follower.weight_bytes)))
-    while (payload := receive(channel)) is not None:
-        match _ORDERS.decode(payload):
-            case Step(columns, head):
-                follower.step(Columns.read(columns), head=head)
-            case Head(first, end):
-                follower.head(range(first, end))
-
-
-def send(channel: socket.socket, payload: bytes) -> None:
-    """Raises OSError if the other end is gone."""
-    if len(payload) > MAX_CHANNEL_BYTES:
-        raise RuntimeError(f"a message of {len(payload)} bytes between ranks")
-    channel.sendall(_LENGTH.pack(len(payload)) + payload)
-
-
-def receive(channel: socket.socket) -> bytes | None:
-    """The next message; None once the other end is gone. Raises `MalformedMessage` for one beyond the limit."""
-    head = _exactly(channel, _LENGTH.size)
-    if head is None:
-        return None
-    (length,) = _LENGTH.unpack(head)
-    if length > MAX_CHANNEL_BYTES:
-        raise MalformedMessage(f"{length} bytes, limit {MAX_CHANNEL_BYTES}")
-    return _exactly(channel, length)
-
-
-def _exactly(channel: socket.socket, count: int) -> bytes | None:
-    content = bytearray(count)
-    view = memoryview(content)
-    while view:
-        try:
-            received = channel.recv_into(view)
-        except ConnectionError:
-            return None
-        if not received:
-            return None
-        view = view[received:]
-    return bytes(content)

@@ -40,7 +40,7 @@ from kvferry.engine.penalties import adjust, adjusts
 from kvferry.engine.philox import uniform
 from kvferry.engine.sampler import Logits, is_greedy
 from kvferry.schedule.step import Draw, KVFormat, SequenceStep, StepPlan, TokenMask
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 
 EPSILON: Final = 0.5  # logit
 MAX_GAP: Final = 64.0  # larger gaps are reported as infinite

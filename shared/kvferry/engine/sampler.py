@@ -28,7 +28,7 @@ import numpy.typing as npt
 from kvferry.engine.penalties import adjust, adjusts
 from kvferry.engine.philox import uniform24
 from kvferry.schedule.step import Draw, Logprobs
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 
 Logits = npt.NDArray[np.float32]  # [vocab], or [draws, vocab] where it says so
 Weights = npt.NDArray[np.uint32]  # [vocab]

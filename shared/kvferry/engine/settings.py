@@ -32,6 +32,7 @@ class EngineSettings:
     quantization: str = "none"  # of weights and activations; "int8": the native runner alone
     isa: str = "auto"  # instruction set of the native runner; "auto": the best that this CPU has
     tensor_parallel_size: int = 1  # ranks that the model is split over
+    remote_ranks: int = 0  # of these, the last ones, that are on other hosts
 
     def as_fields(self) -> dict[str, str | int | None]:
         """For a message; `of_fields` reads it."""

@@ -53,7 +53,7 @@ def shards_of(config: ModelConfig, size: int) -> tuple[Shard, ...]:
         raise SettingError("tensor_parallel_size", problem)
     return tuple(
         Shard(
-            rank, size, *_heads(config, size, rank),
+            rank, size, *heads_of(config.num_kv_heads, config.queries_per_kv_head, size, rank),
             hidden=cut(config.hidden_size, size, rank),
             intermediate=cut(config.intermediate_size, size, rank),
             vocab=cut(config.vocab_size, size, rank),
@@ -69,9 +69,8 @@ def cut(count: int, size: int, rank: int) -> range:
     return range(units * rank // size * unit, min(units * (rank + 1) // size * unit, count))
 
 
-def _heads(config: ModelConfig, size: int, rank: int) -> tuple[range, range]:
-    """A rank's query heads and KV heads."""
-    num_kv_heads, group = config.num_kv_heads, config.queries_per_kv_head
+def heads_of(num_kv_heads: int, group: int, size: int, rank: int) -> tuple[range, range]:
+    """A rank's query heads and KV heads, of a model with `group` query heads for each KV head."""
     if num_kv_heads >= size:
         kv_heads = _even(num_kv_heads, size, rank)
         return range(kv_heads.start * group, kv_heads.stop * group), kv_heads

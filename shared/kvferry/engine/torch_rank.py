@@ -14,9 +14,9 @@ from kvferry.engine.config import ModelConfig
 from kvferry.engine.kv_cache import KVCache
 from kvferry.engine.loader import load_weights
 from kvferry.engine.model import Model
-from kvferry.engine.ranks import SharedMemory
 from kvferry.engine.settings import EngineSettings, resolved_dtype, resolved_max_model_len
 from kvferry.engine.shard import Shard, shards_of
+from kvferry.engine.shared_memory import SharedMemory
 from kvferry.errors import SettingError
 from kvferry.schedule.step import KVFormat, SequenceStep
 
@@ -76,15 +76,17 @@ class TorchFollower:
     """Implements `Follower`: rows of `head` are those of the batch. Raises what `TorchRunner` does."""
 
     def __init__(
-        self, settings: EngineSettings, rank: int, memory: SharedMemory, collective: Collective | None = None
+        self, settings: EngineSettings, rank: int, memory: SharedMemory | None, collective: Collective | None = None
     ) -> None:
-        """`settings` are the leader's, with the number of blocks that it settled on."""
+        """`settings` are the leader's, with the number of blocks that it settled on. `memory`: None on another host."""
         assert settings.num_blocks is not None
         config = ModelConfig.read(settings.model_dir)
         shards = shards_of(config, settings.tensor_parallel_size)
-        cache = open_cache(settings, config, shards[rank], settings.num_blocks, memory)
-        collective = collective or open_collective(memory, rank, len(shards))
-        self._rank = TorchRank(settings, config, shards, rank, cache, collective, lambda share: None)
+        self.cache = open_cache(settings, config, shards[rank], settings.num_blocks, memory)
+        if collective is None:
+            assert memory is not None
+            collective = open_collective(memory, rank, len(shards))
+        self._rank = TorchRank(settings, config, shards, rank, self.cache, collective, lambda share: None)
 
     @property
     def weight_bytes(self) -> int:
@@ -105,12 +107,18 @@ class TorchFollower:
 
 
 def open_cache(
-    settings: EngineSettings, config: ModelConfig, shard: Shard, num_blocks: int, memory: SharedMemory | None
+    settings: EngineSettings,
+    config: ModelConfig,
+    shard: Shard,
+    num_blocks: int,
+    memory: SharedMemory | None,
+    *,
+    own: bool = True,
 ) -> KVCache:
-    """A shard's KV cache, in memory of its own or in what ranks share."""
+    """A shard's KV cache, in memory of its own or in what ranks share; or, not its `own`, another rank's."""
     name, dtype = resolved_dtype(settings, config), dtype_of(settings, config)
     shape = KVFormat(config.num_layers, config.num_kv_heads, config.head_dim, name, settings.block_size, format_id="")
-    mapped = None if memory is None else partial(memory.cache, shard.rank)
+    mapped = None if memory is None else partial(memory.own_cache if own else memory.cache, shard.rank)
     return KVCache(shape, shard.kv_heads, num_blocks, dtype, device_of(settings), mapped)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -22,10 +21,12 @@ import torch
 
 from kvferry.engine.batch import Batch
 from kvferry.engine.bf16 import Floats
-from kvferry.engine.collective import Alone, Collective, open_collective
+from kvferry.engine.collective import Alone, Collective
 from kvferry.engine.columns import Columns, Wanted
 from kvferry.engine.config import ModelConfig
+from kvferry.engine.copies import RemoteCache
 from kvferry.engine.drawing import draws_of, result_of
+from kvferry.engine.kv_cache import KVCache
 from kvferry.engine.limits import Limits
 from kvferry.engine.linear import linear_class
 from kvferry.engine.ranks import Followers, Head, Step
@@ -39,6 +40,7 @@ from kvferry.engine.settings import (
     resolved_num_blocks,
 )
 from kvferry.engine.shard import shards_of
+from kvferry.engine.torch_leader import other_caches, set_up
 from kvferry.engine.torch_rank import TorchRank, device_of, open_cache
 from kvferry.engine.torch_scoring import score
 from kvferry.errors import SettingError
@@ -64,7 +66,6 @@ class TorchRunner:
         settings: EngineSettings,
         progress: Callable[[float], None] | None = None,
         followers: Followers | None = None,
-        collective: Collective | None = None,
     ) -> None:
         settings.check_positive()
         if settings.quantization != "none":
@@ -83,15 +84,16 @@ class TorchRunner:
         self._kv_format = kv_format_of(settings, config, self._dtype_name)
         num_blocks = resolved_num_blocks(settings, self._kv_format)
         self._limits = Limits(self._kv_format, num_blocks, self._max_model_len, config.vocab_size)
-        memory = None
+        collective: Collective = Alone()
         if followers is not None:
-            memory = followers.memory
-            followers.set_up("torch", replace(settings, num_blocks=num_blocks).as_fields())
-            collective = collective or open_collective(memory, 0, len(shards))
-        self._caches = [open_cache(settings, config, shard, num_blocks, memory) for shard in shards]
-        self._rank = TorchRank(
-            settings, config, shards, 0, self._caches[0], collective or Alone(), progress or (lambda share: None)
-        )
+            collective = set_up(followers, settings, num_blocks, self._kv_format)
+        memory = None if followers is None else followers.memory
+        own = open_cache(settings, config, shards[0], num_blocks, memory)
+        self._caches: list[KVCache | RemoteCache] = [own]
+        if followers is not None:
+            self._caches += other_caches(followers, settings, config, shards, num_blocks, self._kv_format)
+        self._num_blocks, self._scratch_block = num_blocks, own.scratch_block
+        self._rank = TorchRank(settings, config, shards, 0, own, collective, progress or (lambda share: None))
         self.rank_weight_bytes = [self._rank.weight_bytes, *([] if followers is None else followers.ready())]
 
     @property
@@ -112,7 +114,7 @@ class TorchRunner:
 
     @property
     def num_blocks(self) -> int:
-        return self._caches[0].num_blocks
+        return self._num_blocks
 
     @property
     def max_model_len(self) -> int:
@@ -169,7 +171,7 @@ class TorchRunner:
     def warm_up(self) -> None:
         """Build the kernels of the common batch shapes. Writes into the scratch block alone."""
         block_size = self._kv_format.block_size
-        scratch = np.full(-(-max(WARM_UP_ROWS) // block_size), self._caches[0].scratch_block, np.int32)
+        scratch = np.full(-(-max(WARM_UP_ROWS) // block_size), self._scratch_block, np.int32)
         token = np.zeros(1, np.uint32)
         for count in WARM_UP_ROWS:
             decode = StepPlan(tuple(SequenceStep(0, token, 0, scratch) for _ in range(count)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from kvferry.wire.fields import TokenArray
 from kvferry.wire.logprobs import PromptLogprobs
-from kvferry.wire.messages import TokenArray
 
 
 def score(logits: torch.Tensor, targets: TokenArray, num_top: int, start: int) -> PromptLogprobs:

@@ -19,7 +19,8 @@ from kvferry.errors import KvferryError
 from kvferry.grammar.mask import MAX_FAULT_CHARS, GrammarMask
 from kvferry.schedule.step import NO_TOKENS
 from kvferry.text.tokenizer import MAX_TOKENIZER_BYTES
-from kvferry.wire.messages import Grammar, TokenArray
+from kvferry.wire.fields import TokenArray
+from kvferry.wire.sampling import Grammar
 
 MAX_COMPILED: Final = 32  # grammars that are kept for requests to come
 MAX_PATTERN_CHARS: Final = 4096  # of one regular expression: compiling takes the square of its length

@@ -12,7 +12,7 @@ import llguidance
 import numpy as np
 
 from kvferry.schedule.step import MaskWords
-from kvferry.wire.messages import TokenArray
+from kvferry.wire.fields import TokenArray
 
 WORD_BITS: Final = 32
 MAX_FAULT_CHARS: Final = 300

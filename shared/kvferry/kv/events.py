@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.kv.hashing import BlockHash
-from kvferry.wire.messages import MAX_CACHE_KEYS, CacheEvents, CacheSnapshot
+from kvferry.wire.cache_news import MAX_CACHE_KEYS, CacheEvents, CacheSnapshot
 
 KeyArray = npt.NDArray[np.uint64]
 

@@ -14,7 +14,7 @@ import hashlib
 import struct
 from typing import Final, TypeAlias
 
-from kvferry.wire.messages import TokenArray
+from kvferry.wire.fields import TokenArray
 
 HASH_BYTES: Final = 16
 TOKEN_BYTES: Final = 4

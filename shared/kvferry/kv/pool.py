@@ -26,7 +26,7 @@ import numpy.typing as npt
 from kvferry.errors import PoolExhausted
 from kvferry.kv.events import CacheLog
 from kvferry.kv.hashing import HASH_BYTES, TOKEN_BYTES, BlockHash, token_bytes
-from kvferry.wire.messages import TokenArray
+from kvferry.wire.fields import TokenArray
 
 
 class BlockPool:

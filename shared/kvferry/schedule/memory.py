@@ -14,7 +14,7 @@ from kvferry.errors import PoolExhausted
 from kvferry.kv.ledger import BlockState, Ledger
 from kvferry.kv.pool import BlockPool
 from kvferry.schedule.sequence import Sequence
-from kvferry.wire.messages import NUM_PRIORITY_CLASSES, priority_class
+from kvferry.wire.work import NUM_PRIORITY_CLASSES, priority_class
 
 
 class KVMemory:

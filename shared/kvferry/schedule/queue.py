@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from kvferry.schedule.sequence import Key, Sequence
+
+
+def to_displace(queued: Iterable[Sequence], urgent: Sequence) -> Sequence | None:
+    """Who gives up its place in a full queue to `urgent`: the last of a lower priority. Age displaces nobody."""
+    lower = [sequence for sequence in queued if sequence.work.priority > urgent.work.priority]
+    return max(lower, key=lambda sequence: sequence.order, default=None)
 
 
 class AdmissionQueue:

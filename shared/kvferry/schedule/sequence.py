@@ -12,8 +12,11 @@ import numpy.typing as npt
 from kvferry.kv.hashing import block_hashes, chain_hash, root_hash
 from kvferry.schedule.step import BlockTable, Draw, Score, SequenceStep, TokenMask
 from kvferry.trace.journal import Journal
+from kvferry.wire.beats import SequenceState
+from kvferry.wire.fields import unpack_tokens
 from kvferry.wire.logprobs import PromptLogprobs, TokenLogprobs
-from kvferry.wire.messages import EndReason, SequenceState, Work, unpack_tokens
+from kvferry.wire.tokens import EndReason
+from kvferry.wire.work import Work
 
 Key = tuple[bytes, int]  # (ticket, attempt)
 FinalReason = Literal["stop", "length"]

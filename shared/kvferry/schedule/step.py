@@ -14,10 +14,11 @@ from typing import Final, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from kvferry.wire.fields import TokenArray
 from kvferry.wire.frame import DTYPE_BYTES, Piece
 from kvferry.wire.logprobs import PromptLogprobs, TokenLogprobs
-from kvferry.wire.messages import MAX_LOGPROBS as MAX_LOGPROBS
-from kvferry.wire.messages import Sampling, TokenArray
+from kvferry.wire.sampling import MAX_LOGPROBS as MAX_LOGPROBS
+from kvferry.wire.sampling import Sampling
 
 BlockTable: TypeAlias = npt.NDArray[np.int32]  # [num_blocks of the sequence]: block ids, by position
 # [ceil(vocab / 32)]: bit t % 32 of word t // 32 says whether token t may be drawn; at least one may.

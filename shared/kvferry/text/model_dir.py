@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvferry.errors import CheckpointError
-from kvferry.wire.messages import MAX_REPETITION_PENALTY
+from kvferry.wire.sampling import MAX_REPETITION_PENALTY
 
 MAX_JSON_BYTES: Final = 16 << 20  # of one configuration file; tokenizer_config.json lists added tokens
 MAX_TEMPLATE_BYTES: Final = 1 << 20  # of a chat template

@@ -39,6 +39,12 @@ class StopMatcher:
         self._held = ""  # always the last `depth[node]` characters
         self.matched: str | None = None  # the stop string that ended the text
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is held back and no stop string was found: text without a first character of one may pass
+        by unseen."""
+        return self._node == 0 and self.matched is None
+
     def push(self, text: str) -> tuple[str, bool]:
         """Text that may be shown now, and whether a stop string has ended it (then nothing more follows)."""
         if self.matched is not None:

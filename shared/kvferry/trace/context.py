@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from kvferry.wire.messages import MAX_TRACE_STATE_CHARS, TraceContext
+from kvferry.wire.work import MAX_TRACE_STATE_CHARS, TraceContext
 
 SAMPLED: Final = 1  # the flag of `traceparent`: the caller records this trace
 # version - trace id - parent id - flags; neither id may be zero, and a later version may add parts.

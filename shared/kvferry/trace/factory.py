@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 
-from kvferry.config import ServiceSettings, flag_name
+from kvferry.config.field import flag_name
+from kvferry.config.settings import ServiceSettings
 from kvferry.errors import SettingError
 from kvferry.runtime import Runtime
 from kvferry.trace.span import SpanExporter

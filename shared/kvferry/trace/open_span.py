@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from kvferry.trace.span import Event, Kind, Span, Value
-from kvferry.wire.messages import TraceContext
+from kvferry.wire.work import TraceContext
 
 
 class SpanBook(ABC):

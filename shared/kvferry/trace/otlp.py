@@ -19,7 +19,7 @@ from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, Trace
 
 from kvferry.log import get_logger
 from kvferry.trace.span import Span, SpanExporter
-from kvferry.wire.messages import TraceContext
+from kvferry.wire.work import TraceContext
 
 TRACES_PATH: Final = "/v1/traces"
 _KINDS: Final = {"internal": SpanKind.INTERNAL, "server": SpanKind.SERVER, "client": SpanKind.CLIENT}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from kvferry.wire.messages import TraceContext
+from kvferry.wire.work import TraceContext
 
 # Never a word of a prompt or an output, nor a label of a user: counts, names of ours, reasons.
 Value: TypeAlias = str | bool | int | float | tuple[str, ...]
@@ -45,7 +45,7 @@ class SpanExporter(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """From another thread: an export under way gives up soon, and none follows."""
+        """From another thread: none follows. An export under way may go on; its lane is a daemon."""
 
 
 class MemoryExporter(SpanExporter):

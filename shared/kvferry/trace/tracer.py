@@ -18,12 +18,12 @@ from kvferry.runtime import Runtime, now
 from kvferry.trace.context import caller_of
 from kvferry.trace.open_span import OpenSpan, SpanBook
 from kvferry.trace.span import Span, SpanExporter
-from kvferry.wire.messages import TraceContext
+from kvferry.wire.work import TraceContext
 
 MAX_WAITING_SPANS: Final = 4096  # not exported yet; one more is dropped
 MAX_EXPORTED_SPANS: Final = 256  # at once
 EXPORT_DELAY_S: Final = 1.0
-FLUSH_S: Final = 2.0  # at the end of the process
+FLUSH_S: Final = 1.0  # at the end of the process, which a collector that hangs holds up for no longer
 EXPORTER_NICE: Final = 5
 _HALF: Final = 8  # bytes of a trace id that sampling by ratio looks at
 
@@ -35,7 +35,7 @@ class Tracer(SpanBook):
         """`counted`: spans by `outcome`. `sample_ratio`: of traces that begin here; a caller decides about its own."""
         self._runtime = runtime
         self._exporter = exporter
-        self._lane = runtime.lane("spans", nice=EXPORTER_NICE)
+        self._lane = runtime.lane("spans", nice=EXPORTER_NICE, daemon=True)
         self._sent, self._failed, self._dropped = map(counted.labels, ("sent", "failed", "dropped"))
         self._sample_below = round(sample_ratio * (1 << 8 * _HALF))
         self._waiting: deque[Span] = deque()
@@ -87,6 +87,8 @@ class Tracer(SpanBook):
             await asyncio.wait((self._exporting,), timeout=deadline - now())
         if self._timer is not None:
             self._timer.cancel()
+        if self._exporting is not None:
+            self._exporting.cancel()
         self._dropped.inc(len(self._waiting))
         self._waiting.clear()
         self._exporter.close()

@@ -7,9 +7,9 @@
                                <-   Prove(proof)
 
 Both sides speak at once: each sends its Hello when the connection opens and its Prove as soon as it has
-the other's Hello. A proof is HMAC-SHA256 with the cluster's data key over the prover's side, both nonces
-and both incarnations: it cannot be reflected (the side), replayed (the nonces) or moved to another
-process (the incarnations).
+the other's Hello. A proof is HMAC-SHA256 with the cluster's data key over what the connection is for, the prover's
+side, both nonces and both incarnations: it cannot be reflected (the side), replayed (the nonces), moved to another
+process (the incarnations) or to another port (the purpose).
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ from kvferry.wire.flow import FlowCodec, Hello, Prove
 
 Side = Literal["initiator", "acceptor"]
 NONCE_BYTES: Final = 16
+DATA_PLANE: Final = b"kvferry data plane"
 _INCARNATIONS: Final = struct.Struct("<QQ")
 
 
 class Handshake:
     """One side of one handshake. Pure: messages in, messages out."""
 
-    def __init__(self, side: Side, data_key: bytes, incarnation: int, nonce: bytes) -> None:
+    def __init__(
+        self, side: Side, data_key: bytes, incarnation: int, nonce: bytes, purpose: bytes = DATA_PLANE
+    ) -> None:
         self._side: Side = side
+        self._purpose = purpose
         self._key = data_key
         self._codec = FlowCodec()
         self._mine = Hello(incarnation, nonce)
@@ -77,7 +81,7 @@ class Handshake:
         first, second = (self._mine, self._theirs) if self._side == "initiator" else (self._theirs, self._mine)
         text = b"|".join(
             (
-                b"kvferry data plane",
+                self._purpose,
                 prover.encode(),
                 first.nonce + second.nonce + _INCARNATIONS.pack(first.incarnation, second.incarnation),
             )

@@ -23,7 +23,8 @@ from typing import Annotated, Final, Literal
 from msgspec import Meta
 
 from kvferry.wire.codec import Codec, Message
-from kvferry.wire.messages import U32, U64, Count, LogprobColumns, Name, Seconds, Ticket
+from kvferry.wire.fields import U32, U64, Count, Name, Seconds, Ticket
+from kvferry.wire.tokens import LogprobColumns
 
 MAX_FLOW_BYTES: Final = 4096  # of one flow message, encoded
 MAX_CREDITS: Final = 64

@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.errors import MalformedMessage
-from kvferry.wire.messages import MAX_LOGPROBS, LogprobColumns, PromptLogprobColumns, TokenArray, pack_tokens
+from kvferry.wire.fields import TokenArray, pack_tokens
+from kvferry.wire.sampling import MAX_LOGPROBS
+from kvferry.wire.tokens import LogprobColumns, PromptLogprobColumns
 
 
 class TokenLogprobs(NamedTuple):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from kvferry.schedule.step import ModelRunner
-from kvferry.wire.messages import DecodeRequest, PrefillRequest, RejectReason, Role, WorkerState, unpack_tokens
+from kvferry.wire.beats import WorkerState
+from kvferry.wire.fields import Role, unpack_tokens
+from kvferry.wire.work import DecodeRequest, PrefillRequest, RejectReason
 from kvferry.worker.scheduler import Scheduler
 
 

@@ -13,7 +13,8 @@ from kvferry.kv.events import CacheLog, pack_keys, unpack_keys
 from kvferry.kv.pool import BlockPool
 from kvferry.lane import Lane
 from kvferry.runtime import TaskSet
-from kvferry.wire.messages import CacheEvents, CacheSnapshot, Codecs
+from kvferry.wire.cache_news import CacheEvents, CacheSnapshot
+from kvferry.wire.messages import Codecs
 
 PACKED_AT_ONCE: Final = 4096  # keys that a snapshot packs before the loop may do something else: below 1 ms
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -32,15 +33,16 @@ class Loaded:
     vocabulary_id: str
 
 
-def load_engine(settings: WorkerSettings, followers: Followers | None = None) -> Loaded:
-    """Blocking, for seconds; runs on a lane. `followers`: the other ranks, if there are any; they load meanwhile.
+def load_engine(settings: WorkerSettings, joined: Callable[[], Followers | None] = lambda: None) -> Loaded:
+    """Blocking, for seconds; runs on a lane. `joined` returns the other ranks, if there are any, when they are there;
+    they load meanwhile.
 
     Raises `SettingError`, `CheckpointError` or `RankLost`.
     """
     if not settings.model:
         raise SettingError("--model", "is not set; give a model directory, or --join a stack of one model")
     try:
-        loaded = _load(settings, engine_settings(settings), followers)
+        loaded = _load(settings, engine_settings(settings), joined)
     except SettingError as error:
         flag = _FLAGS.get(error.setting, "--" + error.setting.replace("_", "-"))
         raise SettingError(flag, error.problem) from None
@@ -69,10 +71,11 @@ def engine_settings(settings: WorkerSettings) -> EngineSettings:
         quantization=settings.quantization,
         isa=settings.isa,
         tensor_parallel_size=settings.tensor_parallel_size,
+        remote_ranks=settings.remote_ranks,
     )
 
 
-def _load(settings: WorkerSettings, engine: EngineSettings, followers: Followers | None) -> Loaded:
+def _load(settings: WorkerSettings, engine: EngineSettings, joined: Callable[[], Followers | None]) -> Loaded:
     library: Library | None = None
 
     def library_problem() -> str | None:
@@ -85,6 +88,7 @@ def _load(settings: WorkerSettings, engine: EngineSettings, followers: Followers
 
     choice = choose(settings.engine, engine, ModelConfig.read(engine.model_dir), library_problem)
     log.info("engine chosen", engine=choice.engine, why=choice.why)
+    followers = joined()
     ready.report("import")
     # Imported only when chosen: a native worker never pays for torch.
     if choice.engine == "native":

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Final
 
 from kvferry.schedule.sequence import Key
-from kvferry.wire.messages import RejectReason, Work
+from kvferry.wire.work import RejectReason, Work
 
 TOMBSTONE_S: Final = 30.0
 MAX_TOMBSTONES: Final = 1 << 16

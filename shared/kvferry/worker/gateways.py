@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from kvferry.bus.liveness import Liveness
-from kvferry.wire.messages import GatewayHeartbeat, Work
+from kvferry.wire.beats import GatewayHeartbeat
+from kvferry.wire.work import Work
 
 # A stream may be accepted just before a heartbeat that was built without it.
 MISSING_BEATS: Final = 2

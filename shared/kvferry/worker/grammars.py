@@ -16,7 +16,7 @@ from kvferry.lane import Lane
 from kvferry.log import get_logger
 from kvferry.schedule.sequence import Dropped, Sequence
 from kvferry.schedule.step import StepPlan, TokenMask
-from kvferry.wire.messages import TokenArray, unpack_tokens
+from kvferry.wire.fields import TokenArray, unpack_tokens
 
 if TYPE_CHECKING:
     from kvferry.worker.worker import Worker

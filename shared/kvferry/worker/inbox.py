@@ -11,25 +11,12 @@ from kvferry.errors import BusError, Impostor, WireError
 from kvferry.log import get_logger
 from kvferry.runtime import now
 from kvferry.schedule.sequence import Sequence
+from kvferry.wire.beats import GatewayHeartbeat
 from kvferry.wire.codec import WIRE_VERSION
-from kvferry.wire.messages import (
-    Accepted,
-    CacheResync,
-    Cancel,
-    Codecs,
-    DecodeRequest,
-    Drain,
-    EndAck,
-    Fence,
-    GatewayHeartbeat,
-    Ping,
-    Pong,
-    PrefillRequest,
-    Rejected,
-    Resend,
-    Work,
-)
+from kvferry.wire.messages import Codecs
+from kvferry.wire.orders import CacheResync, Cancel, Drain, EndAck, Fence, Ping, Pong, Resend
 from kvferry.wire.subjects import all_mail, beat_subject, check_origin, role_beats, sender_of
+from kvferry.wire.work import Accepted, DecodeRequest, PrefillRequest, Rejected, Work
 from kvferry.worker.admission import refuse, retry_after
 from kvferry.worker.gateways import Gateways
 
@@ -86,7 +73,7 @@ class Inbox:
                 self._give_up(work for work in self._works_of(gateway) if work.attempt <= highest)
             case Resend(gateway, streams, prompts):
                 worker.outbox.resend(gateway, streams, prompts)
-                worker.mail()
+                worker.post.wake()
             case EndAck(gateway, streams, scored):
                 worker.outbox.acknowledge(gateway, streams, scored)
             case Ping(nonce):
@@ -170,7 +157,7 @@ class Inbox:
         if connected:
             liveness.bus_up(now())
             self._bus_lost = None
-            self._worker.mail()
+            self._worker.post.wake()
         else:
             liveness.bus_down(now())
             self._bus_lost = now()

@@ -10,17 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
+from kvferry.wire.beats import Held
+from kvferry.wire.fields import pack_tokens
 from kvferry.wire.logprobs import PromptLogprobs, TokenLogprobs, pack_logprobs, pack_prompt_logprobs
-from kvferry.wire.messages import (
-    MAX_SCORED_ROWS,
-    End,
-    EndReason,
-    Held,
-    PromptLogprobColumns,
-    TokenBatch,
-    Work,
-    pack_tokens,
-)
+from kvferry.wire.tokens import MAX_SCORED_ROWS, End, EndReason, PromptLogprobColumns, TokenBatch
+from kvferry.wire.work import Work
 
 REPEAT_END_S: Final = 0.5
 # Bounds of one batch, which is then smaller than NATS' default max_payload of 1 MiB.

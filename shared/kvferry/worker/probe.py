@@ -13,12 +13,12 @@ import os
 import sys
 from typing import Any
 
-from kvferry.config import load_settings
+from kvferry.config.layers import load_settings
 from kvferry.engine.native.build import find_compilers
 from kvferry.engine.native.cpu import cpu_flags, usable_isas
 from kvferry.errors import CheckpointError, KvferryError, SettingError
 from kvferry.log import setup_logging
-from kvferry.runtime import blocking_clock
+from kvferry.runtime import SystemRuntime, blocking_clock
 from kvferry.worker.engine import load_engine, warm_up
 from kvferry.worker.ranks import ranks_of
 from kvferry.worker.settings import WorkerSettings
@@ -33,8 +33,8 @@ def main() -> None:
     try:
         settings = load_settings(WorkerSettings, config_file=None, environ=os.environ, flags=json.loads(sys.argv[1]))
         began = blocking_clock()
-        with ranks_of(settings) as ranks:
-            loaded = load_engine(settings, ranks.followers)
+        with ranks_of(settings, SystemRuntime()) as ranks:
+            loaded = load_engine(settings, ranks.joined)
             warm_up(loaded)
             loaded.runner.close()
         answer |= {

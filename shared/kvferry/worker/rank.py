@@ -10,10 +10,12 @@ import signal
 import socket
 import sys
 
-import msgspec
-
-from kvferry.engine.ranks import Failed, Follower, Setup, SharedMemory, await_setup, follow, send
+from kvferry.engine.channel import SocketChannel
+from kvferry.engine.following import Follower, follow
+from kvferry.engine.ranks import Setup
 from kvferry.engine.settings import EngineSettings
+from kvferry.engine.shared_memory import SharedMemory
+from kvferry.errors import CheckpointError, SettingError
 from kvferry.log import get_logger, setup_logging
 
 log = get_logger(__name__)
@@ -25,21 +27,16 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the leader drains and ends this one then
         signal.signal(number, signal.SIG_IGN)
     memory = SharedMemory([int(number) for number in memory_numbers])
-    with socket.socket(fileno=int(channel_number)) as channel:
-        setup = await_setup(channel)
-        if setup is None:
-            return
-        try:
-            follower = load_follower(setup, memory)
-        except Exception as error:
-            send(channel, msgspec.msgpack.encode(Failed.of(error)))
-            sys.exit(1)
-        try:
-            follow(channel, follower)
-        except Exception:
-            log.exception("rank failed", rank=setup.rank)
-            sys.exit(1)
-        follower.close()
+    channel = SocketChannel(socket.socket(fileno=int(channel_number)))
+    try:
+        follow(channel, lambda setup: load_follower(setup, memory))
+    except (SettingError, CheckpointError):
+        sys.exit(1)  # its leader says why
+    except Exception:
+        log.exception("rank failed")
+        sys.exit(1)
+    finally:
+        channel.close()
 
 
 def load_follower(setup: Setup, memory: SharedMemory) -> Follower:
@@ -49,9 +46,14 @@ def load_follower(setup: Setup, memory: SharedMemory) -> Follower:
         from kvferry.engine.native.follower import NativeFollower
 
         return NativeFollower(settings, setup.rank, memory)
+    from kvferry.engine.collective import joined_exchange
     from kvferry.engine.torch_rank import TorchFollower
 
-    return TorchFollower(settings, setup.rank, memory)
+    collective = None
+    if setup.exchange is not None:  # others are on other hosts; this one is on the leader's
+        size = settings.tensor_parallel_size
+        collective = joined_exchange(setup.exchange, setup.exchange.host, setup.rank, size)
+    return TorchFollower(settings, setup.rank, memory, collective)
 
 
 if __name__ == "__main__":

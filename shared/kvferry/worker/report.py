@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 from kvferry.runtime import now
 from kvferry.transport.slots import SlotPool, SlotState
-from kvferry.wire.messages import Feature, Held, Load, WorkerAddress, WorkerRecord
+from kvferry.wire.beats import Held, Load
+from kvferry.wire.record import Feature, WorkerAddress, WorkerRecord
 
 if TYPE_CHECKING:
     from kvferry.worker.worker import Worker

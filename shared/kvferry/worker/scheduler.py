@@ -34,6 +34,9 @@ class Scheduler(Protocol):
     @property
     def queued_tokens(self) -> tuple[int, ...]: ...
 
+    def displace(self, urgent: Sequence) -> Dropped | None:
+        """Give up a queued sequence for one that the full queue has refused, if one has a lower priority."""
+
     def cancel(self, key: Key) -> Sequence | None: ...
 
     def finish(self, plan: StepPlan, result: StepResult, now: float) -> list[Emission]: ...

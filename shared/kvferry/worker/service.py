@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from kvferry import ready
 from kvferry.advertise import advertised_host
 from kvferry.bus.base import least_payload
-from kvferry.bus.login import service_login
+from kvferry.bus.login import bus_login
 from kvferry.bus.nats import NatsBus
-from kvferry.errors import SettingError
+from kvferry.errors import RankLost, SettingError
 from kvferry.log import get_logger
 from kvferry.runtime import Runtime, SystemRuntime, now, stop_signals
 from kvferry.trace.factory import open_exporter
@@ -22,12 +23,14 @@ from kvferry.transport.factory import open_transport
 from kvferry.transport.slots import SlotPool
 from kvferry.worker.debug import DebugServer
 from kvferry.worker.engine import Loaded, load_engine, warm_up
+from kvferry.worker.parts import Parts
 from kvferry.worker.ranks import ranks_of
 from kvferry.worker.settings import WorkerSettings
-from kvferry.worker.worker import MakeWorker, Parts
+from kvferry.worker.worker import Worker
 
 log = get_logger(__name__)
 EXIT_WEDGED = 70
+MakeWorker = Callable[[Any, Parts], Worker[Any]]
 
 
 async def serve_worker(settings: WorkerSettings, make_worker: MakeWorker) -> None:
@@ -40,10 +43,10 @@ async def serve_worker(settings: WorkerSettings, make_worker: MakeWorker) -> Non
     spans = open_exporter(settings, runtime)
     incarnation = runtime.random_u64()
     debug = DebugServer(settings.host, settings.debug_port)
-    with stop_signals(asyncio.get_running_loop()) as stop, ranks_of(settings) as ranks:
+    with stop_signals(asyncio.get_running_loop()) as stop, ranks_of(settings, runtime) as ranks:
         began = now()
         loading = runtime.lane("load")
-        loaded = await _unless(stop, loading.run(load_engine, settings, ranks.followers))
+        loaded = await _unless(stop, loading.run(load_engine, settings, ranks.joined), ranks.give_up)
         if loaded is not None:
             ranks.watch()
             await loading.run(warm_up, loaded)
@@ -85,7 +88,8 @@ async def _parts(
         ),
         runtime,
     )
-    bus = NatsBus(service_login(settings, least_payload(loaded.runner.max_model_len)), runtime)
+    min_payload = least_payload(loaded.runner.max_model_len)
+    bus = NatsBus(bus_login(settings, settings.role, settings.name, min_payload), runtime)
     await bus.start()
     return Parts(
         runtime=runtime,
@@ -127,13 +131,16 @@ async def _first(*events: asyncio.Event) -> None:
         wait.cancel()
 
 
-async def _unless(stop: asyncio.Event, awaitable: Any) -> Loaded | None:
-    """The engine, or None when a signal came while it was loading."""
+async def _unless(stop: asyncio.Event, awaitable: Any, give_up: Callable[[], None]) -> Loaded | None:
+    """The engine, or None when a signal came while it was loading. `give_up` ends its wait for other hosts."""
     loading = asyncio.ensure_future(awaitable)
     stopped = asyncio.ensure_future(stop.wait())
     await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     if not loading.done():
+        give_up()
         await asyncio.wait((loading,))  # a load cannot be interrupted; it takes seconds
+    if stop.is_set() and isinstance(loading.exception(), RankLost):
+        return None
     loaded: Loaded = loading.result()
     return None if stop.is_set() else loaded

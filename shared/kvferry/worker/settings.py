@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from kvferry.config import Port, ServiceSettings
+from kvferry.config.settings import Port, ProcessSettings, ServiceSettings
 from kvferry.engine.shard import MAX_RANKS
 from kvferry.model_source import ModelSource, model_sources
+from kvferry.scaling import KV_MEMORY_MB
 
 Positive = Annotated[int, Field(ge=1)]
 Duration = Annotated[float, Field(gt=0, le=3600)]
@@ -43,12 +44,16 @@ class WorkerSettings(ServiceSettings):
         1,
         description="Processes that the model is split over, each with its own threads; prefill and decode may differ.",
     )
+    remote_ranks: Annotated[int, Field(ge=0, lt=MAX_RANKS)] = Field(
+        0, description="Ranks of these that join from other hosts, by `kvferry rank`; the torch engine's alone."
+    )
+    rank_port: Port = Field(0, description="Port on `host` where remote ranks join; 0: any free one, see the log.")
     cpus: str = Field("", description="Pin the process to these cores, as 0,2 or 0-3; empty: not pinned.")
     block_size: Annotated[int, Field(ge=1, le=256)] = Field(
         16, description="Tokens per KV block; equal on all workers."
     )
     num_blocks: Annotated[int, Field(ge=0)] = Field(0, description="KV blocks; 0: from kv_memory_mb.")
-    kv_memory_mb: Positive = Field(512, description="Memory of the KV pool in MiB, where num_blocks is 0.")
+    kv_memory_mb: Positive = Field(KV_MEMORY_MB, description="Memory of the KV pool in MiB, where num_blocks is 0.")
     transport: Literal["auto", "ucx", "tcp"] = Field(
         "auto", description="Data plane: UCX, TCP, or UCX where it imports and TCP otherwise."
     )
@@ -76,3 +81,13 @@ class WorkerSettings(ServiceSettings):
         """Its model, which must be set. Raises `SettingError`."""
         (source,) = model_sources((self.model,), self.served_model_name)
         return source
+
+
+class RankSettings(ProcessSettings):
+    """Of a rank on another host. What it computes is its leader's to say."""
+
+    role: ClassVar[str] = "rank"
+
+    leader: str = Field("", description="HOST:PORT of its leader's --rank-port.")
+    # Not `model`, which a run file tells: that is the leader's directory.
+    model_dir: str = Field("", description="Directory of the same model here; where the leader has it unless given.")

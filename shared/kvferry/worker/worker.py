@@ -2,7 +2,8 @@
 
     start -> serve -> drain -> stop
 
-What comes over the bus is in `inbox.py`, the steps in `engine_loop.py`, what goes out in `outbox.py`.
+What comes over the bus is in `inbox.py`, the steps in `engine_loop.py`, what goes out in `outbox.py` and by `post.py`,
+what happens at each heartbeat in `pulse.py`.
 
 Threads: the event loop (this file, the bus, every decision), the engine lane (`ModelRunner.execute`), the copy
 lane (gather, scatter, checksums), and the data plane's own where it has one. Only the event loop changes
@@ -13,36 +14,19 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Generic, TypeVar
+from typing import ClassVar, Final, Generic, TypeVar
 
-from kvferry.bus.base import Bus
-from kvferry.bus.liveness import BEAT_INTERVAL
-from kvferry.errors import BusError
-from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.lane import Lane
 from kvferry.log import get_logger
-from kvferry.runtime import Runtime, TaskSet, now
-from kvferry.schedule.memory import KVMemory
-from kvferry.schedule.sequence import Dropped, Emission, Key, ModelLimits, Sequence
-from kvferry.schedule.step import ModelRunner
-from kvferry.trace.span import SpanExporter
+from kvferry.runtime import TaskSet, now
+from kvferry.schedule.sequence import Dropped, Emission, Key, Sequence
 from kvferry.trace.tracer import Tracer
-from kvferry.transport.base import Connection, Transport
-from kvferry.transport.slots import SlotPool
-from kvferry.wire.messages import (
-    Codecs,
-    DecodeRequest,
-    EndReason,
-    Heartbeat,
-    PrefillRequest,
-    PullTime,
-    RejectReason,
-    Role,
-    WorkerState,
-)
-from kvferry.wire.subjects import beat_subject, cache_subject, mail_subject, process_subject
+from kvferry.transport.base import Connection
+from kvferry.wire.beats import PullTime, WorkerState
+from kvferry.wire.fields import Role
+from kvferry.wire.subjects import cache_subject, mail_subject, process_subject
+from kvferry.wire.tokens import EndReason
+from kvferry.wire.work import DecodeRequest, PrefillRequest, RejectReason
 from kvferry.worker.cache_news import CacheNews
 from kvferry.worker.digests import Digests
 from kvferry.worker.engine_loop import EngineLoop
@@ -51,7 +35,9 @@ from kvferry.worker.grammars import Grammars
 from kvferry.worker.inbox import Inbox
 from kvferry.worker.metrics import WorkerMetrics
 from kvferry.worker.outbox import Outbox
-from kvferry.worker.report import held, load, record
+from kvferry.worker.parts import Parts
+from kvferry.worker.post import Post
+from kvferry.worker.pulse import Pulse
 from kvferry.worker.scheduler import Decision, Scheduler
 from kvferry.worker.settings import WorkerSettings
 from kvferry.worker.traces import Traces
@@ -59,25 +45,6 @@ from kvferry.worker.traces import Traces
 log = get_logger(__name__)
 S = TypeVar("S", bound=Scheduler)
 HAND_OVER_S: Final = 0.75  # for the ends that a drain leaves to be confirmed, one repeat included
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a worker is made of; a simulation gives in-memory twins."""
-
-    runtime: Runtime
-    bus: Bus
-    transport: Transport
-    slots: SlotPool
-    runner: ModelRunner
-    incarnation: int
-    model_name: str
-    pid: int
-    engine: str = ""
-    engine_reason: str = ""
-    grammars: GrammarCompiler | None = None  # None: requests with a grammar end in an error
-    spans: SpanExporter | None = None  # None: no traces
-    vocabulary_id: str = ""  # of the model's tokenizer, where it is known
 
 
 class Worker(ABC, Generic[S]):
@@ -119,11 +86,9 @@ class Worker(ABC, Generic[S]):
         self.tracer = None if parts.spans is None else Tracer(parts.runtime, parts.spans, self.metrics.spans)
         self.traces = Traces(self, self.tracer)
         self.engine_loop = EngineLoop(self)
-        self._inbox = Inbox(self)
-        self._codecs = Codecs()
-        self._mail = asyncio.Event()
-        self._beaten = asyncio.Event()
-        self._beat = 0
+        self.inbox = Inbox(self)
+        self.post = Post(self)
+        self._pulse = Pulse(self)
         self._freeing: list[tuple[Sequence, float]] = []  # cancelled ones whose blocks are in use, and since when
         self._loops: list[asyncio.Task[None]] = []
 
@@ -131,12 +96,12 @@ class Worker(ABC, Generic[S]):
 
     async def start(self) -> None:
         """Begin to serve: bus, data plane and model are up already."""
-        await self._inbox.open()
+        await self.inbox.open()
         self.state = "ready"
         self._loops += [
             self.tasks.spawn(self.engine_loop.run(), "engine"),
-            self.tasks.spawn(self._publish_loop(), "publish"),
-            self.tasks.spawn(self._beat_loop(), "beat"),
+            self.tasks.spawn(self.post.run(), "publish"),
+            self.tasks.spawn(self._pulse.run(), "beat"),
         ]
 
     async def drain(self) -> None:
@@ -149,14 +114,13 @@ class Worker(ABC, Generic[S]):
         deadline = now() + self.settings.drain_grace
         await self._let_end(deadline - HAND_OVER_S)
         self.drop(*self.scheduler.hand_over())
-        await self._flush()
+        await self.post.flush()
         await self._let_end(deadline)
 
     async def _let_end(self, deadline: float) -> None:
         """Wait until every sequence has ended and every end is confirmed, while somebody is there to confirm."""
         while now() < deadline and (self.scheduler.sequences or (len(self.outbox) and self.bus.connected)):
-            self._beaten.clear()
-            await self._beaten.wait()  # each heartbeat looks again
+            await self._pulse.next_beat()  # and look again
 
     async def stop(self) -> None:
         """End everything; afterwards no task, thread, subscription or endpoint of this worker is left."""
@@ -164,7 +128,7 @@ class Worker(ABC, Generic[S]):
         for loop in self._loops:
             loop.cancel()
         await asyncio.gather(*self._loops, return_exceptions=True)
-        await self._inbox.close()
+        await self.inbox.close()
         self.engine_loop.close()
         self.grammars.close()
         self.scheduler.abandon_step("stopped")  # whose result nobody takes any more
@@ -217,10 +181,6 @@ class Worker(ABC, Generic[S]):
         """Something changed that may give the engine work."""
         self.engine_loop.wake()
 
-    def mail(self) -> None:
-        """Something waits in the outbox."""
-        self._mail.set()
-
     def emit(self, emission: Emission) -> None:
         """Put what a step gave a sequence, and the end it may be, into the outbox."""
         work = emission.sequence.work
@@ -230,7 +190,7 @@ class Worker(ABC, Generic[S]):
             self.outbox.token(work, emission.index, emission.token, emission.logprobs)
         if emission.reason is not None:
             self._end(emission.sequence, emission.reason, "")
-        self.mail()
+        self.post.wake()
 
     # -- ends ------------------------------------------------------------------------------------------------
 
@@ -251,8 +211,16 @@ class Worker(ABC, Generic[S]):
             self._end(item.sequence, item.reason, item.detail)
             self.released(item.sequence, item.reason)
         if dropped:
-            self.mail()
+            self.post.wake()
             self.wake()
+
+    def displace(self, urgent: Sequence) -> bool:
+        """Whether a full queue has given up a sequence of a lower priority for this one."""
+        dropped = self.scheduler.displace(urgent)
+        if dropped is None:
+            return False
+        self.drop(dropped)
+        return True
 
     def _end(self, sequence: Sequence, reason: EndReason, detail: str) -> None:
         self.outbox.end(sequence.work, reason, detail, now())
@@ -294,57 +262,12 @@ class Worker(ABC, Generic[S]):
                 self.metrics.cancel_seconds.observe(moment - since)
         self._freeing = [item for item in self._freeing if item[0].doomed]
 
-    # -- publishing ------------------------------------------------------------------------------------------
-
-    async def _publish_loop(self) -> None:
-        while True:
-            await self._mail.wait()
-            self._mail.clear()
-            await self._flush()
-
-    async def _flush(self) -> None:
-        for subject, batch in self.outbox.take():
-            try:
-                await self.bus.publish(subject, self._codecs.to_gateway.encode(batch))
-            except BusError:
-                continue  # the gap in batch_seq makes the gateway ask again
-
-    async def _beat_loop(self) -> None:
-        loop = asyncio.get_running_loop()
-        due = loop.time()
-        while True:
-            moment = loop.time()
-            self._inbox.tick(moment)
-            self.fences.expire(moment)
-            self.drop(*self.scheduler.expire(moment))
-            self._watch_step(self.engine_loop.stuck_s(moment))
-            self.tick(moment)
-            self.outbox.repeat_ends(moment)
-            self.mail()
-            await self.cache_news.publish()
-            await self._publish_beat()
-            self._beaten.set()
-            due = max(due + BEAT_INTERVAL, loop.time())
-            await asyncio.sleep(due - loop.time())
-
-    def _watch_step(self, seconds: float) -> None:
-        """The step that runs has taken so long."""
-        if seconds > self.settings.step_timeout:
-            if self.state != "wedged":
-                log.error("wedged: no engine step ended", seconds=round(seconds, 1))
-            self.state = "wedged"
-            self.wedged.set()
-
-    async def _publish_beat(self) -> None:
-        self._beat = (self._beat + 1) & 0xFFFFFFFF
-        beat = Heartbeat(self._beat, self.state, record(self), load(self), held(self))
-        subject = beat_subject(self.settings.cluster, self.role, self.settings.name, self.incarnation)
-        try:
-            await self.bus.publish(subject, self._codecs.beat.encode(beat))
-        except BusError:
-            return  # the next one is 250 ms away
-
     # -- health ----------------------------------------------------------------------------------------------
+
+    def wedge(self) -> None:
+        """It gives nothing any more: its process is to end."""
+        self.state = "wedged"
+        self.wedged.set()
 
     def check_integrity(self) -> None:
         """Pool, ledger and slots agree. For tests and `/debug/blocks`."""
@@ -355,16 +278,4 @@ class Worker(ABC, Generic[S]):
         log.error("task failed", task=name, exc_info=error)
         if name in ("engine", "publish", "beat"):
             # Without one of these the worker would look alive and do nothing.
-            self.state = "wedged"
-            self.wedged.set()
-
-
-def model_limits(runner: ModelRunner) -> ModelLimits:
-    return ModelLimits(runner.max_model_len, runner.eos_token_ids)
-
-
-def kv_memory(runner: ModelRunner) -> KVMemory:
-    return KVMemory(runner.num_blocks, runner.kv_format.block_size)
-
-
-MakeWorker = Callable[[Any, Parts], Worker[Any]]
+            self.wedge()

@@ -13,7 +13,7 @@ from bench.chaos_fleet import Place, places_on
 from bench.client import Stream
 from bench.tap import Attempt, Heard
 
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 
 RIGHT = Right("one two three", [1, 2, 3])
 DECODE, PREFILL = 0xD, 0xF

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -90,6 +91,30 @@ async def test_a_server_that_asks_for_a_certificate_gets_ours_and_refuses_others
         await bus.close()
         await refused(server, **trusted)
         await refused(server, **trusted, tls_cert=str(strangers.certificate), tls_key=str(strangers.key))
+
+
+async def test_certificates_are_read_again_for_each_connection(authority: Authority, tmp_path: Path) -> None:
+    others = Authority(tmp_path / "others")
+    shown, ours = authority.sign("server"), authority.sign("bus")
+    trusted = tmp_path / "trusted.pem"
+    shutil.copy(authority.certificate, trusted)
+    clients = Authority(tmp_path / "clients")
+    shutil.copy(authority.certificate, clients.certificate)
+    async with tls_server(shown, clients) as server:
+        tls = {"tls_ca": str(trusted), "tls_cert": str(ours.certificate), "tls_key": str(ours.key)}
+        bus = NatsBus(server.settings("a", **tls), SystemRuntime())
+        changes = Changes(bus)
+        await bus.start()
+        await server.kill()
+        await changes.until(False)
+        for new, old in ((others.sign("server"), shown), (others.sign("bus"), ours)):
+            shutil.copy(new.certificate, old.certificate)
+            shutil.copy(new.key, old.key)
+        for authority_file in (trusted, clients.certificate):
+            shutil.copy(others.certificate, authority_file)
+        await server.restart()
+        await changes.until(True)
+        await bus.close()
 
 
 async def test_a_server_without_tls_does_not_learn_the_password_where_tls_was_asked_for(

@@ -9,8 +9,8 @@ from masks import mask_of
 from sequences import BLOCK, assert_all_free, result_of, sequence_of
 
 from kvferry.schedule.memory import KVMemory
-from kvferry.schedule.sequence import Emission, ModelLimits, Sequence
-from kvferry.wire.messages import Grammar, Sampling
+from kvferry.schedule.sequence import Dropped, Emission, ModelLimits, Sequence
+from kvferry.wire.sampling import Grammar, Sampling
 from kvferry_decode.scheduler import DecodeDecision, DecodePolicy, DecodeScheduler
 
 
@@ -62,6 +62,21 @@ def test_a_pull_reserves_only_when_due_and_runs_only_when_fetched() -> None:
     _, emissions = step(scheduler)
     assert [(e.index, e.first) for e in emissions] == [(1, False)]
     assert scheduler.fetched(sequence.key, 5, 0.0) is None, "a second verdict changes nothing"
+
+
+def test_a_full_queue_gives_up_also_what_still_opens_its_pull_and_nothing_that_has_memory() -> None:
+    scheduler = scheduler_of(max_waiting=2)
+    running = sequence_of(4, max_tokens=20, priority=9)
+    pulled(scheduler, running)
+    opening, waiting = sequence_of(4, priority=5), sequence_of(4, priority=4)
+    scheduler.add(opening, pull=True)
+    scheduler.add(waiting, pull=False)
+    for urgent, victim in ((sequence_of(4), opening), (sequence_of(4), waiting)):
+        assert scheduler.add(urgent, pull=False) == "queue_full"
+        assert scheduler.displace(urgent) == Dropped(victim, "preempted")
+        assert scheduler.add(urgent, pull=False) is None
+    assert scheduler.displace(sequence_of(4)) is None
+    assert running.state == "running"
 
 
 def test_a_local_prefill_runs_in_chunks_beside_the_batch() -> None:

@@ -17,7 +17,7 @@ from kvferry.engine.torch_runner import TorchRunner
 from kvferry.errors import SettingError
 from kvferry.schedule.step import Draw, SequenceStep, StepPlan
 from kvferry.wire.frame import Piece
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 
 TOKENS = np.random.default_rng(5).integers(0, VOCAB_SIZE, 90).astype(np.uint32)
 HEAD_DIM = 64

@@ -15,7 +15,7 @@ import json, sys
 import numpy as np
 from kvferry.schedule.step import Draw, SequenceStep, StepPlan
 from kvferry.wire.frame import Piece
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 from kvferry.worker.engine import load_engine, warm_up
 from kvferry_decode.settings import DecodeSettings
 

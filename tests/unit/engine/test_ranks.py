@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 import numpy as np
@@ -12,30 +12,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvferry.engine import ranks
+from kvferry.engine import channel
+from kvferry.engine.channel import SocketChannel
 from kvferry.engine.columns import MAX_STEP_ROWS, Columns, ColumnsMessage, Wanted
-from kvferry.engine.ranks import (
-    Failed,
-    Follower,
-    Followers,
-    Head,
-    SharedMemory,
-    Step,
-    await_setup,
-    follow,
-    receive,
-    send,
-)
+from kvferry.engine.following import DirectChannel, Follower, Load, follow
+from kvferry.engine.ranks import Failed, Followers, Head, Setup, Step
+from kvferry.engine.shared_memory import SharedMemory
 from kvferry.errors import CheckpointError, MalformedMessage, RankLost, SettingError
 from kvferry.schedule.step import SequenceStep
 
 ONE = SequenceStep(0, np.asarray([5, 6], np.uint32), 3, np.asarray([1], np.int32))
-Pair = tuple[socket.socket, socket.socket]
+Pair = tuple[SocketChannel, SocketChannel]
 
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    own, theirs = socket.socketpair()
+    own, theirs = map(SocketChannel, socket.socketpair())
     yield own, theirs
     own.close()
     theirs.close()
@@ -89,24 +81,26 @@ def test_columns_that_do_not_fit_together_are_malformed(field: str, change: byte
         Columns.read(bad)
 
 
-def test_a_channel_ends_with_its_other_end_and_bounds_what_it_takes(pair: Pair) -> None:
-    own, theirs = pair
-    send(own, b"whole")
+def test_a_channel_ends_with_its_other_end_and_bounds_what_it_takes() -> None:
+    own, far = socket.socketpair()
+    theirs = SocketChannel(far)
+    SocketChannel(own).send(b"whole")
     own.sendall((9).to_bytes(4, "little") + b"cut")
     own.close()
-    assert receive(theirs) == b"whole"
-    assert receive(theirs) is None
+    assert theirs.receive() == b"whole"
+    assert theirs.receive() is None
     with pytest.raises(OSError, match="Broken pipe"):
-        send(theirs, b"nobody hears")
+        theirs.send(b"nobody hears")
+    theirs.close()
 
 
 def test_a_message_beyond_the_limit_is_neither_sent_nor_read(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "MAX_CHANNEL_BYTES", 3)
-    with pytest.raises(RuntimeError, match="4 bytes"):
-        send(pair[0], b"four")
-    pair[0].sendall((4).to_bytes(4, "little"))
+    pair[0].send(b"four")
     with pytest.raises(MalformedMessage, match="limit 3"):
-        receive(pair[1])
+        pair[1].receive(3)
+    monkeypatch.setattr(channel, "MAX_CHANNEL_BYTES", 3)
+    with pytest.raises(RuntimeError, match="4 bytes"):
+        pair[0].send(b"four")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +114,7 @@ def test_a_message_beyond_the_limit_is_neither_sent_nor_read(pair: Pair, monkeyp
 )
 def test_a_failed_load_is_the_leaders_error(pair: Pair, error: Exception, seen: Exception) -> None:
     followers = Followers(SharedMemory.create(2), [pair[0]])
-    send(pair[1], msgspec.msgpack.encode(Failed.of(error)))
+    pair[1].send(msgspec.msgpack.encode(Failed.of(error)))
     with pytest.raises(type(seen)) as raised:
         followers.ready()
     assert str(raised.value) == str(seen)
@@ -142,48 +136,81 @@ class Obedient:
         self.told.append(rows)
 
     def close(self) -> None:
-        pass
+        self.told.append("end")
 
 
-@pytest.fixture
-def led(pair: Pair) -> Iterator[tuple[Followers, Obedient, threading.Thread]]:
-    obedient = Obedient()
-
-    def run(follower: Follower) -> None:
-        setup = await_setup(pair[1])
-        assert setup is not None
+def loading(obedient: Obedient) -> Load:
+    def load(setup: Setup) -> Follower:
         assert (setup.engine, setup.rank, setup.settings) == ("torch", 1, {"threads": 2})
-        follow(pair[1], follower)
+        return obedient
 
-    thread = threading.Thread(target=run, args=(obedient,))
-    thread.start()
-    followers = Followers(SharedMemory.create(2), [pair[0]])
+    return load
+
+
+Led = tuple[Followers, Obedient, Callable[[], None]]
+
+
+@pytest.fixture(params=["thread", "direct"])
+def led(request: pytest.FixtureRequest, pair: Pair) -> Iterator[Led]:
+    """A leader, its follower, and what waits until that has done all it was told."""
+    obedient = Obedient()
+    thread = threading.Thread(target=follow, args=(pair[1], loading(obedient)))
+    if request.param == "thread":
+        thread.start()
+    end = pair[0] if request.param == "thread" else DirectChannel(loading(obedient))
+    followers = Followers(SharedMemory.create(2), [end])
     followers.set_up("torch", {"threads": 2})
     assert followers.ready() == [7]
-    yield followers, obedient, thread
+
+    def ended() -> None:
+        if request.param == "thread":
+            thread.join(30)
+            assert not thread.is_alive()
+
+    yield followers, obedient, ended
     followers.close()
-    thread.join(30)
-    assert not thread.is_alive()
+    ended()
     followers.memory.close()
 
 
-def test_a_follower_does_what_it_is_told_in_that_order(led: tuple[Followers, Obedient, threading.Thread]) -> None:
-    followers, obedient, thread = led
+def test_a_follower_does_what_it_is_told_in_that_order_and_ends_with_its_leader(led: Led) -> None:
+    followers, obedient, ended = led
     with followers.told(Step(Columns.of([ONE], [Wanted.NONE]).message(), head=False)):
         pass
     with followers.told(Head(2, 5)):
         pass
     followers.close()
-    thread.join(30)
-    assert obedient.told == [([5, 6], False), range(2, 5)]
+    ended()
+    assert obedient.told == [([5, 6], False), range(2, 5), "end"]
 
 
-def test_ranks_are_out_of_step_for_good_when_the_leader_fails(
-    led: tuple[Followers, Obedient, threading.Thread],
-) -> None:
-    followers, _, thread = led
+def test_ranks_are_out_of_step_for_good_when_the_leader_fails(led: Led) -> None:
+    followers, _, ended = led
     with pytest.raises(MemoryError), followers.told(Head(0, 1)):
         raise MemoryError
-    thread.join(30)  # it heard the end
+    ended()  # it heard the end
     with pytest.raises(RankLost, match="rank 1"), followers.told(Head(0, 1)):
         pass
+
+
+def test_a_leader_hears_why_a_follower_could_not_load(pair: Pair) -> None:
+    def load(setup: Setup) -> Follower:
+        raise SettingError("isa", f"rank {setup.rank} has none")
+
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            follow(pair[1], load)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    followers = Followers(SharedMemory.create(2), [pair[0]])
+    followers.set_up("native", {})
+    with pytest.raises(SettingError, match="rank 1 has none"):
+        followers.ready()
+    thread.join(30)
+    assert [type(failure) for failure in failures] == [SettingError], "its process ends"
+    followers.memory.close()

@@ -19,7 +19,7 @@ from kvferry.engine.sampler import draw
 from kvferry.engine.settings import EngineSettings
 from kvferry.engine.torch_runner import TorchRunner
 from kvferry.schedule.step import Draw, SequenceStep, StepPlan
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 
 PROMPT = np.random.default_rng(3).integers(0, VOCAB_SIZE, 40).astype(np.uint32)
 SAMPLINGS = [

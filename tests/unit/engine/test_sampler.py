@@ -13,7 +13,7 @@ from masks import mask_of
 from kvferry.engine.philox import uniform24
 from kvferry.engine.sampler import WEIGHT_ONE, draw, find_logprobs, kept, sample, weigh
 from kvferry.schedule.step import Draw
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 
 CHI_SQUARE_DRAWS = 20_000
 

@@ -23,7 +23,7 @@ from kvferry.engine.settings import EngineSettings
 from kvferry.engine.torch_runner import TorchRunner
 from kvferry.schedule.step import Draw, Score, SequenceStep, StepPlan
 from kvferry.wire.frame import Piece
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 
 LENGTH = 200
 TABLE = np.random.default_rng(2).permutation(40).astype(np.int32)

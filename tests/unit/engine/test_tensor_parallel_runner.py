@@ -21,7 +21,7 @@ from kvferry.engine.shard import shards_of
 from kvferry.errors import SettingError
 from kvferry.schedule.step import Draw, Score, SequenceStep, StepPlan
 from kvferry.wire.frame import Piece
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 
 NUM_BLOCKS = 32
 LENGTH = 100

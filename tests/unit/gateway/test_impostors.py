@@ -10,8 +10,13 @@ import pytest
 from msgspec.structs import replace
 from scripted_worker import CLUSTER, EOS, MODEL, PATIENCE_S, Cluster, ScriptedWorker, completion, tokens_of
 
-from kvferry.wire.messages import CacheEvents, Codecs, DecodeRequest, Heartbeat, TokenBatch, Work, pack_tokens
+from kvferry.wire.beats import Heartbeat
+from kvferry.wire.cache_news import CacheEvents
+from kvferry.wire.fields import pack_tokens
+from kvferry.wire.messages import Codecs
 from kvferry.wire.subjects import beat_subject, cache_subject, mail_subject, process_subject
+from kvferry.wire.tokens import TokenBatch
+from kvferry.wire.work import DecodeRequest, Work
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 TEXT = "what was asked for"

@@ -16,8 +16,11 @@ from structlog.testing import capture_logs
 from kvferry.kv.events import pack_keys
 from kvferry.kv.hashing import block_hashes, root_hash
 from kvferry.text.vocabulary import vocabulary_id
-from kvferry.wire.messages import CacheEvents, Codecs, Rejected, Work, unpack_tokens
+from kvferry.wire.cache_news import CacheEvents
+from kvferry.wire.fields import unpack_tokens
+from kvferry.wire.messages import Codecs
 from kvferry.wire.subjects import cache_subject
+from kvferry.wire.work import Rejected, Work
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

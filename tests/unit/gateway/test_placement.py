@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvferry.wire.messages import WorkerAddress, WorkerRecord
+from kvferry.wire.record import WorkerAddress, WorkerRecord
 from kvferry_gateway.placement import Partners, capacity_of, numerics_of
 
 

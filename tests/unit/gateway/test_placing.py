@@ -14,8 +14,11 @@ from scripted_worker import CLUSTER, EOS, MODEL, PATIENCE_S, Cluster, ScriptedWo
 
 from kvferry.kv.events import pack_keys
 from kvferry.kv.hashing import block_hashes, root_hash
-from kvferry.wire.messages import CacheEvents, CacheNews, CacheResync, CacheSnapshot, Codecs, PrefillRequest, Work
+from kvferry.wire.cache_news import CacheEvents, CacheSnapshot
+from kvferry.wire.messages import CacheNews, Codecs
+from kvferry.wire.orders import CacheResync
 from kvferry.wire.subjects import cache_subject
+from kvferry.wire.work import PrefillRequest, Work
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from kvferry.kv.events import CacheLog, pack_keys, unpack_keys
-from kvferry.wire.messages import CacheEvents, CacheSnapshot
+from kvferry.wire.cache_news import CacheEvents, CacheSnapshot
 from kvferry_gateway.prefix_index import MAX_EARLY, Heard, PrefixIndex, index_keys
 
 

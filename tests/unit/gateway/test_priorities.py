@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from scripted_worker import EOS, PATIENCE_S, Cluster, Events, ScriptedWorker, completion, tokens_of
 
-from kvferry.wire.messages import Accepted, DecodeRequest, PrefillRequest, Rejected, Work
+from kvferry.wire.work import Accepted, DecodeRequest, PrefillRequest, Rejected, Work
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

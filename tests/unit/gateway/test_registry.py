@@ -8,7 +8,8 @@ import pytest
 
 from kvferry.bus.liveness import SILENCE, Seen
 from kvferry.errors import SettingError
-from kvferry.wire.messages import Heartbeat, Load, WorkerAddress, WorkerRecord, WorkerState
+from kvferry.wire.beats import Heartbeat, Load, WorkerState
+from kvferry.wire.record import WorkerAddress, WorkerRecord
 from kvferry_gateway.auth import MAX_KEYS, ApiKeys
 from kvferry_gateway.cors import Cors
 from kvferry_gateway.metrics import GatewayMetrics, HotHistogram

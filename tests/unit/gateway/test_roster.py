@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from kvferry.wire.messages import Load, Role, WorkerAddress, WorkerRecord
+from kvferry.wire.beats import Load
+from kvferry.wire.fields import Role
+from kvferry.wire.record import WorkerAddress, WorkerRecord
 from kvferry_gateway.roster import Roster
 
 

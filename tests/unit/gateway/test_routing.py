@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.kv.events import pack_keys
-from kvferry.wire.messages import CacheEvents, Load, WorkerAddress, WorkerRecord
+from kvferry.wire.beats import Load
+from kvferry.wire.cache_news import CacheEvents
+from kvferry.wire.record import WorkerAddress, WorkerRecord
 from kvferry_gateway.decision import Decision, Hopeless, Placed, Request
 from kvferry_gateway.placement import NoWorker, OtherNumerics, TooLong, numerics_of
 from kvferry_gateway.prediction import Snapshot

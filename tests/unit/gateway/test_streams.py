@@ -15,8 +15,11 @@ from scripted_worker import EOS, tokens_of, write_model
 from kvferry.errors import MalformedMessage
 from kvferry.text.detokenizer import TokenTexts
 from kvferry.text.tokenizer import Tokenizer
+from kvferry.wire.beats import Held
+from kvferry.wire.fields import pack_tokens
 from kvferry.wire.logprobs import PromptLogprobs, pack_prompt_logprobs
-from kvferry.wire.messages import End, EndReason, Held, TokenBatch, WorkerAddress, WorkerRecord, pack_tokens
+from kvferry.wire.record import WorkerAddress, WorkerRecord
+from kvferry.wire.tokens import End, EndReason, TokenBatch
 from kvferry_gateway.attempt import Attempt, AttemptTable, Finished, Lost, audit
 from kvferry_gateway.connection import AsgiConnection, ClientConnection
 from kvferry_gateway.decision import Reason
@@ -25,7 +28,7 @@ from kvferry_gateway.estimates import ForecastError
 from kvferry_gateway.forecast import Forecast
 from kvferry_gateway.metrics import GatewayMetrics
 from kvferry_gateway.prompt_scores import PromptScores
-from kvferry_gateway.streams import TokenStream
+from kvferry_gateway.streams import SLOW_S, TokenStream
 
 P, D = 11, 22  # incarnations
 TEXT = "Grüße 😀!"
@@ -131,7 +134,7 @@ class Desk:
 
     @property
     def text(self) -> str:
-        text: str = json.loads(b'"' + b"".join(self.stream.pieces) + b'"')
+        text: str = json.loads(b'"' + self.stream.take() + b'"')
         return text
 
 
@@ -212,6 +215,25 @@ async def test_nothing_beyond_the_limit_is_taken(texts: TokenTexts) -> None:
     desk.say((2, 1), (1 << 31, 1))
     assert desk.stream.tokens == TOKENS[:2]
     assert desk.stream.held == {}
+
+
+# Characters that are escaped, or split between tokens, or neither.
+LETTERS = 'ab"\\\n✈'
+
+
+@settings(deadline=None)
+@given(text=st.text(LETTERS, max_size=30), stops=st.lists(st.text(LETTERS, min_size=1, max_size=3), max_size=3))
+def test_a_text_ends_before_the_first_stop_string_to_be_complete(
+    texts: TokenTexts, text: str, stops: list[str]
+) -> None:
+    stream = TokenStream(texts, stops, 1000)
+    for token in tokens_of(text):
+        stream.append(token)
+    stream.finish()
+    ends = [(end, len(stop)) for end in range(len(text) + 1) for stop in stops if text[:end].endswith(stop)]
+    end, length = min(ends, key=lambda found: (found[0], -found[1]), default=(len(text), 0))
+    assert json.loads(b'"' + stream.take() + b'"') == text[: end - length]
+    assert stream.stopped == bool(ends)
 
 
 @pytest.mark.parametrize("stop", ["😀", "e 😀", "ß"])
@@ -319,9 +341,41 @@ async def test_a_slow_client_gets_everything_later_or_is_given_up_once(texts: To
     assert slow == []
     desk.say(*list(enumerate(TOKENS))[8:])
     await turn()
-    desk.stream.pieces.append(b"more")
+    desk.stream.put(b"more")
     desk.stream.flush(2.0)
     assert len(slow) == 1
+
+
+async def test_a_client_is_not_slow_because_much_comes_at_once(texts: TokenTexts) -> None:
+    stream, client = Desk(texts).stream, Client()
+    slow: list[None] = []
+    stream.attach(client, 5.0, 3, lambda: slow.append(None))
+    client.note_paused()
+    for moment in (5.0, 5.0 + SLOW_S / 2):
+        stream.put(b"much")
+        stream.flush(moment)
+    assert slow == []
+    stream.put(b"more")
+    stream.flush(5.0 + SLOW_S)
+    assert len(slow) == 1
+
+
+async def test_every_stream_of_a_batch_counts_in_the_time_between_tokens(texts: TokenTexts) -> None:
+    desk = Desk(texts)
+    streams = [desk.stream, TokenStream(texts, (), 1000), TokenStream(texts, (), 1000)]
+    for stream in streams[1:]:
+        desk.stream = stream
+        desk.begin()
+    ids = [stream.attempt.stream_id for stream in streams if stream.attempt is not None]
+    gaps = [7.0, 7.0, 8.0]
+    for index in range(2):
+        columns = (ids, [index] * 3, [TOKENS[index]] * 3)
+        desk.dispatcher.take(TokenBatch(D, index, *map(pack_tokens, columns)))
+        await turn()
+        for stream, gap in zip(streams, gaps, strict=True):
+            stream.last_token_at -= gap
+    assert desk.metrics.value("kvferry_itl_seconds_count", model="m") == 3
+    assert 22.0 <= desk.metrics.value("kvferry_itl_seconds_sum", model="m") < 23.0
 
 
 async def test_silence_is_broken_by_comments_and_only_silence(texts: TokenTexts) -> None:

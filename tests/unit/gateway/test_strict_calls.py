@@ -16,7 +16,7 @@ from scripted_worker import EOS, write_model
 
 from kvferry.grammar.compiler import GrammarCompiler, GrammarError
 from kvferry.text.tokenizer import Tokenizer
-from kvferry.wire.messages import Grammar
+from kvferry.wire.sampling import Grammar
 from kvferry_gateway.errors import ApiError
 from kvferry_gateway.parsing.forms import MARKS, THOUGHT_MARKS, ToolForm
 from kvferry_gateway.strict_calls import grammar_of_own_calls

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvferry.wire.messages import MAX_GRAMMAR_CHARS, Grammar
+from kvferry.wire.sampling import MAX_GRAMMAR_CHARS, Grammar
 from kvferry_gateway.body import parse
 from kvferry_gateway.errors import ApiError
 from kvferry_gateway.openai import CompletionRequest

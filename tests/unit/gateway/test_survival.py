@@ -14,22 +14,13 @@ from scripted_worker import EOS, PATIENCE_S, Cluster, Events, ScriptedWorker, co
 from kvferry.bus.base import BusSettings
 from kvferry.bus.memory import MemoryBus
 from kvferry.runtime import SystemRuntime
-from kvferry.wire.messages import (
-    Cancel,
-    Codecs,
-    DecodeRequest,
-    EndAck,
-    Fence,
-    GatewayHeartbeat,
-    Ping,
-    PrefillRequest,
-    Rejected,
-    Resend,
-    TokenBatch,
-    Work,
-    unpack_tokens,
-)
+from kvferry.wire.beats import GatewayHeartbeat
+from kvferry.wire.fields import unpack_tokens
+from kvferry.wire.messages import Codecs
+from kvferry.wire.orders import Cancel, EndAck, Fence, Ping, Resend
 from kvferry.wire.subjects import mail_subject, role_beats
+from kvferry.wire.tokens import TokenBatch
+from kvferry.wire.work import DecodeRequest, PrefillRequest, Rejected, Work
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -132,7 +123,7 @@ async def test_a_slow_client_costs_only_its_own_stream(tmp_path: Path) -> None:
             while not worker.got(Cancel):
                 worker.publish(slow, [(index + step, 1 + ord("x")) for step in range(500)])
                 index += 500
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.005)  # a step
         assert worker.got(Cancel)[0].attempt == slow.attempt
         assert cluster.metrics.value("kvferry_slow_client_total") == 1
         async with streaming(cluster) as events:

@@ -11,8 +11,9 @@ from unit.gateway.test_streams import D, Desk
 from kvferry.errors import MalformedMessage
 from kvferry.text.detokenizer import TokenTexts
 from kvferry.text.tokenizer import Tokenizer
+from kvferry.wire.fields import pack_tokens
 from kvferry.wire.logprobs import TokenLogprobs, pack_logprobs
-from kvferry.wire.messages import LogprobColumns, TokenBatch, pack_tokens
+from kvferry.wire.tokens import LogprobColumns, TokenBatch
 from kvferry_gateway.attempt import Lost
 from kvferry_gateway.logprobs import LOWEST, ToldToken, chat_logprobs, text_logprobs
 from kvferry_gateway.parsing.parts import Content, Part
@@ -127,7 +128,7 @@ def test_rules_of_a_text(texts: TokenTexts, rules: TextRules, stops: tuple[str, 
     for token in (*tokens_of("ab"), EOS, *tokens_of("!")):
         stream.append(token)
     stream.finish()
-    assert stream.take_text().decode() == shown
+    assert stream.take().decode() == shown
 
 
 def test_no_log_probability_is_infinite_or_no_number(texts: TokenTexts) -> None:
@@ -143,5 +144,7 @@ def test_the_frame_of_an_event_names_the_place_that_the_text_comes_from(texts: T
     stream = TokenStream(texts, (), 100, frame=lambda numerics_id: (numerics_id.encode() + b"[", b"]"))
     stream.placed("m1")
     stream.placed("m2")
-    stream.append(tokens_of("a")[0])
-    assert stream.pieces == [b"m2[a]"]
+    for token in tokens_of("ab"):
+        stream.append(token)
+    stream.put(b"(end)")
+    assert stream.take() == b"m2[a]m2[b](end)"

@@ -18,7 +18,7 @@ from virtual_loop import VirtualLoop
 from kvferry.text.detokenizer import TokenTexts
 from kvferry.text.tokenizer import Tokenizer
 from kvferry.wire.logprobs import PromptLogprobs
-from kvferry.wire.messages import MAX_LOGPROBS, Scoring
+from kvferry.wire.sampling import MAX_LOGPROBS, Scoring
 from kvferry_gateway.prompt_logprobs import TOKENS_PER_TURN, encoded_columns, encoded_echo, encoded_entries
 from kvferry_gateway.prompt_scores import PromptScores
 

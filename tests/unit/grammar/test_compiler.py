@@ -19,7 +19,7 @@ from kvferry.grammar.compiler import (
     GrammarCompiler,
     GrammarError,
 )
-from kvferry.wire.messages import Grammar
+from kvferry.wire.sampling import Grammar
 
 
 def accepts(compiler: GrammarCompiler, grammar: Grammar, text: str) -> bool:

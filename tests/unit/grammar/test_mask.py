@@ -12,7 +12,7 @@ from unit.grammar.conftest import VOCAB_SIZE
 
 from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.grammar.mask import GrammarMask
-from kvferry.wire.messages import Grammar
+from kvferry.wire.sampling import Grammar
 
 NOTHING = np.empty(0, np.uint32)
 OBJECT = Grammar("json", '{"type": "object"}')

@@ -15,7 +15,7 @@ from unit.grammar.conftest import VOCAB_SIZE
 from kvferry.engine.sampler import draw
 from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.schedule.step import Draw
-from kvferry.wire.messages import Grammar, Sampling
+from kvferry.wire.sampling import Grammar, Sampling
 
 MAX_TOKENS = 6000  # everything that is generated below ends long before
 NAMES = ["a", "b", "name", "päth", "x y"]

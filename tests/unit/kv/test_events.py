@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.kv.events import CacheLog, KeyArray, pack_keys, unpack_keys
-from kvferry.wire.messages import MAX_CACHE_KEYS, CacheSnapshot, Codecs
+from kvferry.wire.cache_news import MAX_CACHE_KEYS, CacheSnapshot
+from kvferry.wire.messages import Codecs
 
 
 def block(number: int) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kvferry.config import load_settings
+from kvferry.config.layers import load_settings
 from kvferry.errors import SettingError
 from kvferry_local.bench.client import Endpoint, Outcome, ask
 from kvferry_local.bench.picture import picture

@@ -12,7 +12,7 @@ import pytest
 from stack_programs import program
 from test_supervisor import Log
 
-from kvferry.config import load_settings
+from kvferry.config.layers import load_settings
 from kvferry.errors import SettingError
 from kvferry.model_source import ModelSource
 from kvferry_local.control import (

@@ -10,18 +10,26 @@ from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
+from pydantic import SecretStr
 
 from kvferry.bus.base import BusSettings
-from kvferry.bus.login import stack_login
+from kvferry.bus.login import bus_login
 from kvferry.bus.nats import NatsBus
 from kvferry.bus.rights import user_name
 from kvferry.bus.server import find_nats_server
-from kvferry.errors import BusUnavailable
+from kvferry.config.layers import load_settings
+from kvferry.errors import BusUnavailable, SettingError
 from kvferry.runfile import RunFile
 from kvferry.runtime import SystemRuntime
 from kvferry.wire.subjects import exit_subject, inbox_prefix, role_beats
+from kvferry_decode.settings import DecodeSettings
+from kvferry_gateway.settings import GatewaySettings
 from kvferry_local.cli import main
-from kvferry_local.credentials import ROLES
+from kvferry_local.control_plane import check_logins, control_plane, named_server
+from kvferry_local.credentials import ROLES, read_credentials, write_credentials
+from kvferry_local.doctor.bus import bus
+from kvferry_local.settings import DoctorSettings, UpSettings
+from kvferry_prefill.settings import PrefillSettings
 
 ROOT = Path(__file__).parents[3]
 
@@ -95,6 +103,48 @@ async def test_what_the_command_writes_lets_each_role_in_within_its_rights(tmp_p
                 await joins(settings, role_beats("lake", not_hears))
 
 
+async def test_a_stack_on_a_server_of_its_operators_own_has_a_user_for_each_role(tmp_path: Path) -> None:
+    folder = tmp_path / "secrets"
+    assert CliRunner().invoke(main, ["credentials", str(folder), "--cluster", "lake"]).exit_code == 0
+    async with Server(tmp_path, folder / "authorization.conf") as url:
+        settings = UpSettings(cluster="lake", nats_url=url, nats_credentials=folder)
+        async with control_plane(settings, SystemRuntime()) as facts:
+            await check_logins(facts, SystemRuntime())
+            for service in (GatewaySettings, PrefillSettings, DecodeSettings):
+                joined = load_settings(service, config_file=None, environ={}, flags={}, run_file=facts)
+                assert joined.nats_user == f"lake-{service.role}"
+            assert facts.data_key.get_secret_value() == (folder / "data-key").read_text()
+            guess = facts.nats_logins["decode"].model_copy(update={"password": SecretStr("guess")})
+            wrong = facts.model_copy(update={"nats_logins": {**facts.nats_logins, "decode": guess}})
+            with pytest.raises(SettingError, match=r"lake-decode.*KVFERRY_NATS_USER") as caught:
+                await check_logins(wrong, SystemRuntime())
+            assert caught.value.setting == "--nats-credentials"
+        given = settings.model_copy(update={"data_key": SecretStr("ab" * 32)})
+        assert named_server(given).data_key.get_secret_value() == "ab" * 32
+        assert [finding.status for finding in await bus(DoctorSettings(**dict(settings)), 8192)] == ["ok", "ok"]
+
+
+def test_credentials_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "secrets"
+    write_credentials(folder, "lake", SystemRuntime())
+
+    def wrong(problem: str) -> None:
+        with pytest.raises(SettingError, match=problem) as caught:
+            read_credentials(folder, "lake")
+        assert caught.value.setting == "--nats-credentials"
+
+    (folder / "nats-password-decode").chmod(0o640)
+    wrong("nats-password-decode is open to other users; run: chmod 600")
+    (folder / "nats-password-decode").unlink()
+    wrong("nats-password-decode: No such file")
+    (folder / "nats-password-prefill").write_text("")
+    wrong("nats-password-prefill is empty")
+    with pytest.raises(ValueError, match="there is no --nats-url"):
+        UpSettings(nats_credentials=folder)
+    with pytest.raises(ValueError, match="another one beside it"):
+        UpSettings(nats_url="nats://x", nats_credentials=folder, nats_user="lake")
+
+
 async def test_the_compose_stacks_secrets_go_to_those_who_need_them_and_are_kept(tmp_path: Path) -> None:
     make = compose_script().make_credentials
     folder, authorization = tmp_path / "credentials", tmp_path / "authorization.conf"
@@ -111,9 +161,9 @@ async def test_the_compose_stacks_secrets_go_to_those_who_need_them_and_are_kept
     assert keys["prefill"] == keys["decode"] != keys["gateway"] == ""
     async with Server(tmp_path, authorization) as url:
         here = {role: file.model_copy(update={"nats_url": url}) for role, file in found.items()}
-        await joins(stack_login(here["gateway"], "gateway", "x"), role_beats("pond", "decode"))
-        await joins(stack_login(here["prefill"], "prefill", "x"), role_beats("pond", "gateway"))
-        bus = NatsBus(stack_login(here["gateway"], "operator", "x"), SystemRuntime())
+        await joins(bus_login(here["gateway"].in_role("gateway"), "gateway", "x"), role_beats("pond", "decode"))
+        await joins(bus_login(here["prefill"].in_role("prefill"), "prefill", "x"), role_beats("pond", "gateway"))
+        bus = NatsBus(bus_login(here["gateway"].in_role("operator"), "operator", "x"), SystemRuntime())
         await bus.start()
         await bus.publish(exit_subject("pond", "decode", "decode-0", 1), b"")
         await bus.close()

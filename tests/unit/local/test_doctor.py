@@ -21,7 +21,7 @@ import torch
 from checkpoints import SHAPES, build
 from nats_server import running_nats
 
-from kvferry.config import load_settings
+from kvferry.config.layers import load_settings
 from kvferry_local.doctor.bus import bus
 from kvferry_local.doctor.clock import MAX_SKEW_S, clock, peers_of
 from kvferry_local.doctor.data_plane import data_plane
@@ -84,9 +84,9 @@ def test_what_is_no_model_is_named(tmp_path: Path, tiny: Path, monkeypatch: pyte
 
 
 def test_a_machine_with_too_little_memory_is_told_so(tiny: Path, tmp_path: Path) -> None:
-    assert memory([tiny], 1, 1).status == "ok"
-    is_wrong(memory([tiny, tiny], 1 << 30, 2), "failed", "4 workers need", "KVFERRY_KV_MEMORY_MB")
-    is_wrong(memory([tiny], 1, 1, tmp_path / "meminfo"), "warning", "does not say", "free")
+    assert memory([tiny], [1]).status == "ok"
+    is_wrong(memory([tiny, tiny], [1, 1 << 30]), "failed", "4 workers need", "KVFERRY_KV_MEMORY_MB")
+    is_wrong(memory([tiny], [1], tmp_path / "meminfo"), "warning", "does not say", "free")
 
 
 # -- engine ----------------------------------------------------------------------------------------------------------
@@ -103,6 +103,12 @@ async def test_an_engine_that_cannot_be_had_is_named_by_its_setting(tiny: Path) 
     is_wrong(found["engine"], "failed", "float32", "--engine")
     found = await all_of(engine(settings(device="nowhere"), tiny))
     assert found["engine"].status == "failed"
+
+
+async def test_each_degree_that_workers_would_have_is_tried(tiny: Path) -> None:
+    found = await all_of(engine(settings(tensor_parallel_size=2, decode_tensor_parallel_size=64), tiny))
+    assert "loaded and warm" in found["engine on 2 ranks"].detail
+    is_wrong(found["engine on 64 ranks"], "failed", "can be split over 1 to", "--tensor-parallel-size")
 
 
 async def test_weights_that_are_cut_short_are_named(tiny: Path) -> None:

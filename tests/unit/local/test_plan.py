@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvferry.config import load_settings
+from kvferry.config.layers import load_settings
 from kvferry.errors import SettingError
 from kvferry.model_source import ModelSource
 from kvferry_local.plan import Place, Plan, curl_options, own_cores, ready_message, usable_cores

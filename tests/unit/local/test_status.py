@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from kvferry.config import load_settings
+from kvferry.config.layers import load_settings
 from kvferry_local.client import Target
 from kvferry_local.cluster import show_status
 from kvferry_local.settings import ClientSettings

@@ -8,9 +8,9 @@ from sequences import BLOCK, assert_all_free, result_of, sequence_of
 
 from kvferry.schedule.chunk import STEP_TARGET_S
 from kvferry.schedule.memory import KVMemory
-from kvferry.schedule.sequence import ModelLimits
+from kvferry.schedule.sequence import Dropped, ModelLimits
 from kvferry.schedule.step import StepPlan
-from kvferry.wire.messages import Grammar, Sampling
+from kvferry.wire.sampling import Grammar, Sampling
 from kvferry_prefill.scheduler import PrefillPolicy, PrefillScheduler
 
 LEASE = 30.0
@@ -101,6 +101,20 @@ def test_what_fits_no_pool_or_no_context_is_refused_and_so_is_one_too_many() -> 
     assert scheduler_of(num_blocks=100).add(sequence_of(100)) == "too_long"
     assert scheduler.add(sequence_of(4)) is None
     assert scheduler.add(sequence_of(4)) == "queue_full"
+
+
+def test_a_full_queue_gives_up_its_last_of_a_lower_priority_and_never_one_of_its_own() -> None:
+    scheduler = scheduler_of(max_waiting=3)
+    normal, background, last = sequence_of(4), sequence_of(4, priority=2), sequence_of(4, priority=2)
+    for sequence in (normal, last, background):
+        scheduler.add(sequence)
+    older = sequence_of(4, priority=2, arrival=-1.0)
+    assert scheduler.displace(older) is None, "age displaces nobody"
+    for urgent, victim in ((sequence_of(4), last), (sequence_of(4, priority=-1), background)):
+        assert scheduler.add(urgent) == "queue_full"
+        assert scheduler.displace(urgent) == Dropped(victim, "preempted")
+        assert scheduler.add(urgent) is None
+    assert scheduler.displace(sequence_of(4)) is None
 
 
 def test_an_older_request_takes_back_younger_held_kv_and_a_younger_one_waits() -> None:

@@ -67,7 +67,7 @@ def test_hashes_grow_as_if_the_whole_text_had_been_hashed_at_once(length: int, d
     [(8, False, 2, "stop"), (8, True, 2, None), (1, False, 5, "length"), (1, False, 2, "stop"), (8, False, 5, None)],
 )
 def test_a_sequence_ends_by_eos_or_length(max_tokens: int, ignore_eos: bool, token: int, reason: str | None) -> None:
-    from kvferry.wire.messages import Sampling
+    from kvferry.wire.sampling import Sampling
 
     sequence = sequence_of(4, sampling=Sampling(max_tokens=max_tokens, ignore_eos=ignore_eos))
     sequence.append_token(token)

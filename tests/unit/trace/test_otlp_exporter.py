@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -17,9 +19,12 @@ from kvferry.runtime import SeededRuntime
 from kvferry.trace.factory import open_exporter
 from kvferry.trace.otlp import OtlpExporter
 from kvferry.trace.span import Event, Span
-from kvferry.wire.messages import TraceContext
+from kvferry.trace.tracer import FLUSH_S
+from kvferry.wire.work import TraceContext
 from kvferry_prefill.settings import PrefillSettings
 
+PATIENCE_S = 60
+EXIT_S = 5  # of an interpreter, on a machine that has much to do; the exporter itself would wait for 10
 TRACE = bytes(range(16))
 ROOT = Span(
     "POST /v1/completions", TraceContext(TRACE, b"\1" * 8, "congo=t61"), b"\7" * 8, "server", 1_700_000_000.25,
@@ -94,6 +99,41 @@ def test_a_collector_that_is_not_there_is_given_up_in_time(
     assert not exporter.export([ROOT])
     exporter.close()
     assert len(logged.getvalue().splitlines()) == 1
+
+
+EXIT_WITH_A_SPAN = """
+import asyncio, sys, time
+from kvferry.metrics import Metrics
+from kvferry.runtime import SystemRuntime, now
+from kvferry.trace.otlp import OtlpExporter
+from kvferry.trace.tracer import Tracer
+
+async def main():
+    counter = Metrics().counter("kvferry_span", "Spans.", ("outcome",))
+    tracer = Tracer(SystemRuntime(), OtlpExporter(sys.argv[1], {}, "1"), counter)
+    tracer.begin("request", now(), ()).end(now())
+    sys.stdin.readline()  # until the test says so
+    began = time.monotonic()
+    await tracer.close()
+    print(began, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def test_a_collector_that_never_answers_holds_up_the_end_of_a_process_for_a_second() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(PATIENCE_S)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with subprocess.Popen(
+            [sys.executable, "-c", EXIT_WITH_A_SPAN, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            told, _ = process.communicate("\n", PATIENCE_S)
+            ended = time.monotonic()
+            connection, _ = silent.accept()  # it did ask
+            connection.close()
+    assert process.returncode == 0
+    assert FLUSH_S * 0.9 < ended - float(told) < FLUSH_S + EXIT_S
 
 
 def test_without_an_endpoint_there_is_no_exporter() -> None:

@@ -9,7 +9,7 @@ from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from kvferry.trace.context import caller_of
-from kvferry.wire.messages import MAX_TRACE_STATE_CHARS, TraceContext
+from kvferry.wire.work import MAX_TRACE_STATE_CHARS, TraceContext
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 PARENT = f"00-{TRACE}-{SPAN}-01"

@@ -14,7 +14,7 @@ from kvferry.runtime import SeededRuntime, SystemRuntime, now
 from kvferry.trace.open_span import OpenSpan
 from kvferry.trace.span import MemoryExporter, Span
 from kvferry.trace.tracer import EXPORT_DELAY_S, FLUSH_S, MAX_EXPORTED_SPANS, MAX_WAITING_SPANS, Tracer
-from kvferry.wire.messages import TraceContext
+from kvferry.wire.work import TraceContext
 
 HEADERS = [(b"traceparent", b"00-" + b"11" * 16 + b"-" + b"22" * 8 + b"-01")]
 
@@ -93,7 +93,7 @@ async def test_while_an_export_takes_long_the_queue_is_bounded_and_the_rest_is_d
             return super().export(spans)
 
     class Threads(SystemRuntime):
-        def lane(self, name: str, nice: int = 0) -> Lane:
+        def lane(self, name: str, nice: int = 0, *, daemon: bool = False) -> Lane:
             return ThreadLane(name)
 
     metrics, exporter = Metrics(), Slow()

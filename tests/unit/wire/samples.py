@@ -14,17 +14,25 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from kvferry.wire import flow, messages
+from kvferry.wire import flow
+from kvferry.wire.beats import ExitNotice, GatewayHeartbeat, Heartbeat, Held, Load
+from kvferry.wire.cache_news import CacheEvents, CacheSnapshot
 from kvferry.wire.codec import Codec, Message
+from kvferry.wire.fields import pack_tokens
 from kvferry.wire.logprobs import PromptLogprobs, TokenLogprobs, pack_logprobs, pack_prompt_logprobs
-from kvferry.wire.messages import pack_tokens
+from kvferry.wire.messages import Codecs
+from kvferry.wire.orders import CacheResync, Cancel, Drain, EndAck, Fence, Ping, Pong, Resend
+from kvferry.wire.record import WorkerAddress, WorkerRecord
+from kvferry.wire.sampling import Grammar, Sampling, Scoring
+from kvferry.wire.tokens import End, TokenBatch
+from kvferry.wire.work import Accepted, DecodeRequest, PrefillRequest, Rejected, TraceContext, Work
 
 GOLDEN = Path(__file__).with_name("golden_v1.json")
 TICKET = bytes(range(16))
 INCARNATION = 0xFEED_FACE_CAFE_F00D
 U32_MAX = (1 << 32) - 1
 
-WORK = messages.Work(
+WORK = Work(
     gateway="kvferry.c1.gateway.g0.00000000000000aa",
     gateway_incarnation=0xAA,
     ticket=TICKET,
@@ -35,7 +43,7 @@ WORK = messages.Work(
     model="smollm2",
     prompt=pack_tokens([1, 2, 49151]),
     generated=pack_tokens([3]),
-    sampling=messages.Sampling(
+    sampling=Sampling(
         0.7,
         0.9,
         40,
@@ -51,15 +59,15 @@ WORK = messages.Work(
         (7, 8),
         (9,),
         20,
-        messages.Grammar("json", '{"type": "object", "title": "é"}', 5),
+        Grammar("json", '{"type": "object", "title": "é"}', 5),
     ),
     priority=-1,
     arrival=1234.5,
     salt=bytes(16),
     alone=True,
     deadline=2.5,
-    scoring=messages.Scoring(20, 7),
-    trace=messages.TraceContext(bytes(range(16)), bytes(range(8)), "vendor=1"),
+    scoring=Scoring(20, 7),
+    trace=TraceContext(bytes(range(16)), bytes(range(8)), "vendor=1"),
 )
 PROMPT_LOGPROBS = pack_prompt_logprobs(
     6,
@@ -68,8 +76,8 @@ PROMPT_LOGPROBS = pack_prompt_logprobs(
     ),
 )
 LOGPROBS = pack_logprobs([(1, TokenLogprobs(-0.5, (49151, 7), (-0.5, -1.25)))])
-ADDRESS = messages.WorkerAddress(INCARNATION, ("ucx://00ff", "tcp://127.0.0.1:4000"))
-RECORD = messages.WorkerRecord(
+ADDRESS = WorkerAddress(INCARNATION, ("ucx://00ff", "tcp://127.0.0.1:4000"))
+RECORD = WorkerRecord(
     role="decode",
     name="d0",
     incarnation=INCARNATION,
@@ -94,46 +102,46 @@ RECORD = messages.WorkerRecord(
     features=("scoring", "a later one"),
     ranks=4,
 )
-LOAD = messages.Load(1, 2, 3, 4, 1500.5, 0.0125, 99, 12, (0, 1, 2), ((0xBB, 1 << 20, 0.5),))
-HELD = messages.Held(5, "running", 17, 40)
+LOAD = Load(1, 2, 3, 4, 1500.5, 0.0125, 99, 12, (0, 1, 2), ((0xBB, 1 << 20, 0.5),))
+HELD = Held(5, "running", 17, 40)
 
 TO_WORKER: list[Message] = [
-    messages.PrefillRequest(WORK),
-    messages.DecodeRequest(WORK, ADDRESS),
-    messages.Cancel(TICKET, 7),
-    messages.Fence(INCARNATION, 0xAA, 6),
-    messages.Resend(0xAA, ((5, 17), (6, 0)), ((6, 3),)),
-    messages.EndAck(0xAA, (5, 6), (6,)),
-    messages.Ping(INCARNATION),
-    messages.Drain(INCARNATION),
-    messages.CacheResync(INCARNATION),
+    PrefillRequest(WORK),
+    DecodeRequest(WORK, ADDRESS),
+    Cancel(TICKET, 7),
+    Fence(INCARNATION, 0xAA, 6),
+    Resend(0xAA, ((5, 17), (6, 0)), ((6, 3),)),
+    EndAck(0xAA, (5, 6), (6,)),
+    Ping(INCARNATION),
+    Drain(INCARNATION),
+    CacheResync(INCARNATION),
 ]
 TO_GATEWAY: list[Message] = [
-    messages.TokenBatch(
+    TokenBatch(
         INCARNATION,
         3,
         pack_tokens([5, 6]),
         pack_tokens([17, 0]),
         pack_tokens([100, 49151]),
-        (messages.End(5, 18, "stop", "EOS"),),
+        (End(5, 18, "stop", "EOS"),),
         ((6, 16),),
         LOGPROBS,
         (PROMPT_LOGPROBS,),
     ),
 ]
 ANSWERS: list[Message] = [
-    messages.Accepted(TICKET, 7),
-    messages.Rejected(TICKET, 7, "queue_full", 0.5),
-    messages.Pong(INCARNATION, INCARNATION),
+    Accepted(TICKET, 7),
+    Rejected(TICKET, 7, "queue_full", 0.5),
+    Pong(INCARNATION, INCARNATION),
 ]
 BEATS: list[Message] = [
-    messages.Heartbeat(8, "ready", RECORD, LOAD, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD,)}),
-    messages.GatewayHeartbeat(9, "g0", 0xAA, "kvferry.c1.gateway.g0.00000000000000aa", 4243, ((INCARNATION, (5, 6)),)),
-    messages.ExitNotice(INCARNATION, "crashed"),
+    Heartbeat(8, "ready", RECORD, LOAD, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD,)}),
+    GatewayHeartbeat(9, "g0", 0xAA, "kvferry.c1.gateway.g0.00000000000000aa", 4243, ((INCARNATION, (5, 6)),)),
+    ExitNotice(INCARNATION, "crashed"),
 ]
 CACHE_NEWS: list[Message] = [
-    messages.CacheEvents(INCARNATION, (1 << 64) - 1, bytes(range(16)), bytes(range(8))),
-    messages.CacheSnapshot(INCARNATION, 5, 1, 2, bytes(range(24))),
+    CacheEvents(INCARNATION, (1 << 64) - 1, bytes(range(16)), bytes(range(8))),
+    CacheSnapshot(INCARNATION, 5, 1, 2, bytes(range(24))),
 ]
 FLOW: list[Message] = [
     flow.Hello(INCARNATION, TICKET),
@@ -175,36 +183,36 @@ RECORD_BEFORE_GRAMMARS = msgspec.structs.replace(RECORD_BEFORE_SCORING, grammars
 HELD_BEFORE_SCORING = msgspec.structs.replace(HELD, next_scored=0)
 BEFORE_EXACT = msgspec.structs.replace(RECORD_BEFORE_GRAMMARS, exact=False, engine="", engine_reason="")
 OLDER: dict[str, tuple[Codec[Any], Message]] = {  # what senders of version 1 wrote before a field was appended
-    "PrefillRequest before scoring": (messages.Codecs().to_worker, messages.PrefillRequest(BEFORE_SCORING)),
-    "DecodeRequest before scoring": (messages.Codecs().to_worker, messages.DecodeRequest(BEFORE_SCORING, ADDRESS)),
-    "Resend before scoring": (messages.Codecs().to_worker, messages.Resend(0xAA, ((5, 17), (6, 0)))),
-    "EndAck before scoring": (messages.Codecs().to_worker, messages.EndAck(0xAA, (5, 6))),
+    "PrefillRequest before scoring": (Codecs().to_worker, PrefillRequest(BEFORE_SCORING)),
+    "DecodeRequest before scoring": (Codecs().to_worker, DecodeRequest(BEFORE_SCORING, ADDRESS)),
+    "Resend before scoring": (Codecs().to_worker, Resend(0xAA, ((5, 17), (6, 0)))),
+    "EndAck before scoring": (Codecs().to_worker, EndAck(0xAA, (5, 6))),
     "TokenBatch before scoring": (
-        messages.Codecs().to_gateway,
+        Codecs().to_gateway,
         msgspec.structs.replace(TO_GATEWAY[0], prompts=()),
     ),
     "Heartbeat before scoring": (
-        messages.Codecs().beat,
-        messages.Heartbeat(
+        Codecs().beat,
+        Heartbeat(
             8, "ready", RECORD_BEFORE_SCORING, LOAD, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD_BEFORE_SCORING,)}
         ),
     ),
     "Heartbeat before ranks": (
-        messages.Codecs().beat,
-        messages.Heartbeat(8, "ready", RECORD_BEFORE_RANKS, LOAD, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD,)}),
+        Codecs().beat,
+        Heartbeat(8, "ready", RECORD_BEFORE_RANKS, LOAD, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD,)}),
     ),
-    "PrefillRequest before penalties": (messages.Codecs().to_worker, messages.PrefillRequest(BEFORE_PENALTIES)),
-    "DecodeRequest before penalties": (messages.Codecs().to_worker, messages.DecodeRequest(BEFORE_PENALTIES, ADDRESS)),
-    "PrefillRequest before logit_bias": (messages.Codecs().to_worker, messages.PrefillRequest(BEFORE_LOGIT_BIAS)),
+    "PrefillRequest before penalties": (Codecs().to_worker, PrefillRequest(BEFORE_PENALTIES)),
+    "DecodeRequest before penalties": (Codecs().to_worker, DecodeRequest(BEFORE_PENALTIES, ADDRESS)),
+    "PrefillRequest before logit_bias": (Codecs().to_worker, PrefillRequest(BEFORE_LOGIT_BIAS)),
     "DecodeRequest before logit_bias": (
-        messages.Codecs().to_worker,
-        messages.DecodeRequest(BEFORE_LOGIT_BIAS, ADDRESS),
+        Codecs().to_worker,
+        DecodeRequest(BEFORE_LOGIT_BIAS, ADDRESS),
     ),
-    "TokenBatch before logprobs": (messages.Codecs().to_gateway, BEFORE_LOGPROBS[0]),
+    "TokenBatch before logprobs": (Codecs().to_gateway, BEFORE_LOGPROBS[0]),
     "Manifest before logprobs": (flow.ManifestCodec(), BEFORE_LOGPROBS[1]),
     "Heartbeat before exact": (
-        messages.Codecs().beat,
-        messages.Heartbeat(
+        Codecs().beat,
+        Heartbeat(
             8,
             "ready",
             BEFORE_EXACT,
@@ -213,8 +221,8 @@ OLDER: dict[str, tuple[Codec[Any], Message]] = {  # what senders of version 1 wr
         ),
     ),
     "Heartbeat before cache news": (
-        messages.Codecs().beat,
-        messages.Heartbeat(
+        Codecs().beat,
+        Heartbeat(
             8,
             "ready",
             RECORD_BEFORE_GRAMMARS,
@@ -222,11 +230,11 @@ OLDER: dict[str, tuple[Codec[Any], Message]] = {  # what senders of version 1 wr
             {"kvferry.c1.gateway.g0.00000000000000aa": (HELD_BEFORE_SCORING,)},
         ),
     ),
-    "PrefillRequest before grammars": (messages.Codecs().to_worker, messages.PrefillRequest(BEFORE_GRAMMARS)),
-    "DecodeRequest before grammars": (messages.Codecs().to_worker, messages.DecodeRequest(BEFORE_GRAMMARS, ADDRESS)),
+    "PrefillRequest before grammars": (Codecs().to_worker, PrefillRequest(BEFORE_GRAMMARS)),
+    "DecodeRequest before grammars": (Codecs().to_worker, DecodeRequest(BEFORE_GRAMMARS, ADDRESS)),
     "Heartbeat before grammars": (
-        messages.Codecs().beat,
-        messages.Heartbeat(
+        Codecs().beat,
+        Heartbeat(
             8, "ready", RECORD_BEFORE_GRAMMARS, LOAD, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD_BEFORE_SCORING,)}
         ),
     ),
@@ -235,7 +243,7 @@ OLDER: dict[str, tuple[Codec[Any], Message]] = {  # what senders of version 1 wr
 
 def carried() -> list[tuple[Codec[Any], Message]]:
     """Every sample with the codec of its union."""
-    codecs = messages.Codecs()
+    codecs = Codecs()
     return [
         *((codecs.to_worker, sample) for sample in TO_WORKER),
         *((codecs.to_gateway, sample) for sample in TO_GATEWAY),

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.errors import MalformedMessage
+from kvferry.wire.fields import pack_tokens
 from kvferry.wire.logprobs import TokenLogprobs, pack_logprobs, unpack_logprobs
-from kvferry.wire.messages import MAX_LOGPROBS, LogprobColumns, pack_tokens
+from kvferry.wire.sampling import MAX_LOGPROBS
+from kvferry.wire.tokens import LogprobColumns
 
 floats = st.floats(-(2.0**99), 0, width=32)
 token_ids = st.integers(0, (1 << 32) - 1)

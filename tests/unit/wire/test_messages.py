@@ -14,16 +14,19 @@ from unit.wire.strategies import bad_values, messages, replaced
 
 from kvferry.errors import MalformedMessage, UnknownVersion, WireError
 from kvferry.wire import flow
-from kvferry.wire import messages as control
 from kvferry.wire.codec import WIRE_VERSION, Codec, Message
+from kvferry.wire.fields import pack_tokens, unpack_tokens
+from kvferry.wire.messages import Answer, Beat, CacheNews, Codecs, ToGateway, ToWorker
+from kvferry.wire.orders import Ping
+from kvferry.wire.work import Work
 
 CARRIED = samples.carried()
 UNIONS = {
-    "to_worker": (control.ToWorker, control.Codecs().to_worker),
-    "to_gateway": (control.ToGateway, control.Codecs().to_gateway),
-    "answer": (control.Answer, control.Codecs().answer),
-    "beat": (control.Beat, control.Codecs().beat),
-    "cache": (control.CacheNews, control.Codecs().cache),
+    "to_worker": (ToWorker, Codecs().to_worker),
+    "to_gateway": (ToGateway, Codecs().to_gateway),
+    "answer": (Answer, Codecs().answer),
+    "beat": (Beat, Codecs().beat),
+    "cache": (CacheNews, Codecs().cache),
     "flow": (flow.Flow, flow.FlowCodec()),
     "manifest": (flow.Manifest, flow.ManifestCodec()),
 }
@@ -176,11 +179,11 @@ def test_a_bomb_of_nested_arrays_or_false_lengths_is_malformed(union: str) -> No
 
 
 def test_a_bomb_inside_the_fields_that_an_old_receiver_skips_is_malformed() -> None:
-    codec = control.Codecs().to_worker
-    payload = codec.encode(control.Ping(1))
+    codec = Codecs().to_worker
+    payload = codec.encode(Ping(1))
     assert payload[1] == 0x92, "an array of two: tag and nonce"
     appended = payload[:1] + b"\x93" + payload[2:]
-    assert codec.decode(appended + b"\xc0") == control.Ping(1)
+    assert codec.decode(appended + b"\xc0") == Ping(1)
     with pytest.raises(MalformedMessage):
         codec.decode(appended + b"\x91" * 1_000_000 + b"\xc0")
 
@@ -192,7 +195,7 @@ def test_messages_cannot_be_changed(codec: Codec[Any], sample: Message) -> None:
 
 
 def test_work_is_ordered_by_priority_then_arrival_then_ticket() -> None:
-    def work(priority: int, arrival: float, ticket: int) -> control.Work:
+    def work(priority: int, arrival: float, ticket: int) -> Work:
         return msgspec.structs.replace(
             samples.WORK, priority=priority, arrival=arrival, ticket=ticket.to_bytes(16, "big")
         )
@@ -203,9 +206,9 @@ def test_work_is_ordered_by_priority_then_arrival_then_ticket() -> None:
 
 @given(st.lists(st.integers(0, (1 << 32) - 1)))
 def test_tokens_survive_their_column(tokens: list[int]) -> None:
-    column = control.pack_tokens(tokens)
+    column = pack_tokens(tokens)
     assert len(column) == 4 * len(tokens)
-    assert control.unpack_tokens(column).tolist() == tokens
+    assert unpack_tokens(column).tolist() == tokens
 
 
 def test_a_flow_message_of_the_largest_size_fits_its_limit() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvferry.wire.messages import Sampling
+from kvferry.wire.sampling import Sampling
 
 EOS = frozenset({0})
 

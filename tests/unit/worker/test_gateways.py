@@ -5,7 +5,7 @@ from __future__ import annotations
 from sequences import GATEWAY, work_of
 
 from kvferry.bus.liveness import BEAT_INTERVAL, SILENCE, Liveness
-from kvferry.wire.messages import GatewayHeartbeat
+from kvferry.wire.beats import GatewayHeartbeat
 from kvferry.worker.gateways import Gateways
 
 ME = 9

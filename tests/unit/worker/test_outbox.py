@@ -5,8 +5,12 @@ from __future__ import annotations
 import numpy as np
 from sequences import GATEWAY, work_of
 
+from kvferry.wire.beats import Held
+from kvferry.wire.fields import unpack_tokens
 from kvferry.wire.logprobs import PromptLogprobs, TokenLogprobs, unpack_logprobs, unpack_prompt_logprobs
-from kvferry.wire.messages import MAX_LOGPROBS, MAX_SCORED_ROWS, Codecs, Held, TokenBatch, unpack_tokens
+from kvferry.wire.messages import Codecs
+from kvferry.wire.sampling import MAX_LOGPROBS
+from kvferry.wire.tokens import MAX_SCORED_ROWS, TokenBatch
 from kvferry.worker.outbox import (
     MAX_BATCH_CACHED,
     MAX_BATCH_ENDS,

@@ -82,7 +82,7 @@ class Console:
     def drain(self, body: bytes) -> dict[str, Any]:
         """Tell a worker to drain. Raises `ApiError` 400 or 404."""
         incarnation = parse(DrainRequest, body).incarnation
-        worker = self._fleet.drain(int(incarnation, 16))
+        worker = self._fleet.mail.drain(int(incarnation, 16))
         if worker is None:
             raise no_such_worker(incarnation)
         log.info("drain asked for", worker=worker.name)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from kvferry.wire.messages import MAX_LOGPROBS
+from kvferry.wire.sampling import MAX_LOGPROBS
 from kvferry_gateway.errors import bad_request, unsupported
 from kvferry_gateway.messages import ChatMessage, Label
 from kvferry_gateway.openai import MAX_METADATA, ChatRequest, Priority, StreamOptions

@@ -8,12 +8,14 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from kvferry.bus.base import Bus, BusMessage, BusSettings, least_payload
+from kvferry.bus.login import bus_login
 from kvferry.bus.nats import NatsBus
 from kvferry.bus.rights import users_of
 from kvferry.bus.server import EmbeddedNats
 from kvferry.errors import BusUnavailable, KvferryError, SettingError
 from kvferry.runtime import Runtime, SystemRuntime, TaskSet, blocking_clock
 from kvferry.wire.subjects import inbox_prefix
+from kvferry_local.control_plane import check_logins, named_server
 from kvferry_local.credentials import new_password
 from kvferry_local.doctor.finding import Finding, failed, ok, warning
 from kvferry_local.settings import DoctorSettings
@@ -22,6 +24,7 @@ NUM_ROUND_TRIPS: Final = 20
 ROUND_TRIP_TIMEOUT_S: Final = 2.0
 SLOW_ROUND_TRIP_S: Final = 0.02
 ROLE: Final = "operator"
+NAME: Final = "kvferry-doctor"
 
 
 async def bus(settings: DoctorSettings, max_context: int) -> list[Finding]:
@@ -32,7 +35,10 @@ async def bus(settings: DoctorSettings, max_context: int) -> list[Finding]:
             client = NatsBus(where, runtime)
             await client.start()
             try:
-                return [await _round_trip(where, client), _payload(client.max_payload, max_context)]
+                found = [await _round_trip(where, client), _payload(client.max_payload, max_context)]
+                if settings.nats_credentials is not None:
+                    await check_logins(named_server(settings), runtime)
+                return found
             finally:
                 await client.close()
     except SettingError as error:
@@ -46,19 +52,14 @@ async def bus(settings: DoctorSettings, max_context: int) -> list[Finding]:
 
 @asynccontextmanager
 async def _server(settings: DoctorSettings, runtime: Runtime) -> AsyncIterator[BusSettings]:
-    prefix = inbox_prefix(settings.cluster, ROLE)
     if settings.nats_url:
-        yield BusSettings(
-            url=settings.nats_url, name="kvferry-doctor", inbox_prefix=prefix, user=settings.nats_user,
-            password=settings.nats_password.get_secret_value(), token=settings.nats_token.get_secret_value(),
-            tls_ca=settings.nats_tls_ca, tls_cert=settings.nats_tls_cert, tls_key=settings.nats_tls_key,
-        )  # fmt: skip
+        yield bus_login(named_server(settings).in_role(ROLE), ROLE, NAME)
         return
     (user,) = users_of(settings.cluster, {ROLE: new_password(runtime)})
     server = EmbeddedNats([user])
     await server.start()
     try:
-        yield BusSettings(server.url, "kvferry-doctor", prefix, user.name, user.password)
+        yield BusSettings(server.url, NAME, inbox_prefix(settings.cluster, ROLE), user.name, user.password)
     finally:
         await server.stop()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 from kvferry_local.doctor.finding import Finding, failed, ok, warning
 from kvferry_local.doctor.probe import ProbeFailed, probe
@@ -12,27 +13,36 @@ from kvferry_local.settings import DoctorSettings
 
 
 async def engine(settings: DoctorSettings, model_dir: Path) -> AsyncIterator[Finding]:
-    """A worker's own start: choice, build, load, warm-up."""
+    """A worker's own start, for each number of ranks that workers would have: choice, build, load, warm-up."""
     asked = {field: getattr(settings, field) for field in ("engine", "dtype", "quantization", "device")}
-    try:
-        answer = await probe("kvferry.worker.probe", json.dumps({"model": str(model_dir), **asked}))
-    except ProbeFailed as error:
-        yield failed("engine", f"a worker does not start: {error}", "pip install 'kvferry[worker]', or --engine torch")
-        return
-    isas = answer["isas"]
+    for number, ranks in enumerate(sorted({settings.ranks("prefill"), settings.ranks("decode")})):
+        check = "engine" if ranks == 1 else f"engine on {ranks} ranks"
+        worker = {"model": str(model_dir), "tensor_parallel_size": ranks, **asked}
+        try:
+            answer = await probe("kvferry.worker.probe", json.dumps(worker))
+        except ProbeFailed as error:
+            remedy = "pip install 'kvferry[worker]', or --engine torch"
+            yield failed(check, f"a worker does not start: {error}", remedy)
+            return
+        if number == 0:
+            yield _processor(answer["isas"])
+        yield _started(check, answer, settings)
+
+
+def _processor(isas: list[str]) -> Finding:
     if isas[0] == "portable":
-        yield warning(
+        return warning(
             "processor", "has neither AVX-512 with BF16 and VNNI nor AVX2 for the native engine",
             "expect a fraction of the speed; --device cuda, or another machine",
         )  # fmt: skip
-    else:
-        yield ok("processor", f"the native engine can use {', '.join(isas)}")
+    return ok("processor", f"the native engine can use {', '.join(isas)}")
+
+
+def _started(check: str, answer: dict[str, Any], settings: DoctorSettings) -> Finding:
     if "problem" in answer:
-        yield failed("engine", answer["problem"], answer["setting"] or "see the log of the worker")
-        return
+        return failed(check, answer["problem"], answer["setting"] or "see the log of the worker")
     detail = f"{answer['engine']} ({answer['why']}), loaded and warm in {answer['seconds']:.1f} s"
     if settings.engine == "auto" and settings.device == "cpu" and answer["engine"] == "torch":
         compiler = "" if answer["compilers"] else "install g++ or clang++, or name one in CXX"
-        yield warning("engine", detail, compiler or "--engine native says what stands against it")
-    else:
-        yield ok("engine", detail)
+        return warning(check, detail, compiler or "--engine native says what stands against it")
+    return ok(check, detail)

@@ -40,11 +40,11 @@ def find_model(name: str) -> tuple[Path | None, Finding]:
     return directory, ok(check, f"{model.name}: {size / 1e9:.2f} GB of weights, context {model.max_context:,}")
 
 
-def memory(directories: Sequence[Path], kv_memory_mb: int, per_model: int, meminfo: Path = MEMINFO) -> Finding:
-    """Weights and KV pools of all workers, `per_model` of each, against the memory that is free now."""
+def memory(directories: Sequence[Path], kv_pools: Sequence[int], meminfo: Path = MEMINFO) -> Finding:
+    """Weights and KV pools (MiB of each worker of one model) of all workers, against the memory that is free now."""
     check = "memory"
-    num_workers = per_model * len(directories)
-    needed = sum(per_model * (_weights(directory)[1] + (kv_memory_mb << 20)) for directory in directories)
+    num_workers = len(kv_pools) * len(directories)
+    needed = sum(_weights(directory)[1] + (pool << 20) for directory in directories for pool in kv_pools)
     try:
         found = re.search(r"^MemAvailable: +(\d+) kB$", meminfo.read_text(), re.MULTILINE)
     except OSError:

@@ -15,7 +15,7 @@ from rich.text import Text
 from kvferry.errors import KvferryError
 from kvferry.model_source import model_sources
 from kvferry.runfile import RunFile, default_run_file
-from kvferry.scaling import DecodeScaling
+from kvferry.scaling import KV_MEMORY_MB, SERVICES
 from kvferry.text.model_dir import ModelDir
 from kvferry_local.client import Target, client_settings
 from kvferry_local.cluster import Worker, workers_of
@@ -42,8 +42,7 @@ async def findings(settings: DoctorSettings, run_file: RunFile | None) -> AsyncI
         if directory is not None:
             directories.append(directory)
     if directories and run_file is None:
-        kv_memory_mb = int(DecodeScaling.read(settings.scaling_file).settings.get("kv_memory_mb", 512))
-        yield memory(directories, kv_memory_mb, settings.prefill + settings.decode)
+        yield memory(directories, kv_pools(settings))
     for directory in directories:
         async for finding in engine(settings, directory):
             yield finding
@@ -72,6 +71,15 @@ def peers(run_file: RunFile | None, settings: DoctorSettings) -> dict[str, str]:
     return found
 
 
+def kv_pools(settings: DoctorSettings) -> list[int]:
+    """MiB of each worker of one model. Raises `SettingError`."""
+    return [
+        int(SERVICES[role].read(settings.scaling_file).settings.get("kv_memory_mb", KV_MEMORY_MB))
+        for role, count in (("prefill", settings.prefill), ("decode", settings.decode))
+        for _ in range(count)
+    ]
+
+
 def running_stack(settings: DoctorSettings) -> RunFile | None:
     """The run file of a stack on this machine, if there is one. Raises `SettingError` for one that was named."""
     path = settings.run_file or default_run_file(os.environ, settings.cluster)
@@ -84,10 +92,10 @@ def beside(settings: DoctorSettings, run_file: RunFile) -> DoctorSettings:
     """The settings with the bus of a stack that runs, and its model, where no other ones were named."""
     changes: dict[str, Any] = {}
     if not settings.nats_url:
-        bus_fields = ("cluster", "nats_url", "nats_token", "nats_tls_ca", "nats_tls_cert", "nats_tls_key")
-        changes |= {field: getattr(run_file, field) for field in bus_fields}
-        login = run_file.login("operator")
-        changes |= {"nats_user": login.user, "nats_password": login.password}
+        bus_fields = ("cluster", "nats_url", "nats_user", "nats_password", "nats_token")
+        tls_fields = ("nats_tls_ca", "nats_tls_cert", "nats_tls_key")
+        access = run_file.in_role("operator")
+        changes |= {field: getattr(access, field) for field in (*bus_fields, *tls_fields)}
     if settings.model == DoctorSettings.model_fields["model"].default and run_file.model:
         changes["model"] = run_file.model
     return settings.model_copy(update=changes)

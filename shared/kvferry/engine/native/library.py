@@ -18,7 +18,7 @@ from kvferry.engine.columns import Wanted as Wanted
 from kvferry.engine.native.build import PACKAGED, BuildError, build_cached, packaged_name
 from kvferry.engine.native.cpu import cpu_flags, isas_to_try
 
-ABI: Final = 4  # KVF_ABI
+ABI: Final = 5  # KVF_ABI
 PAGE_TOKENS: Final = 16  # KVF_PAGE_TOKENS: block sizes are multiples of it
 OUT_OF_MEMORY: Final = -5  # KVF_E_MEMORY
 
@@ -117,8 +117,8 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "kvf_barrier": (c_int32, (c_void_p, c_int32)),
     "kvf_step": (c_int32, (c_void_p, c_void_p, c_int32, c_void_p)),
     "kvf_logits": (c_int32, (c_void_p, c_int32, c_int32, c_void_p)),
-    "kvf_gather": (c_int32, (POINTER(Cache), POINTER(Piece), c_void_p, c_int32, c_void_p, c_uint64)),
-    "kvf_scatter": (c_int32, (POINTER(Cache), POINTER(Piece), c_void_p, c_int32, c_void_p, c_uint64)),
+    "kvf_gather": (c_int32, (POINTER(Cache), POINTER(Piece), c_int32, c_void_p, c_int32, c_void_p, c_uint64)),
+    "kvf_scatter": (c_int32, (POINTER(Cache), POINTER(Piece), c_int32, c_void_p, c_int32, c_void_p, c_uint64)),
     "kvf_copy_blocks": (c_int32, (POINTER(Cache), c_void_p, c_int32)),
     "kvf_model_profile": (c_int32, (c_void_p, POINTER(c_double))),
 }

@@ -14,9 +14,9 @@ from kvferry.engine.native.cache import NativeCache
 from kvferry.engine.native.library import Library, Range, Shape
 from kvferry.engine.native.model import NativeModel
 from kvferry.engine.native.weights import stream
-from kvferry.engine.ranks import SharedMemory
 from kvferry.engine.settings import QUANTIZATIONS, EngineSettings, resolved_max_model_len
 from kvferry.engine.shard import Shard
+from kvferry.engine.shared_memory import SharedMemory
 from kvferry.runtime import mapped_memory
 
 WARM_UP_ROWS: Final = (1, 8, 128)  # of one sequence; the blocks of the longest are set apart for it
@@ -29,11 +29,14 @@ def open_cache(
     shard: Shard,
     num_blocks: int,
     memory: SharedMemory | None,
+    *,
+    own: bool = True,
 ) -> NativeCache:
-    """A shard's KV cache of `num_blocks` and those that a warm-up writes, in its own memory or in what ranks share."""
+    """A shard's KV cache of `num_blocks` and those that a warm-up writes, in its own memory or in what ranks share; or,
+    not its `own`, another rank's."""
     blocks = num_blocks + -(-max(WARM_UP_ROWS) // settings.block_size)
     shape = shape_of(settings, config, shard)
-    mapped = mapped_memory if memory is None else partial(memory.cache, shard.rank)
+    mapped = mapped_memory if memory is None else partial(memory.own_cache if own else memory.cache, shard.rank)
     return NativeCache(library, shape, shard.kv_heads, blocks, mapped)
 
 

@@ -24,6 +24,7 @@ from kvferry.engine.columns import Columns
 from kvferry.engine.config import ModelConfig
 from kvferry.engine.drawing import draws_of, result_of
 from kvferry.engine.limits import Limits
+from kvferry.engine.native.cache import gather, scatter
 from kvferry.engine.native.library import Library, Wanted, open_library
 from kvferry.engine.native.loading import WARM_UP_ROWS, load_model, open_cache
 from kvferry.engine.native.sampler import NativeSampler
@@ -83,7 +84,8 @@ class NativeRunner:
             settled = replace(settings, num_blocks=self._num_blocks, isa=self._library.isa)
             followers.set_up("native", settled.as_fields())
         self._caches = [
-            open_cache(self._library, settings, config, shard, self._num_blocks, memory) for shard in shards
+            open_cache(self._library, settings, config, shard, self._num_blocks, memory, own=shard.rank == 0)
+            for shard in shards
         ]
         self._scratch = np.arange(self._num_blocks, self._caches[0].num_blocks, dtype=np.int32)
         self._model = load_model(
@@ -188,15 +190,11 @@ class NativeRunner:
 
     def gather(self, piece: Piece, block_table: BlockTable, out: memoryview) -> None:
         self._limits.check_piece(piece, block_table, out.nbytes)
-        for index, cache in enumerate(self._caches):
-            # Ranks that share a KV head have the same content.
-            if index == 0 or cache.heads != self._caches[index - 1].heads:
-                cache.gather(piece, block_table, out)
+        gather(self._caches, piece, block_table, out)
 
     def scatter(self, piece: Piece, block_table: BlockTable, payload: memoryview) -> None:
         self._limits.check_piece(piece, block_table, payload.nbytes)
-        for cache in self._caches:
-            cache.scatter(piece, block_table, payload)
+        scatter(self._caches, piece, block_table, payload)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, all layers, each (from, to), in order. May run beside a step, as `gather` may."""

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from kvferry.engine.sampler import Drawn
 from kvferry.schedule.step import MAX_LOGPROBS, Draw, Logprobs
+from kvferry.wire.fields import TokenArray
 from kvferry.wire.logprobs import PromptLogprobs
-from kvferry.wire.messages import TokenArray
 
 _ALIGNMENT: Final = 64
 _MAX_TOP_K: Final = (1 << 31) - 1  # beyond every vocabulary

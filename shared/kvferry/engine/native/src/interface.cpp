@@ -48,19 +48,44 @@ int32_t check_cache(const kvf_cache* cache) {
   return kvferry::check_shape(*cache->shape);
 }
 
+// Whether two caches are of one model, as far as frames show it.
+bool same_rows(const kvf_shape& left, const kvf_shape& right) {
+  return left.head_dim == right.head_dim && left.block_size == right.block_size;
+}
+
 Pages pages_of(const kvf_cache& cache) {
   return Pages(Shape(*cache.shape), static_cast<kvferry::bf16*>(cache.memory), cache.num_blocks);
 }
 
-int32_t check_transfer(const kvf_cache* cache, const kvf_piece* piece, const int32_t* block_table, int32_t num_blocks,
-                       const void* frame, uint64_t frame_bytes) {
-  if (piece == nullptr || frame == nullptr) return KVF_E_ARGUMENT;
-  if (const int32_t error = check_cache(cache); error != KVF_OK) return error;
-  const Shape shape(*cache->shape);
-  if (const int32_t error = kvferry::check_piece(shape, *piece); error != KVF_OK) return error;
-  if (frame_bytes != kvferry::piece_bytes(shape, *piece)) return KVF_E_SHAPE;
-  return kvferry::check_table(shape, cache->num_blocks, block_table, num_blocks, piece->token_start,
-                              piece->token_end);
+int32_t check_part(const kvf_cache& cache, const kvf_piece& piece, const int32_t* block_table, int32_t num_blocks,
+                   uint64_t frame_bytes) {
+  if (const int32_t error = check_cache(&cache); error != KVF_OK) return error;
+  const Shape shape(*cache.shape);
+  if (const int32_t error = kvferry::check_piece(shape, piece); error != KVF_OK) return error;
+  if (frame_bytes != kvferry::piece_bytes(shape, piece)) return KVF_E_SHAPE;
+  return kvferry::check_table(shape, cache.num_blocks, block_table, num_blocks, piece.token_start, piece.token_end);
+}
+
+// Calls copy(shape, parts) if all of it may be copied.
+template <typename Copy>
+int32_t transfer(const kvf_cache* caches, const kvf_piece* pieces, int32_t count, const int32_t* block_table,
+                 int32_t num_blocks, const void* frame, uint64_t frame_bytes, Copy&& copy) {
+  if (caches == nullptr || pieces == nullptr || frame == nullptr || count < 1 || count > KVF_MAX_RANKS) {
+    return KVF_E_ARGUMENT;
+  }
+  return guarded([&]() -> int32_t {
+    std::vector<kvferry::Part> parts;
+    for (int32_t i = 0; i < count; ++i) {
+      const int32_t error = check_part(caches[i], pieces[i], block_table, num_blocks, frame_bytes);
+      if (error != KVF_OK) return error;
+      if (!kvferry::same_frame(pieces[0], pieces[i]) || !same_rows(*caches[0].shape, *caches[i].shape)) {
+        return KVF_E_SHAPE;
+      }
+      parts.push_back({pages_of(caches[i]), pieces[i]});
+    }
+    copy(Shape(*caches[0].shape), parts);
+    return KVF_OK;
+  });
 }
 
 // Calls work(rows, scratch) for all of `count` rows, on as many of the model's threads as they are worth. `scratch` is as
@@ -205,20 +230,20 @@ int32_t kvf_logits(kvf_model* model, int32_t first, int32_t count, float* logits
   return KVF_OK;
 }
 
-int32_t kvf_gather(const kvf_cache* cache, const kvf_piece* piece, const int32_t* block_table, int32_t num_blocks,
-                   void* frame, uint64_t frame_bytes) {
-  const int32_t error = check_transfer(cache, piece, block_table, num_blocks, frame, frame_bytes);
-  if (error != KVF_OK) return error;
-  kvferry::gather(Shape(*cache->shape), pages_of(*cache), *piece, block_table, static_cast<std::byte*>(frame));
-  return KVF_OK;
+int32_t kvf_gather(const kvf_cache* caches, const kvf_piece* pieces, int32_t count, const int32_t* block_table,
+                   int32_t num_blocks, void* frame, uint64_t frame_bytes) {
+  return transfer(caches, pieces, count, block_table, num_blocks, frame, frame_bytes,
+                  [&](const Shape& shape, const std::vector<kvferry::Part>& parts) {
+                    kvferry::gather(shape, parts, block_table, static_cast<std::byte*>(frame));
+                  });
 }
 
-int32_t kvf_scatter(const kvf_cache* cache, const kvf_piece* piece, const int32_t* block_table, int32_t num_blocks,
-                    const void* frame, uint64_t frame_bytes) {
-  const int32_t error = check_transfer(cache, piece, block_table, num_blocks, frame, frame_bytes);
-  if (error != KVF_OK) return error;
-  kvferry::scatter(Shape(*cache->shape), pages_of(*cache), *piece, block_table, static_cast<const std::byte*>(frame));
-  return KVF_OK;
+int32_t kvf_scatter(const kvf_cache* caches, const kvf_piece* pieces, int32_t count, const int32_t* block_table,
+                    int32_t num_blocks, const void* frame, uint64_t frame_bytes) {
+  return transfer(caches, pieces, count, block_table, num_blocks, frame, frame_bytes,
+                  [&](const Shape& shape, const std::vector<kvferry::Part>& parts) {
+                    kvferry::scatter(shape, parts, block_table, static_cast<const std::byte*>(frame));
+                  });
 }
 
 int32_t kvf_copy_blocks(const kvf_cache* cache, const int32_t* pairs, int32_t count) {

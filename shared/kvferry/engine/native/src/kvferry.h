@@ -30,7 +30,7 @@
 
 #define KVF_API __attribute__((visibility("default")))
 
-#define KVF_ABI 4 /* of every struct and signature in this file and in sample.h */
+#define KVF_ABI 5 /* of every struct and signature in this file and in sample.h */
 
 /* Bounds of what is accepted. */
 #define KVF_MAX_LAYERS 1024
@@ -196,10 +196,11 @@ KVF_API int32_t kvf_step(kvf_model *model, const kvf_sequence *sequences, int32_
 KVF_API int32_t kvf_logits(kvf_model *model, int32_t first, int32_t count, float *logits);
 
 /* Copy a piece between blocks and a frame [layers, 2 (K, V), tokens, heads, head_dim] of bf16, which may have any
-   alignment. `frame_bytes` must be exactly the size of the whole frame; other heads in it are left alone. */
-KVF_API int32_t kvf_gather(const kvf_cache *cache, const kvf_piece *piece, const int32_t *block_table,
+   alignment. `frame_bytes` must be exactly the size of the whole frame; other heads in it are left alone. Of several
+   ranks all caches are given at once, [count], and what each has of the piece, which differs in the heads alone. */
+KVF_API int32_t kvf_gather(const kvf_cache *caches, const kvf_piece *pieces, int32_t count, const int32_t *block_table,
                            int32_t num_blocks, void *frame, uint64_t frame_bytes);
-KVF_API int32_t kvf_scatter(const kvf_cache *cache, const kvf_piece *piece, const int32_t *block_table,
+KVF_API int32_t kvf_scatter(const kvf_cache *caches, const kvf_piece *pieces, int32_t count, const int32_t *block_table,
                             int32_t num_blocks, const void *frame, uint64_t frame_bytes);
 /* Copy whole blocks (all layers): `pairs` [count, 2] of (from, to). Pairs are done in order. */
 KVF_API int32_t kvf_copy_blocks(const kvf_cache *cache, const int32_t *pairs, int32_t count);

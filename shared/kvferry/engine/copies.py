@@ -1,0 +1,113 @@
+"""KV of a rank on another host: the leader asks for its part of a frame, or gives it.
+
+    leader                                   follower, on a thread of its own
+    Gather(piece, blocks)            ->        copies it from its blocks
+                                     <-        the bytes, in the frame's layout
+    Scatter(piece, blocks, bytes)    ->        copies them into its blocks
+                                     <-        nothing, which says that it has
+
+The piece names heads that the rank has, and no others. What it names has been checked by the leader.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Protocol, TypeAlias
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from kvferry.engine.channel import Channel
+from kvferry.engine.ranks import Followers
+from kvferry.schedule.step import BlockTable, KVFormat
+from kvferry.wire.frame import DTYPE_BYTES, Piece
+
+Bounds: TypeAlias = tuple[int, int, int, int, int, int]  # of a Piece
+Frame: TypeAlias = npt.NDArray[np.uint8]  # [layers, 2, tokens, kv_heads, head_dim * itemsize]
+
+
+class Gather(msgspec.Struct, frozen=True, tag="gather", array_like=True):
+    piece: Bounds
+    blocks: bytes  # i32, little-endian
+
+
+class Scatter(msgspec.Struct, frozen=True, tag="scatter", array_like=True):
+    piece: Bounds
+    blocks: bytes
+    content: bytes
+
+
+_ORDERS: Final = msgspec.msgpack.Decoder(Gather | Scatter)
+
+
+class Cache(Protocol):
+    """KV of one rank's heads, here or there."""
+
+    heads: range
+
+    def gather(self, piece: Piece, block_table: BlockTable, out: memoryview) -> None:
+        """Copy what it has of a checked piece to its place in the frame."""
+
+    def scatter(self, piece: Piece, block_table: BlockTable, payload: memoryview) -> None:
+        """The reverse of `gather`."""
+
+    def close(self) -> None: ...
+
+
+class RemoteCache:
+    """Implements `Cache`. Raises `RankLost`."""
+
+    def __init__(self, followers: Followers, rank: int, kv_format: KVFormat, heads: range) -> None:
+        self.heads = heads
+        self._followers = followers
+        self._rank = rank
+        self._row = kv_format.head_dim * DTYPE_BYTES[kv_format.dtype]
+
+    def gather(self, piece: Piece, block_table: BlockTable, out: memoryview) -> None:
+        if own := self._own(piece):
+            answer = self._ask(Gather(_bounds(piece, own), _blocks(block_table)))
+            part = self._part(piece, own, out)
+            part[...] = np.frombuffer(answer, np.uint8).reshape(part.shape)
+
+    def scatter(self, piece: Piece, block_table: BlockTable, payload: memoryview) -> None:
+        if own := self._own(piece):
+            content = self._part(piece, own, payload).tobytes()
+            self._ask(Scatter(_bounds(piece, own), _blocks(block_table), content))
+
+    def close(self) -> None:
+        """The rank ends with its channels."""
+
+    def _ask(self, order: Gather | Scatter) -> bytes:
+        return self._followers.ask(self._rank, msgspec.msgpack.encode(order))
+
+    def _own(self, piece: Piece) -> range:
+        return range(max(piece.head_start, self.heads.start), min(piece.head_end, self.heads.stop))
+
+    def _part(self, piece: Piece, own: range, frame: memoryview) -> Frame:
+        """The rank's heads of a frame, a view."""
+        shape = (piece.num_layers, 2, piece.num_tokens, piece.num_heads, self._row)
+        lanes = np.frombuffer(frame, np.uint8).reshape(shape)
+        return lanes[:, :, :, own.start - piece.head_start : own.stop - piece.head_start]
+
+
+def serve_copies(channel: Channel, cache: Cache, kv_format: KVFormat) -> None:
+    """Answer the leader, until it ends the channel. Raises whatever goes wrong."""
+    while (payload := channel.receive()) is not None:
+        order = _ORDERS.decode(payload)
+        piece, table = Piece(*order.piece), np.frombuffer(order.blocks, "<i4")
+        match order:
+            case Gather():
+                out = bytearray(piece.num_bytes(kv_format.head_dim, kv_format.dtype))
+                cache.gather(piece, table, memoryview(out))
+                channel.send(bytes(out))
+            case Scatter(content=content):
+                cache.scatter(piece, table, memoryview(content))
+                channel.send(b"")
+
+
+def _bounds(piece: Piece, own: range) -> Bounds:
+    return (piece.layer_start, piece.layer_end, piece.token_start, piece.token_end, own.start, own.stop)
+
+
+def _blocks(block_table: BlockTable) -> bytes:
+    return np.ascontiguousarray(block_table, "<i4").tobytes()

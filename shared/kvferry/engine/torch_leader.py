@@ -1,0 +1,45 @@
+"""What the leader of several torch ranks does before it computes: it lets the others load, and opens the KV of all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kvferry.engine.collective import Collective, GlooGather, open_collective, open_exchange
+from kvferry.engine.config import ModelConfig
+from kvferry.engine.copies import RemoteCache
+from kvferry.engine.kv_cache import KVCache
+from kvferry.engine.ranks import Followers
+from kvferry.engine.settings import EngineSettings
+from kvferry.engine.shard import Shard
+from kvferry.engine.torch_rank import open_cache
+from kvferry.schedule.step import KVFormat
+
+
+def set_up(followers: Followers, settings: EngineSettings, num_blocks: int, kv_format: KVFormat) -> Collective:
+    """They load meanwhile. Returns the leader's side of what all exchange through: the network, if a rank is on another
+    host."""
+    settled = replace(settings, num_blocks=num_blocks).as_fields()
+    if not followers.remote:
+        followers.set_up("torch", settled)
+        return open_collective(followers.memory, 0, followers.size)
+    exchange, store = open_exchange(followers.host)
+    followers.set_up("torch", settled, exchange, kv_format.format_id)
+    return GlooGather(lambda: store, followers.host, 0, followers.size)
+
+
+def other_caches(
+    followers: Followers,
+    settings: EngineSettings,
+    config: ModelConfig,
+    shards: Sequence[Shard],
+    num_blocks: int,
+    kv_format: KVFormat,
+) -> list[KVCache | RemoteCache]:
+    """Of rank 1, 2, …"""
+    return [
+        RemoteCache(followers, shard.rank, kv_format, shard.kv_heads)
+        if shard.rank in followers.remote
+        else open_cache(settings, config, shard, num_blocks, followers.memory, own=False)
+        for shard in shards[1:]
+    ]
