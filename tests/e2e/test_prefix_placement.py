@@ -40,20 +40,26 @@ def test_requests_with_a_shared_long_prefix_go_where_it_is_cached(two_prefills: 
             usage: dict[str, Any] = answer.json()["usage"]
             return usage, placement()["latest"][0]
 
-        homes = []
+        homes: list[set[str]] = []  # more than one, if a machine is so busy that the first looks worse for a moment
         for family in range(2):
             known = placement()["indexed_blocks"]
             usage, first = ask(family, 10 * family)
             assert first["cached_tokens"] == 0
-            homes.append(first["prefill"])
+            homes.append({first["prefill"]})
             # The worker tells what it has cached with its next heartbeats, one chunk perhaps before the other.
             eventually(lambda known=known: placement()["indexed_blocks"] >= known + 24, PATIENCE_S)
             turns = count(100 + 100 * family)
-            eventually(lambda f=family, t=turns: ask(f, next(t))[1]["cached_tokens"] >= 24 * BLOCK_TOKENS, PATIENCE_S)
+
+            def is_found(family: int = family, turns: Iterator[int] = turns) -> bool:
+                placed = ask(family, next(turns))[1]
+                homes[family].add(placed["prefill"])
+                return bool(placed["cached_tokens"] >= 24 * BLOCK_TOKENS)
+
+            eventually(is_found, PATIENCE_S)
         for turn in range(1, 4):
             for family in range(2):
                 usage, placed = ask(family, 10 * family + turn)
-                assert placed["prefill"] == homes[family], placed
+                assert placed["prefill"] in homes[family], placed
                 assert placed["cached_tokens"] >= 24 * BLOCK_TOKENS, placed
                 assert usage["prompt_tokens_details"]["cached_tokens"] >= 24 * BLOCK_TOKENS, usage
         assert placement()["ttft_forecast"]["actual_to_forecast"] > 0
