@@ -23,19 +23,14 @@ from bench import gateway_servers as servers
 from bench import rivals
 from bench.gateway_fleet import BURST
 from bench.gateway_servers import DYNAMO, FLOOR, OWN, Server
-from bench.prompts import Prompts
 from bench.report import Report, percentile
 from kvferry.log import setup_logging
-from kvferry.text.model_dir import ModelDir
-from kvferry.text.tokenizer import Tokenizer
 
 ROUNDS: Final = 5
 QUICK_ROUNDS: Final = 1
 WINDOW_S: Final = 6.0
 QUICK_WINDOW_S: Final = 1.0
 STREAMS: Final = (1, 32, 256)
-PROMPT_TOKENS: Final = 256
-NUM_PROMPTS: Final = 64
 NUM_REQUESTS: Final = 400
 NUM_ALONE: Final = 100
 QUICK_SHARE: Final = 10
@@ -57,7 +52,7 @@ async def measure(model_dir: Path, peers: Path | None, *, quick: bool) -> Report
         "gateway",
         {
             "rounds": f"{rounds}, interleaved; medians, and of ratios the median of the rounds'",
-            "requests": f"chats of {PROMPT_TOKENS} tokens and more, four stop strings, usage, on kept connections",
+            "requests": f"chats of {runs.PROMPT_TOKENS} tokens and more, four stop strings, usage, on kept connections",
             "pace": f"about {runs.RATE:.0f} tokens a second of each stream, one batch for all; {window:.0f} s each",
             "flat out": f"{runs.FLAT_STREAMS} streams of {runs.FLAT_TOKENS} tokens, {BURST} batches at once",
             "Dynamo": "not built" if peers is None else "1.6.1, mock workers, its TCP request plane",
@@ -77,8 +72,7 @@ class _Bench:
         self._peers = peers
         self._window = window
         self._share = share  # one request in so many
-        made, tokenizer = Prompts(model_dir, seed=9), Tokenizer(ModelDir(model_dir))
-        self._prompts = [tokenizer.decode(made.tokens(PROMPT_TOKENS)) for _ in range(NUM_PROMPTS)]
+        self._prompts = runs.texts(model_dir)
         self._event_bytes = 0
         self._samples: Samples = {}
         self._costs: dict[str, list[tuple[float, float, float]]] = {}  # total, user, system of each run

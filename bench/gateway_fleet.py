@@ -14,7 +14,6 @@ A request of one token is P's alone.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from typing import ClassVar, Final
 import numpy as np
 import uvloop
 
+from bench.command_lines import commands, tell
 from kvferry.bus.base import BusMessage, BusSettings
 from kvferry.bus.nats import NatsBus
 from kvferry.bus.rights import BusRole, user_name
@@ -178,8 +178,8 @@ class Decode(Worker):
         for stream_id in gone:
             self._rows.pop(stream_id, None)
 
-    async def run(self, rate: float) -> dict[str, list[float]]:
-        """Decode all that wait, at so many steps a second."""
+    async def run(self, rate: float) -> list[float]:
+        """Decode all that wait, at so many steps a second. Returns when each was said."""
         loop = asyncio.get_running_loop()
         begun = [row for row in self._rows.values() if row.state == "waiting"]
         for row in begun:
@@ -194,7 +194,7 @@ class Decode(Worker):
                 await asyncio.sleep(max(0.0, due - loop.time()))
             elif len(published) % BURST == 0:
                 await asyncio.sleep(BURST_PAUSE_S)
-        return {"published": published}
+        return published
 
     async def _step(self, live: list[Row]) -> None:
         by_gateway: dict[str, list[Row]] = {}
@@ -237,11 +237,9 @@ async def serve(cluster: str, model: str, directory: ModelDir) -> None:
     decode = Decode(await _joined("decode", cluster), cluster, model, directory)
     await prefill.start()
     await decode.start()
-    print(json.dumps({"ready": True}), flush=True)
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    while line := await reader.readline():
-        print(json.dumps(await decode.run(json.loads(line)["rate"])), flush=True)
+    tell(ready=True)
+    async for command in commands():
+        tell(published=await decode.run(command["rate"]))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ python -m bench.gateway_floor     prints its port as a JSON line; commands on st
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 from typing import Final
 
 import uvloop
+
+from bench.command_lines import commands, tell
 
 HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 FIRST: Final = b'data: {"choices":[{"delta":{"content":" "}}]}\n\n'
@@ -61,13 +61,10 @@ async def write(asked: dict[asyncio.Transport, None], rate: float, writes: int, 
 async def serve() -> None:
     asked: dict[asyncio.Transport, None] = {}
     server = await asyncio.get_running_loop().create_server(lambda: Connection(asked), "127.0.0.1", 0)
-    print(json.dumps({"port": server.sockets[0].getsockname()[1]}), flush=True)
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    while line := await reader.readline():
-        command = json.loads(line)
+    tell(port=server.sockets[0].getsockname()[1])
+    async for command in commands():
         await write(asked, command["rate"], command["writes"], command["bytes"])
-        print("{}", flush=True)
+        tell()
 
 
 if __name__ == "__main__":

@@ -6,14 +6,20 @@ import asyncio
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from bench.gateway_clients import Answer, Clients
 from bench.gateway_servers import Server
 from bench.options import MODEL_NAME
 from bench.processes import Process
+from bench.prompts import Prompts
 from kvferry.runtime import blocking_clock
+from kvferry.text.model_dir import ModelDir
+from kvferry.text.tokenizer import Tokenizer
 
+PROMPT_TOKENS: Final = 256
+NUM_PROMPTS: Final = 64
 RATE: Final = 50.0  # tokens a second of each stream
 SETTLE_S: Final = 1.0
 SLACK_S: Final = 3.0  # tokens beyond the window, for a server whose streams begin one after the other
@@ -21,6 +27,12 @@ FLAT_STREAMS: Final = 256
 FLAT_TOKENS: Final = 2000  # of each; that many can wait for a client that is slow
 AT_ONCE: Final = 8  # requests under way while requests are counted
 WARM_UP: Final = 20
+
+
+def texts(model_dir: Path) -> list[str]:
+    """To ask with: of about `PROMPT_TOKENS`, the same in every run."""
+    made, tokenizer = Prompts(model_dir, seed=9), Tokenizer(ModelDir(model_dir))
+    return [tokenizer.decode(made.tokens(PROMPT_TOKENS)) for _ in range(NUM_PROMPTS)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from bench.transport_ends import FRAME_BYTES, WINDOW, send_over_transport
 
 NUM_TOKENS: Final = 2048
 HANDOFFS: Final = 24  # of each round
-WARM_UP: Final = 6  # left out: the first connects, and pools and slots are written for the first time
+WARM_UP: Final = 6  # left out: the first connects
 ROUNDS: Final = 9
 FRAMES: Final = 200
 LIMIT: Final = 0.5

@@ -29,20 +29,18 @@ class Machine:
     @classmethod
     def measured(cls, library: Library) -> Machine:
         """Takes about two seconds."""
-        dot, read = library.c.kvf_peak_dot, library.c.kvf_peak_read
+        dot = library.c.kvf_peak_dot
         dot.argtypes, dot.restype = [ctypes.c_double], ctypes.c_double
-        read.argtypes, read.restype = [ctypes.c_void_p, ctypes.c_uint64], ctypes.c_double
-        memory = np.frombuffer(mapped_memory(READ_BYTES), np.uint8)
-        memory[:] = 1  # pages that nobody wrote are all one page of zeros
-        where = memory.ctypes.data
-        return cls(max(dot(DOT_SECONDS) for _ in range(TRIES)), max(read(where, READ_BYTES) for _ in range(TRIES)))
+        return cls(max(dot(DOT_SECONDS) for _ in range(TRIES)), read_bandwidth(library, 1))
 
 
 def read_bandwidth(library: Library, threads: int) -> float:
     """Bytes/s of so many threads that read at the same time."""
     read = library.c.kvf_peak_read
     read.argtypes, read.restype = [ctypes.c_void_p, ctypes.c_uint64], ctypes.c_double
-    memory = [np.ones(READ_BYTES, np.uint8) for _ in range(threads)]
+    memory = [np.frombuffer(mapped_memory(READ_BYTES), np.uint8) for _ in range(threads)]
+    for one in memory:
+        one[:] = 1  # pages that nobody wrote may all be one page of zeros
     with ThreadPoolExecutor(threads) as pool:
         return max(sum(pool.map(lambda one: float(read(one.ctypes.data, READ_BYTES)), memory)) for _ in range(TRIES))
 

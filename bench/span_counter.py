@@ -6,12 +6,12 @@ python -m bench.span_counter     prints its port as a JSON line; a line on stdin
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 from typing import Final
 
 import uvloop
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from bench.command_lines import commands, tell
 
 TAKEN: Final = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
 MAX_LINE_BYTES: Final = 1 << 16
@@ -31,12 +31,9 @@ async def serve() -> None:
             writer.close()
 
     server = await asyncio.start_server(take, "127.0.0.1", 0, limit=MAX_LINE_BYTES)
-    print(json.dumps({"port": server.sockets[0].getsockname()[1]}), flush=True)
-    commands = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
-    while await commands.readline():
-        num_spans = sum(map(_num_spans, bodies))
-        print(json.dumps({"spans": num_spans, "bytes": sum(map(len, bodies))}), flush=True)
+    tell(port=server.sockets[0].getsockname()[1])
+    async for _ in commands():
+        tell(spans=sum(map(_num_spans, bodies)), bytes=sum(map(len, bodies)))
 
 
 def _num_spans(body: bytes) -> int:

@@ -26,11 +26,8 @@ from bench.gateway_clients import Clients
 from bench.gateway_runs import AT_ONCE, WARM_UP, Meter
 from bench.gateway_servers import Helper, Server
 from bench.options import MODEL_NAME
-from bench.prompts import Prompts
 from bench.report import Report
 from kvferry.log import setup_logging
-from kvferry.text.model_dir import ModelDir
-from kvferry.text.tokenizer import Tokenizer
 
 RATIOS: Final = {"off": None, "1 %": 0.01, "all": 1.0}  # share of requests that are traced; None: nothing is set up
 ROUNDS: Final = 5
@@ -40,8 +37,6 @@ WINDOW_S: Final = 6.0
 QUICK_WINDOW_S: Final = 1.0
 NUM_REQUESTS: Final = 500
 QUICK_REQUESTS: Final = 50
-PROMPT_TOKENS: Final = 256
-NUM_PROMPTS: Final = 64
 EXPORTED_S: Final = 2.0  # a span waits for a second for others to go with
 # Without it, so that what tracing costs those who do not use it shows in the gateway's own figures.
 LIMIT_PER_TOKEN: Final = 1.05
@@ -58,13 +53,12 @@ async def measure(model_dir: Path, *, quick: bool) -> Report:
         "tracing",
         {
             "rounds": f"{rounds}, interleaved; medians, and of ratios the median of the rounds'",
-            "requests": f"{count} chats of {PROMPT_TOKENS} tokens and more, {AT_ONCE} at once, one token each",
+            "requests": f"{count} chats of {runs.PROMPT_TOKENS} tokens and more, {AT_ONCE} at once, one token each",
             "streams": f"{STREAMS} of about {runs.RATE:.0f} tokens a second, {window:.0f} s",
             "collector": "takes every batch at once, on the same machine",
         },
     )
-    made, tokenizer = Prompts(model_dir, seed=9), Tokenizer(ModelDir(model_dir))
-    prompts = [tokenizer.decode(made.tokens(PROMPT_TOKENS)) for _ in range(NUM_PROMPTS)]
+    prompts = runs.texts(model_dir)
     per_request: Samples = {name: [] for name in RATIOS}
     per_token: Samples = {name: [] for name in RATIOS}
     async with AsyncExitStack() as stack:

@@ -22,7 +22,7 @@ from typing import Any, Final, TypeVar
 from kvferry.lane import InlineLane, Lane, ThreadLane
 
 T = TypeVar("T")
-_MADV_POPULATE_WRITE: Final = 23  # of Linux 5.14; `mmap` does not name it
+MADV_POPULATE_WRITE: Final = 23  # of Linux 5.14; `mmap` does not name it
 
 
 class Runtime(ABC):
@@ -126,7 +126,7 @@ def _take(memory: mmap.mmap) -> None:
     Else it does at the first write to each, while streams wait: for 2 MiB in a row it may have to move others, or to
     ask a hypervisor, which takes ten milliseconds and more. And memory that isn't there is missed at the start.
     """
-    for advice in (getattr(mmap, "MADV_HUGEPAGE", None), _MADV_POPULATE_WRITE if sys.platform == "linux" else None):
+    for advice in (getattr(mmap, "MADV_HUGEPAGE", None), MADV_POPULATE_WRITE if sys.platform == "linux" else None):
         if advice is not None:
             with contextlib.suppress(OSError):  # a kernel without it; most keep the pages of files small
                 memory.madvise(advice)

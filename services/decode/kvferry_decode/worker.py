@@ -65,8 +65,6 @@ class DecodeWorker(Worker[DecodeScheduler]):
         if address is not None and len(address.shards) != 1:
             return "malformed"
         reason = self.scheduler.add(sequence, pull=address is not None)
-        if reason == "queue_full" and self.displace(sequence):
-            reason = self.scheduler.add(sequence, pull=address is not None)
         if reason is None and address is not None:
             self._puller.open(sequence, address)
         return reason

@@ -55,8 +55,6 @@ class PrefillWorker(Worker[PrefillScheduler]):
 
     def accept(self, request: PrefillRequest | DecodeRequest, sequence: Sequence) -> RejectReason | None:
         reason = self.scheduler.add(sequence)
-        if reason == "queue_full" and self.displace(sequence):
-            reason = self.scheduler.add(sequence)
         if reason is None:
             self._sender.arrived(sequence)
         return reason

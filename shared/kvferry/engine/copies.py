@@ -64,14 +64,14 @@ class RemoteCache:
         self._row = kv_format.head_dim * DTYPE_BYTES[kv_format.dtype]
 
     def gather(self, piece: Piece, block_table: BlockTable, out: memoryview) -> None:
-        if own := self._own(piece):
+        if own := piece.heads_among(self.heads):
             answer = self._ask(Gather(_bounds(piece, own), _blocks(block_table)))
-            part = self._part(piece, own, out)
+            part = part_of(out, piece, own, self._row)
             part[...] = np.frombuffer(answer, np.uint8).reshape(part.shape)
 
     def scatter(self, piece: Piece, block_table: BlockTable, payload: memoryview) -> None:
-        if own := self._own(piece):
-            content = self._part(piece, own, payload).tobytes()
+        if own := piece.heads_among(self.heads):
+            content = part_of(payload, piece, own, self._row).tobytes()
             self._ask(Scatter(_bounds(piece, own), _blocks(block_table), content))
 
     def close(self) -> None:
@@ -80,14 +80,12 @@ class RemoteCache:
     def _ask(self, order: Gather | Scatter) -> bytes:
         return self._followers.ask(self._rank, msgspec.msgpack.encode(order))
 
-    def _own(self, piece: Piece) -> range:
-        return range(max(piece.head_start, self.heads.start), min(piece.head_end, self.heads.stop))
 
-    def _part(self, piece: Piece, own: range, frame: memoryview) -> Frame:
-        """The rank's heads of a frame, a view."""
-        shape = (piece.num_layers, 2, piece.num_tokens, piece.num_heads, self._row)
-        lanes = np.frombuffer(frame, np.uint8).reshape(shape)
-        return lanes[:, :, :, own.start - piece.head_start : own.stop - piece.head_start]
+def part_of(frame: memoryview, piece: Piece, heads: range, row_bytes: int) -> Frame:
+    """Some heads of a piece's frame, a view. `row_bytes`: of one head of one token."""
+    shape = (piece.num_layers, 2, piece.num_tokens, piece.num_heads, row_bytes)
+    lanes = np.frombuffer(frame, np.uint8).reshape(shape)
+    return lanes[:, :, :, heads.start - piece.head_start : heads.stop - piece.head_start]
 
 
 def serve_copies(channel: Channel, cache: Cache, kv_format: KVFormat) -> None:

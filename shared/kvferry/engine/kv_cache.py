@@ -100,20 +100,16 @@ class KVCache:
                 where = torch.from_numpy(rows.reshape(-1)).to(target.device)
                 target.index_copy_(0, where, values.view(target.dtype).view(-1, self._format.head_dim))
 
-    def _own(self, piece: Piece) -> range:
-        """Heads of a piece that lie here."""
-        return range(max(piece.head_start, self.heads.start), min(piece.head_end, self.heads.stop))
-
     def _part(self, piece: Piece, frame: memoryview) -> Rows:
         """This rank's heads of a frame, [layers, 2 * tokens, own heads] head vectors."""
-        own = self._own(piece)
+        own = piece.heads_among(self.heads)
         rows = np.frombuffer(frame, self._row).reshape(piece.num_layers, 2 * piece.num_tokens, piece.num_heads)
         return rows[..., own.start - piece.head_start : own.start - piece.head_start + len(own)]
 
     def _rows(self, piece: Piece, block_table: BlockTable) -> Slots:
         """Rows of a layer viewed as [2 * num_kv_heads * num_slots] head vectors, as in `_part`."""
         slots = slots_of(block_table, piece.token_start, piece.token_end, self._format.block_size)
-        own = self._own(piece)
+        own = piece.heads_among(self.heads)
         heads = np.arange(own.start, own.start + len(own), dtype=np.int64) - self.heads.start
         kinds = np.arange(2, dtype=np.int64)[:, None, None] * self._num_heads  # keys, values
         rows: Slots = ((kinds + heads) * self._num_slots + slots[:, None]).reshape(2 * len(slots), len(own))
@@ -126,7 +122,7 @@ def _as_rows(tensor: torch.Tensor, row: np.dtype[np.void]) -> Rows:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeroed memory. On a CPU its pages take no RAM until they are written."""
+    """Zeroed memory; on a CPU as the native engine maps it."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return _view(mapped_memory(math.prod(shape) * dtype.itemsize), shape, dtype)

@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from kvferry.engine.columns import Columns
+from kvferry.engine.copies import part_of
 from kvferry.engine.limits import Slots, slots_of
 from kvferry.engine.memory_kv import Lanes, chain, expand, lanes_shape, restore
 from kvferry.schedule.step import BlockTable, KVFormat, SequenceStep
@@ -31,6 +32,7 @@ class MemoryCache:
         What several ranks map is theirs in common: each makes it unwritten, before the first step."""
         self.heads = heads
         self._format = kv_format
+        self._row = kv_format.head_dim * DTYPE_BYTES[kv_format.dtype]
         shape = list(lanes_shape(kv_format, num_blocks * kv_format.block_size))
         shape[3] = len(heads)
         # [layers, 2, num_slots, own kv_heads, head_dim * itemsize]
@@ -52,23 +54,14 @@ class MemoryCache:
 
     def gather(self, piece: Piece, block_table: BlockTable, out: memoryview) -> None:
         """Copy what it has of a piece to its place in the frame."""
-        if own := self._own(piece):
-            self._part(piece, own, out)[...] = self._layers(piece, own)[:, :, self._slots(piece, block_table)]
+        if own := piece.heads_among(self.heads):
+            part_of(out, piece, own, self._row)[...] = self._layers(piece, own)[:, :, self._slots(piece, block_table)]
 
     def scatter(self, piece: Piece, block_table: BlockTable, payload: memoryview) -> None:
         """The reverse of `gather`."""
-        if own := self._own(piece):
-            self._layers(piece, own)[:, :, self._slots(piece, block_table)] = self._part(piece, own, payload)
-
-    def _own(self, piece: Piece) -> range:
-        """Heads of a piece that lie here."""
-        return range(max(piece.head_start, self.heads.start), min(piece.head_end, self.heads.stop))
-
-    def _part(self, piece: Piece, own: range, frame: memoryview) -> Lanes:
-        row = self._format.head_dim * DTYPE_BYTES[self._format.dtype]
-        shape = (piece.num_layers, 2, piece.num_tokens, piece.num_heads, row)
-        lanes = np.frombuffer(frame, np.uint8).reshape(shape)
-        return lanes[:, :, :, own.start - piece.head_start : own.stop - piece.head_start]
+        if own := piece.heads_among(self.heads):
+            part = part_of(payload, piece, own, self._row)
+            self._layers(piece, own)[:, :, self._slots(piece, block_table)] = part
 
     def _layers(self, piece: Piece, own: range) -> Lanes:
         heads = slice(own.start - self.heads.start, own.stop - self.heads.start)

@@ -11,9 +11,10 @@ import os
 from collections.abc import Sequence
 from typing import Any, Final
 
+from kvferry.runtime import MADV_POPULATE_WRITE
+
 HUGE_PAGE: Final = 2 << 20
 _MAP_FIXED: Final = 0x10  # neither is in the module `mmap`
-_MADV_POPULATE_WRITE: Final = 23
 _MADV_COLLAPSE: Final = 25
 
 
@@ -72,7 +73,7 @@ def collapse(memory: memoryview) -> None:
     for each range. Where it may not the memory stays as it is.
     """
     whole = len(memory) // HUGE_PAGE * HUGE_PAGE
-    for advice in (_MADV_POPULATE_WRITE, _MADV_COLLAPSE):
+    for advice in (MADV_POPULATE_WRITE, _MADV_COLLAPSE):
         _libc().madvise(_address(memory), whole, advice)
 
 

@@ -74,6 +74,10 @@ class Piece:
     def num_heads(self) -> int:
         return self.head_end - self.head_start
 
+    def heads_among(self, heads: range) -> range:
+        """Those of its heads that are in a contiguous range; an empty range if none is."""
+        return range(max(self.head_start, heads.start), min(self.head_end, heads.stop))
+
     def num_bytes(self, head_dim: int, dtype: str) -> int:
         return self.num_layers * 2 * self.num_tokens * self.num_heads * head_dim * DTYPE_BYTES[dtype]
 

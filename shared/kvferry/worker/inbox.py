@@ -103,6 +103,8 @@ class Inbox:
             worker.outbox.open(work)
             sequence = self._sequence(work)
             reason = worker.accept(request, sequence)
+            if reason == "queue_full" and worker.displace(sequence):
+                reason = worker.accept(request, sequence)
             if reason is not None:
                 worker.outbox.close(work)
         if reason is not None:

@@ -54,12 +54,12 @@ class NativeCache:
 
     def part(self, piece: Piece) -> LibraryPiece | None:
         """What it has of a piece, and where that lies in the frame."""
-        first, last = max(piece.head_start, self.heads.start), min(piece.head_end, self.heads.stop)
-        if first >= last:
+        own = piece.heads_among(self.heads)
+        if not own:
             return None
         return LibraryPiece(
             piece.layer_start, piece.layer_end, piece.token_start, piece.token_end,
-            first - self.heads.start, last - self.heads.start, piece.num_heads, first - piece.head_start,
+            own.start - self.heads.start, own.stop - self.heads.start, piece.num_heads, own.start - piece.head_start,
         )  # fmt: skip
 
 
