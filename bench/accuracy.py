@@ -184,8 +184,8 @@ def report_of(found: Mapping[str, Accuracy]) -> Report:
         mean, top1, perplexity = limits.get(name, (None, None, None))
         report.add(f"{name}: perplexity", accuracy.perplexity, "", perplexity)
         if name != "reference":
-            report.add(f"{name}: mean |logit error|", accuracy.mean_error, "", mean)
-            report.add(f"{name}: largest |logit error|", accuracy.largest_error)  # one logit's: chance, and no limit
+            report.add(f"{name}: mean logit error", accuracy.mean_error, "", mean)
+            report.add(f"{name}: largest logit error", accuracy.largest_error)  # one logit's: chance, and no limit
             report.add(f"{name}: same most likely token", accuracy.top1, "", top1, at_least=True)
     return report
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.client import RequestError, request_bytes
+from bench.processes import PROC, descendants
 from bench.stack import HOST, ROOT
 from kvferry.runtime import blocking_clock
 
@@ -129,12 +130,13 @@ async def _launched(
 
 
 def _processes(name: str) -> list[int]:
-    mark, found = f"{_MARK}={name}".encode(), []
-    for folder in Path("/proc").glob("[0-9]*"):
+    """Those with the mark, and all below them: one that renames itself, as vLLM's workers do, writes over it."""
+    mark, found = f"{_MARK}={name}".encode(), dict[int, None]()
+    for folder in PROC.glob("[0-9]*"):
         with suppress(OSError):  # it has ended, or is somebody else's
             if mark in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-    return found
+                found |= dict.fromkeys((int(folder.name), *descendants(int(folder.name))))
+    return list(found)
 
 
 async def _run(

@@ -35,7 +35,7 @@ Metrics = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 class StackError(Exception):
-    """`kvferry up` ended or did not become ready; the message holds the end of its log."""
+    """`kvferry up` ended or did not become ready; a note holds the end of its log."""
 
 
 @dataclass(slots=True)
@@ -143,6 +143,9 @@ async def running(
             await _wait_ready(process, log)
             ready_s = blocking_clock() - began
             yield Stack(process.pid, RunFile.read(run_file, "run_file"), log, ready_s, wall_clock())
+        except Exception as error:
+            error.add_note(f"the end of {log}:\n{_tail(log)}")
+            raise
         finally:
             await _stop(process)
 
@@ -158,7 +161,7 @@ async def _wait_ready(process: asyncio.subprocess.Process, log: Path) -> None:
             return
         await asyncio.sleep(READY_POLL_S)
     reason = "not ready in time" if process.returncode is None else f"ended with {process.returncode}"
-    raise StackError(f"kvferry up: {reason}\n{_tail(log)}")
+    raise StackError(f"kvferry up: {reason}")
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:

@@ -90,6 +90,7 @@ class _Bench:
         best = max(("llama.cpp", "vLLM"), key=lambda rival: statistics.median(found[rival]["decode 8"]))
         self._add(f"{name}: decode 8 streams ÷ the better ({best})", found, "decode 8", best, 2.5)
         self._report.raw[name] = found
+        self._tell_bound(found, "BF16")
 
     async def quantized(self) -> None:
         async with AsyncExitStack() as stack:
@@ -99,10 +100,7 @@ class _Bench:
             found = await self._compare([own, _rival("llama.cpp", llama)], prefill=(), decode=(1,))
         self._add("int8, 2 cores: decode 1 stream ÷ llama.cpp Q8_0", found, "decode 1", "llama.cpp", 2.0)
         self._report.raw["int8"] = found
-        # How much faster than it any server can be that reads as many bytes a token.
-        read = statistics.median(found["llama.cpp"]["decode 1"]) * rivals.weight_bytes(self._peers, "Q8_0")
-        bandwidth = read_bandwidth(open_library(), 2)
-        self._report.add("llama.cpp Q8_0: weights read ÷ what both cores can read", read / bandwidth, "")
+        self._tell_bound(found, "Q8_0")
 
     async def apart(self) -> None:
         """Prefill on one core, decode on the other."""
@@ -165,6 +163,12 @@ class _Bench:
             streams = await asyncio.gather(*(server.complete(prompt, DECODE_TOKENS) for prompt in prompts))
             values[f"decode {count}"] = decode_rate(streams)
         return values
+
+    def _tell_bound(self, found: dict[str, Samples], quantization: str) -> None:
+        """How much faster than llama.cpp any server can be that reads as many bytes a token."""
+        read = statistics.median(found["llama.cpp"]["decode 1"]) * rivals.weight_bytes(self._peers, quantization)
+        share = read / read_bandwidth(open_library(), 2)
+        self._report.add(f"llama.cpp {quantization}: weights read ÷ what both cores can read", share, "")
 
     def _add(self, name: str, found: dict[str, Samples], what: str, rival: str, limit: float) -> None:
         own, theirs = (statistics.median(found[server][what]) for server in ("kvferry", rival))

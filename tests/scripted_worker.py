@@ -112,7 +112,7 @@ class ScriptedWorker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscription: Subscription | None = None
         self._beat = 0
-        self._beats = True
+        self.beats = True
 
     async def start(self) -> None:
         self._subscription = await self.bus.subscribe(self.subject, self._on_message)
@@ -237,7 +237,7 @@ class ScriptedWorker:
 
     async def _beat_loop(self) -> None:
         while True:
-            if not self.frozen:
+            if self.beats and not self.frozen:
                 await self.beat()
             await asyncio.sleep(0.05)
 

@@ -122,6 +122,30 @@ async def test_without_include_usage_no_event_has_usage(serving: Cluster) -> Non
     assert not any("usage" in event for event in events)
 
 
+@pytest.mark.parametrize("include_usage", [True, False])
+@pytest.mark.parametrize(
+    ("path", "asked"), [("/v1/completions", completion("hello")), ("/v1/chat/completions", chat())]
+)
+async def test_continuous_usage_stats_count_in_each_event(
+    serving: Cluster, path: str, asked: dict[str, Any], include_usage: bool
+) -> None:
+    usage = (await post(serving, path, asked)).json()["usage"]
+    options = {"include_usage": include_usage, "continuous_usage_stats": True}
+    body = asked | {"stream": True, "stream_options": options, "n": 2}
+    async with serving.client.stream("POST", path, json=body) as response:
+        events = await Events(response).rest()
+    for index in range(2):
+        of_choice = [event for event in events if event["choices"] and event["choices"][0]["index"] == index]
+        counts = [event["usage"]["completion_tokens"] for event in of_choice]
+        assert counts == sorted(counts)
+        assert counts[-1] == usage["completion_tokens"]
+        assert {event["usage"]["prompt_tokens"] for event in of_choice} == {usage["prompt_tokens"]}
+        if path == "/v1/chat/completions":
+            assert counts[0] == 0  # the role comes before any token
+        assert text_in(of_choice) == ANSWER
+    assert (events[-1]["choices"] == []) is include_usage
+
+
 async def test_max_tokens_ends_with_length(cluster: Cluster) -> None:
     worker = await cluster.worker("decode", "decode-0")
     worker.accepted = lambda work: worker.say(work, tokens_of("abcd"), reason="length")

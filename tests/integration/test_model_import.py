@@ -88,7 +88,7 @@ def test_every_token_streams_as_the_library_decodes_it(tokenizer: Tokenizer) -> 
         stream = texts.stream()
         text = stream.push(token_id) + stream.finish()
         assert text == tokenizer.decode([token_id])
-        if (escaped := texts.escaped(token_id)) is not None:
+        if (escaped := texts.ready()[token_id]) is not None:
             assert json.loads(b'"' + escaped + b'"') == text
             ready += 1
     assert ready > 0.98 * tokenizer.vocab_size  # few tokens split a character

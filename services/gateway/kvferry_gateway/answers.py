@@ -26,7 +26,7 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int
+    cached_tokens: int | None = None  # None: not known yet
     reasoning_tokens: int | None = None  # None: the model doesn't think
 
     @property
@@ -38,8 +38,9 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.total_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+        if self.cached_tokens is not None:
+            counts["prompt_tokens_details"] = {"cached_tokens": self.cached_tokens}
         if self.reasoning_tokens is not None:
             counts["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
         return counts
@@ -62,10 +63,11 @@ class Details:
     token_ids: bool = False
     num_prompt_top: int | None = None  # best tokens beside each one of the prompt; None: `prompt_logprobs` has none
     num_echoed_top: int | None = None  # the same, of a prompt that is echoed with `logprobs`
+    counts: bool = False  # each event has the token counts so far
 
     def __bool__(self) -> bool:
         """Whether events tell more than text."""
-        return self.logprobs or self.token_ids
+        return self.logprobs or self.token_ids or self.counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ class Answer(ABC):
         self.id: Final = self.id_prefix + random_id
         self.details: Final = details
         self.texts: Final = texts
+        self.prompt_sizes: Final[dict[int, int]] = {}  # tokens of the prompt, by choice
         self._model = model
         self._created = created
         self._include_usage = include_usage

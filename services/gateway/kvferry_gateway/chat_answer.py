@@ -25,7 +25,7 @@ class ChatAnswer(ChoicesAnswer):
 
     def first_event(self, index: int, echo: str, prompt_ids: Sequence[int], prompt: PromptTold = NOTHING_TOLD) -> bytes:
         fields = {"prompt_token_ids": list(prompt_ids)} if self.details.token_ids else {}
-        return sse(self._chunk(self._delta(index, {"role": "assistant", "content": ""}, None), **fields))
+        return sse(self._chunk(self._delta(index, {"role": "assistant", "content": ""}, None), is_first=True, **fields))
 
     def _delta(self, index: int, delta: dict[str, Any], reason: FinishReason | None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}

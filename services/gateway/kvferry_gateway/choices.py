@@ -90,6 +90,7 @@ def make_stream(
 ) -> TokenStream:
     """A stream whose pieces are events of `answer`, or bare text where nothing is streamed."""
     texts, limit = answer.texts, prompt.sampling.max_tokens
+    answer.prompt_sizes[index] = len(prompt.tokens)
     scored = prompt.sampling.num_logprobs is not None
 
     def frame(numerics_id: str) -> tuple[bytes, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar, Final
 
@@ -20,6 +21,10 @@ class ChoicesAnswer(Answer):
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._num_told: Final = Counter[int]()  # tokens in events with details, by choice
+
     def event_frame(self, index: int) -> tuple[bytes, bytes]:
         before, after = self._chunk(self._text_choice(index, HOLE, None)).split(encode(HOLE)[1:-1])
         return b"data: " + before, after + b"\n\n"
@@ -27,6 +32,7 @@ class ChoicesAnswer(Answer):
     def told_event(self, index: int, parts: Sequence[Part], told: Sequence[ToldToken]) -> bytes:
         if not parts and not self.details:
             return b""
+        self._num_told[index] += len(told)
         choices = [self._part_choice(index, part) for part in parts or [Content("")]]
         choices[0] |= self._details_of(told)
         return b"".join(sse(self._chunk(choice)) for choice in choices)
@@ -88,7 +94,15 @@ class ChoicesAnswer(Answer):
             "system_fingerprint": self._fingerprint,
         }
 
-    def _chunk(self, choice: dict[str, Any], **fields: Any) -> bytes:
+    def _chunk(self, choice: dict[str, Any], *, is_first: bool = False, **fields: Any) -> bytes:
+        return encode({
+            **self._frame(self.chunk_object), "choices": [choice], **fields, **self._counts(choice["index"], is_first)
+        })  # fmt: skip
+
+    def _counts(self, index: int, is_first: bool) -> dict[str, Any]:
+        """The usage of a chunk of a choice."""
+        if self.details.counts:
+            usage = Usage(self.prompt_sizes[index], 0 if is_first else self._num_told[index])
+            return {"usage": usage.as_dict()}
         # With usage asked for, every chunk but the last says that it has none.
-        no_usage = {"usage": None} if self._include_usage else {}
-        return encode({**self._frame(self.chunk_object), "choices": [choice], **fields, **no_usage})
+        return {"usage": None} if self._include_usage else {}

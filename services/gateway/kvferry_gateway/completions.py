@@ -129,6 +129,7 @@ class Completions:
                     request.return_token_ids,
                     request.prompt_logprobs,
                     request.num_echoed_logprobs,
+                    request.counts_on,
                 ),
             )
             connection = connection_of(exchange.scope, exchange.receive, send)

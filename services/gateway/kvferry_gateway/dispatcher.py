@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from struct import unpack
 from typing import Final
 
 import numpy as np
@@ -94,19 +95,23 @@ class Dispatcher:
         get = attempts.get
         touched = self._touched
         late = 0
+        column = f"<{len(batch.stream_ids) // 4}I"
         for stream_id, index, token in zip(
-            np.frombuffer(batch.stream_ids, "<u4").tolist(),
-            np.frombuffer(batch.indices, "<u4").tolist(),
-            np.frombuffer(batch.tokens, "<u4").tolist(),
-            strict=True,
+            unpack(column, batch.stream_ids), unpack(column, batch.indices), unpack(column, batch.tokens), strict=True
         ):
             attempt = get(stream_id)
             if attempt is None:
                 late += 1
                 continue
             stream = attempt.stream
-            if index == len(stream.tokens) and index < stream.limit and not stream.held:
-                stream.append(token)
+            tokens = stream.tokens
+            if index == len(tokens) and index < stream.limit and not stream.held:
+                if (text := stream.ready_texts[token]) is None:
+                    stream.append(token)
+                else:  # as `append` does, without its call
+                    tokens.append(token)
+                    if text:
+                        stream.texts.append(text)
             else:
                 self._settle(attempt, index, token, batch.incarnation)
             if not stream.touched:

@@ -51,7 +51,7 @@ MEANINGS: Final[dict[str, str]] = {
     "stop_token_ids": "Tokens that end the answer.",
     "store": "Only false: nothing is stored, also where it is not given.",
     "stream": "Tell the answer as server-sent events, as it comes.",
-    "stream_options": "`include_usage`: token counts in the last event.",
+    "stream_options": "`include_usage`: token counts in the last event; `continuous_usage_stats`: in each one.",
     "ResponsesRequest.stream_options": "`include_obfuscation` is taken; events are not padded.",
     "structured_outputs": "What the text must be, as vLLM spells it: one of `json`, `regex`, `choice`, `grammar`, "
     "`structural_tag`.",

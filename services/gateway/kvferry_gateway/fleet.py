@@ -128,6 +128,7 @@ class Fleet(Reader):
     # -- messages from workers -------------------------------------------------------------------------------
 
     def take_batch(self, batch: TokenBatch) -> None:
+        self.registry.liveness.heard(batch.incarnation, now())
         self._dispatcher.take(batch)
 
     def take_cache_news(self, news: CacheNews) -> None:

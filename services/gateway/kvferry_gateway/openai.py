@@ -29,6 +29,7 @@ BadWord = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 class StreamOptions(RequestModel):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class GenerationRequest(RequestModel):
@@ -120,6 +121,11 @@ class GenerationRequest(RequestModel):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def counts_on(self) -> bool:
+        """Whether each event of a stream tells the counts so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     @property
     def prompt_field(self) -> str:

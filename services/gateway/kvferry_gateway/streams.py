@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from kvferry.text.detokenizer import TokenTexts
+from kvferry.text.detokenizer import NOT_READY, TokenTexts
 from kvferry.text.stop import StopMatcher
 from kvferry.wire.logprobs import TokenLogprobs
 from kvferry_gateway.answers import COMMENT
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def _escape(text: str) -> bytes:
-    """For a JSON string, without quotes; what `TokenTexts.escaped` has of a token."""
+    """For a JSON string, without quotes, as `ReadyTexts` has it of a token."""
     return json.dumps(text, ensure_ascii=False)[1:-1].encode("utf-8", "surrogatepass")
 
 
@@ -42,8 +42,9 @@ class TokenStream:
     """Lives as long as its request, over all attempts.
 
     `tokens[i]` is the token with index i; `held` has later ones that came before it. No write has taken `pieces`
-    yet, and after them `_texts`: pieces are SSE events if a stream was asked for, else parts of one JSON string; each
-    text becomes one when it is written. `attempt` is the one whose tokens are taken now.
+    yet, and after them `texts`: pieces are SSE events if a stream was asked for, else parts of one JSON string; each
+    text becomes one when it is written. `ready_texts[token]` is the text of the next token, None where only `append`
+    can tell. `attempt` is the one whose tokens are taken now.
     """
 
     __slots__ = (
@@ -51,18 +52,15 @@ class TokenStream:
         "_backlog_bytes",
         "_connection",
         "_detokenizer",
-        "_escaped",
         "_frame",
         "_glue",
         "_head",
-        "_marks",
         "_matcher",
         "_max_backlog",
         "_on_slow",
-        "_plain",
+        "_own_texts",
         "_rules",
         "_tail",
-        "_texts",
         "attempt",
         "cached_tokens",
         "first_token_at",
@@ -73,8 +71,10 @@ class TokenStream:
         "num_timed",
         "on_first_token",
         "pieces",
+        "ready_texts",
         "scores",
         "stopped",
+        "texts",
         "tokens",
         "touched",
     )
@@ -103,16 +103,15 @@ class TokenStream:
         self.last_write = 0.0
         self.on_first_token: Callable[[], None] | None = None
         self.scores: PromptScores | None = None  # of its prompt, where they are asked for and it is the one to ask
-        self._texts: list[bytes] = []  # of plain tokens, escaped
+        self.texts: list[bytes] = []  # escaped
         self._head = self._tail = self._glue = b""
         self._frame = frame
         self._rules = rules
-        self._escaped = texts.escaped
         self._detokenizer = texts.stream(skip_special_tokens=rules.skip_special_tokens, shown=rules.shown)
         self._matcher = StopMatcher(stops) if stops else None
         # First bytes of the stop strings, escaped: a text without any of them begins none.
-        self._marks = tuple({_escape(stop[0])[0]: None for stop in stops})
-        self._plain = self._may_be_plain  # the table of ready texts may be used for the next token
+        self._own_texts = texts.ready(frozenset(_escape(stop[0])[0] for stop in stops))
+        self.ready_texts = self._own_texts if self._may_be_plain else NOT_READY
         self._connection: ClientConnection | None = None
         self._max_backlog = 0
         self._backlog: list[bytes] = []
@@ -129,19 +128,15 @@ class TokenStream:
 
     def append(self, token: int) -> None:
         """Take the token with index `len(tokens)`, which is below `limit`."""
-        if self._plain and (text := self._escaped(token)) is not None:
-            for mark in self._marks:
-                if mark in text:
-                    break
-            else:
-                self.tokens.append(token)
-                if text:
-                    self._texts.append(text)
-                return
-        if not self.stopped:
+        if (text := self.ready_texts[token]) is not None:
+            self.tokens.append(token)
+            if text:
+                self.texts.append(text)
+        elif not self.stopped:
             self.tokens.append(token)
             self._append_text(self._text_of(token))
-            self._plain = self._may_be_plain and not self._detokenizer.is_open
+            is_plain = self._may_be_plain and not self._detokenizer.is_open
+            self.ready_texts = self._own_texts if is_plain else NOT_READY
 
     @property
     def lacks_scores(self) -> bool:
@@ -194,7 +189,7 @@ class TokenStream:
 
     def _emit(self, text: str) -> None:
         if text:
-            self._texts.append(_escape(text))
+            self.texts.append(_escape(text))
 
     def put(self, event: bytes) -> None:
         """An event of its own, after all that has come."""
@@ -202,12 +197,14 @@ class TokenStream:
 
     def take(self) -> bytes:
         """All pieces so far, joined and taken."""
-        pieces, texts = self.pieces, self._texts
+        pieces, texts = self.pieces, self.texts
+        body = b""
         if texts:
-            pieces.append(self._head + (texts[0] if len(texts) == 1 else self._glue.join(texts)) + self._tail)
+            body = self._head + (texts[0] if len(texts) == 1 else self._glue.join(texts)) + self._tail
             texts.clear()
-        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        pieces.clear()
+        if pieces:
+            body = b"".join(pieces) + body
+            pieces.clear()
         return body
 
     # -- the client ------------------------------------------------------------------------------------------
@@ -225,7 +222,7 @@ class TokenStream:
         """Write what there is, in one write, if the client keeps up; else keep it, up to the bound. What comes at once,
         as after an outage of the bus, may be more than that: it takes `SLOW_S` to be slow."""
         connection = self._connection
-        if connection is None or not (self._texts or self.pieces):
+        if connection is None or not (self.texts or self.pieces):
             return
         body = self.take()
         if not connection.paused:
@@ -258,7 +255,7 @@ class TokenStream:
     def detach(self) -> None:
         self._connection = None
         self._backlog.clear()
-        self._texts.clear()
+        self.texts.clear()
         self.pieces.clear()
 
     def keep_alive(self, now: float, interval: float) -> None:

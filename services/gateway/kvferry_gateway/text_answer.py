@@ -24,9 +24,9 @@ class TextAnswer(ChoicesAnswer):
         if self.details.token_ids:
             choice["prompt_token_ids"], choice["token_ids"] = list(prompt_ids), []
         if prompt.echoed is None:
-            return sse(self._chunk(choice))
+            return sse(self._chunk(choice, is_first=True))
         choice["logprobs"] = HOLE
-        before, _, after = self._chunk(choice).rpartition(encode(HOLE))
+        before, _, after = self._chunk(choice, is_first=True).rpartition(encode(HOLE))
         return sse(before + encoded_columns(prompt.echoed, (), self.texts) + after)
 
     def _text_choice(self, index: int, text: str, reason: FinishReason | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kvferry.text.detokenizer import TokenTexts
+from kvferry.text.detokenizer import NOT_READY, TokenTexts
 from kvferry.wire.logprobs import TokenLogprobs
 from kvferry_gateway.logprobs import ToldToken
 from kvferry_gateway.parsing.parser import OutputParser
@@ -38,6 +38,7 @@ class ToldStream(TokenStream):
         """`make_event`: for streams; without it pieces are bare text. `parser`: of the text; None: it is content.
         `num_chars`: of text before the first token."""
         super().__init__(texts, stops, limit, rules, frame)
+        self.ready_texts = NOT_READY
         self.told: list[ToldToken] = []
         self._held_back = False
         self._wants_logprobs = wants_logprobs

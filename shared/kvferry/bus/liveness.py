@@ -1,4 +1,5 @@
-"""Who is alive, judged from heartbeats. Pure: every call gets the observer's own clock, in seconds.
+"""Who is alive, judged from heartbeats and whatever else is heard. Pure: every call gets the observer's own clock, in
+seconds.
 
                 observe                     silent, or ping refused or unanswered
     (unknown) ----------> alive ----------------------------------------> gone ----> (forgotten)
@@ -25,7 +26,7 @@ from enum import Enum
 from typing import Final
 
 BEAT_INTERVAL: Final = 0.25  # seconds between the heartbeats of a process
-SILENCE: Final = 1.2  # seconds without one: gone
+SILENCE: Final = 1.2  # seconds without a word: gone
 PING_TIMEOUT: Final = 0.2
 STALL: Final = 0.25  # a tick later than this shows that the observer's loop stood still
 STALL_GRACE: Final = 2 * BEAT_INTERVAL
@@ -69,7 +70,7 @@ class Liveness:
         return tuple(incarnation for incarnation, peer in self._peers.items() if peer.gone is None)
 
     def silent_for(self, incarnation: int, now: float) -> float:
-        """Seconds since the last heartbeat; raises KeyError for one never heard."""
+        """Seconds since it was last heard; raises KeyError for one never heard."""
         return now - self._peers[incarnation].heard
 
     def observe(self, incarnation: int, now: float) -> Seen:
@@ -84,6 +85,12 @@ class Liveness:
             return Seen.ALIVE
         self._peers[incarnation] = _Peer(now)
         return Seen.RETURNED
+
+    def heard(self, incarnation: int, now: float) -> None:
+        """Another message of its own came. To an observer that is behind, its heartbeats may still be on their way."""
+        peer = self._peers.get(incarnation)
+        if peer is not None and peer.gone is None:
+            peer.heard = now
 
     def suspect(self, incarnation: int, now: float) -> bool:
         """A connection to it failed, or its supervisor says that it ended. True: ping it now."""

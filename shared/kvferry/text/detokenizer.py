@@ -16,7 +16,7 @@ from __future__ import annotations
 import codecs
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, Final
 
 from kvferry.text.tokenizer import Tokenizer
@@ -25,6 +25,7 @@ from kvferry.text.tokenizer import Tokenizer
 # byte tokens then still moves, though a later bad byte can no longer unmake what was shown.
 MAX_OPEN_TOKENS: Final = 256
 WORD_START: Final = "\u2581"  # SentencePiece's space
+MAX_MARK_SETS: Final = 16  # tables kept, of the sets of bytes that requests look for
 _MAX_CHARACTER_BYTES: Final = 4  # of UTF-8
 
 
@@ -45,13 +46,35 @@ class Detokenizer(ABC):
         """Text of what is still held back, U+FFFD for bytes that never became a character."""
 
 
-class TokenTexts:
-    """What is known about the text of each token of one tokenizer. Made once per process, shared by streams.
+class ReadyTexts(dict[int, bytes | None]):
+    """The gateway's fast path: by token id, its text as UTF-8, escaped for a JSON string and without quotes (b"" for
+    special tokens); None: use `Detokenizer.push`. It may be used whenever the stream's detokeniser is not open, and
+    such a token need not be pushed."""
 
-    `escaped(token_id)` is the gateway's fast path: the token's text as UTF-8, escaped for a JSON string and
-    without quotes (b"" for special tokens); None: use `Detokenizer.push`. It may be used whenever the
-    stream's detokeniser is not open, and such a token need not be pushed.
-    """
+    def __missing__(self, token_id: int) -> bytes | None:
+        return None
+
+
+NOT_READY: Final = ReadyTexts()  # each token must be pushed
+
+
+class _Unmarked(ReadyTexts):
+    """Those of other texts that have none of some bytes; each is looked through when it first comes."""
+
+    def __init__(self, texts: ReadyTexts, marks: frozenset[int]) -> None:
+        super().__init__()
+        self._texts = texts
+        self._marks = marks
+
+    def __missing__(self, token_id: int) -> bytes | None:
+        text = self._texts[token_id]
+        if text is not None:
+            self[token_id] = text = text if self._marks.isdisjoint(text) else None
+        return text
+
+
+class TokenTexts:
+    """What is known about the text of each token of one tokenizer. Made once per process, shared by streams."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer: Final = tokenizer
@@ -63,13 +86,17 @@ class TokenTexts:
             for token_id in tokenizer.special_token_ids
         }
         self._byte_tokens: Final = _byte_tokens(tokenizer) if _has_byte_fallback(decoder) else None
-        escaped: dict[int, bytes] = {}
+        self._ready: Final = ReadyTexts()
         for token_id, text in self._bytes.items():
             try:
-                escaped[token_id] = json.dumps(text.decode("utf-8"), ensure_ascii=False)[1:-1].encode()
+                self._ready[token_id] = json.dumps(text.decode("utf-8"), ensure_ascii=False)[1:-1].encode()
             except UnicodeDecodeError:
                 continue  # part of a character
-        self.escaped: Final[Callable[[int], bytes | None]] = escaped.get
+        self._unmarked: Final = lru_cache(MAX_MARK_SETS)(partial(_Unmarked, self._ready))
+
+    def ready(self, marks: frozenset[int] = frozenset()) -> ReadyTexts:
+        """Texts that need no state of a stream and have none of these bytes."""
+        return self._unmarked(marks) if marks else self._ready
 
     def stream(self, *, skip_special_tokens: bool = True, shown: frozenset[int] = frozenset()) -> Detokenizer:
         """A detokeniser for one new stream. `skip_special_tokens`: they have no text, but for those in `shown`."""

@@ -84,6 +84,18 @@ def test_a_restarted_process_is_another_incarnation_and_vouches_for_nobody() -> 
     assert observer.liveness.alive == (new,)
 
 
+def test_one_whose_other_messages_come_is_not_silent() -> None:
+    observer = heard(A, B)
+    for _ in range(20):  # the observer is behind: heartbeats wait behind what is read now
+        observer.liveness.heard(A, observer.now)
+        observer.run(BEAT_INTERVAL)
+    assert observer.names == [B]
+    observer.run(2.0)
+    assert observer.names == [B, A]
+    observer.liveness.heard(A, observer.now)
+    assert A not in observer.liveness, "only a heartbeat brings one back"
+
+
 def test_one_that_returns_after_a_freeze_is_told_apart_from_a_new_one() -> None:
     observer = heard(A)
     assert observer.liveness.observe(A, observer.now) is Seen.ALIVE

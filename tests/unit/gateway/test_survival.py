@@ -306,6 +306,20 @@ async def test_a_lost_decode_worker_costs_a_pause_and_no_token(cluster: Cluster,
         assert text_in(await events.rest()) == TEXT[5:]
 
 
+async def test_a_worker_whose_tokens_come_is_alive_though_its_heartbeats_are_late(cluster: Cluster) -> None:
+    worker = await cluster.worker("decode", "a-first")
+    async with streaming(cluster) as events:
+        work = (await worker.wait_for(DecodeRequest)).work
+        worker.beats = False
+        for index in range(15):  # 2.25 s
+            worker.publish(work, [(index, TOKENS[index])])
+            await asyncio.sleep(0.15)
+        worker.beats = True
+        worker.say(work, TOKENS)
+        assert text_in(await events.rest()) == TEXT
+    assert len(worker.works) == 1
+
+
 async def test_a_worker_that_comes_back_from_a_freeze_is_fenced_and_what_it_says_is_not_shown(cluster: Cluster) -> None:
     first = await cluster.worker("decode", "a-first")
     first.accepted = says(first, 5)

@@ -47,7 +47,7 @@ def test_the_fast_path_and_push_together_give_the_same_text(kinds: dict[str, Tok
     texts = TokenTexts(tokenizer)
     stream, escaped = texts.stream(), b""
     for token_id in token_ids:
-        ready = None if stream.is_open else texts.escaped(token_id)
+        ready = None if stream.is_open else texts.ready()[token_id]
         escaped += json.dumps(stream.push(token_id), ensure_ascii=False)[1:-1].encode() if ready is None else ready
     escaped += json.dumps(stream.finish(), ensure_ascii=False)[1:-1].encode()
     assert json.loads(b'"' + escaped + b'"') == tokenizer.decode(token_ids)
@@ -88,16 +88,29 @@ def test_escaped_text_is_ready_for_a_json_string(kinds: dict[str, Tokenizer]) ->
     tokenizer = kinds["byte-level"]
     texts = TokenTexts(tokenizer)
     ids = {text: tokenizer.encode(text, add_special_tokens=False)[0] for text in ('"', "\n", "a", "→")}
-    assert [texts.escaped(int(token_id)) for token_id in ids.values()] == [b'\\"', b"\\n", b"a", "→".encode()]
-    assert texts.escaped(tokenizer.backend.token_to_id("<|end|>")) == b""
-    assert texts.escaped(tokenizer.backend.token_to_id(byte_level_alphabet()[0xE2])) is None
-    assert texts.escaped(1 << 31) is None
+    assert [texts.ready()[int(token_id)] for token_id in ids.values()] == [b'\\"', b"\\n", b"a", "→".encode()]
+    assert texts.ready()[tokenizer.backend.token_to_id("<|end|>")] == b""
+    assert texts.ready()[tokenizer.backend.token_to_id(byte_level_alphabet()[0xE2])] is None
+    assert texts.ready()[1 << 31] is None
+
+
+def test_texts_with_a_mark_are_not_ready(kinds: dict[str, Tokenizer]) -> None:
+    tokenizer = kinds["byte-level"]
+    texts = TokenTexts(tokenizer)
+    marks = frozenset(b"a\\")
+    for _ in range(2):  # as it is found, and as it is remembered
+        for token in range(tokenizer.vocab_size + 3):
+            text = texts.ready()[token]
+            marked = text is not None and (b"a" in text or b"\\" in text)
+            assert texts.ready(marks)[token] == (None if marked else text)
+    assert len(texts.ready(marks)) <= len(texts.ready()), "ids without a token take no memory"
+    assert texts.ready(marks) is texts.ready(frozenset(b"\\a"))
 
 
 def test_other_decoders_offer_no_fast_path(kinds: dict[str, Tokenizer]) -> None:
     texts = TokenTexts(kinds["sentencepiece"])
     assert not texts.byte_level
-    assert {texts.escaped(token_id) for token_id in range(300)} == {None}
+    assert {texts.ready()[token_id] for token_id in range(300)} == {None}
 
 
 def test_an_endless_run_of_byte_tokens_still_moves(kinds: dict[str, Tokenizer]) -> None:
