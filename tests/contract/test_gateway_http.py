@@ -92,6 +92,22 @@ async def test_a_stream_has_the_headers_of_server_sent_events_and_ends_with_done
     assert [event["choices"][0]["finish_reason"] for event in events[-2:]] == [None, "stop"]
 
 
+@pytest.mark.parametrize("fields", [{}, {"return_token_ids": True}])
+async def test_a_chats_first_event_comes_with_its_first_token(cluster: Cluster, fields: dict[str, Any]) -> None:
+    """Load generators take its coming for the time to the first token."""
+    worker = await cluster.worker("decode", "decode-0")
+    asked = chat(stream=True, **fields)
+    async with cluster.client.stream("POST", "/v1/chat/completions", json=asked) as response:
+        events = Events(response)
+        first = asyncio.ensure_future(events.next())
+        work = (await worker.wait_for(DecodeRequest)).work
+        await asyncio.sleep(0.2)
+        assert not first.done()
+        worker.say(work, [*tokens_of("ab"), EOS])
+        assert (await first)["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        assert text_in(await events.rest()) == "ab"
+
+
 async def test_usage_counts_prompt_generated_and_cached_tokens(cluster: Cluster) -> None:
     worker = await cluster.worker("decode", "decode-0")
 

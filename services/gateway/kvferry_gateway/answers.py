@@ -86,6 +86,7 @@ class Answer(ABC):
 
     id_prefix: ClassVar[str]
     told_in_parts: ClassVar[bool] = False  # no two events are alike but for their text
+    opens_at_once: ClassVar[bool] = False  # the first event tells that the request runs, not that its tokens come
 
     def __init__(
         self, random_id: str, model: str, created: int, texts: TokenTexts, *, include_usage: bool, details: Details

@@ -235,8 +235,12 @@ class Completions:
             prompt, stream = choice.prompt, choice.stream
             if isinstance(stream, ToldStream) and choice.scores is not None:
                 stream.hold_back()  # until its prompt is scored
-            elif first := answer.first_event(choice.index, prompt.echo, prompt.tokens.tolist()):
-                stream.pieces.insert(0, first)
+            else:
+                first = answer.first_event(choice.index, prompt.echo, prompt.tokens.tolist())
+                if answer.opens_at_once:
+                    stream.pieces.insert(0, first)
+                else:
+                    stream.lead = first
             stream.attach(connection, now(), max_backlog, lambda: self._too_slow(connection))
             self._fleet.attached[stream] = None
         outcome = "ok"

@@ -44,7 +44,8 @@ class TokenStream:
     `tokens[i]` is the token with index i; `held` has later ones that came before it. No write has taken `pieces`
     yet, and after them `texts`: pieces are SSE events if a stream was asked for, else parts of one JSON string; each
     text becomes one when it is written. `ready_texts[token]` is the text of the next token, None where only `append`
-    can tell. `attempt` is the one whose tokens are taken now.
+    can tell. `lead` goes out with the first of them, as vLLM's does: clients take its coming for the first token's.
+    `attempt` is the one whose tokens are taken now.
     """
 
     __slots__ = (
@@ -67,6 +68,7 @@ class TokenStream:
         "held",
         "last_token_at",
         "last_write",
+        "lead",
         "limit",
         "num_timed",
         "on_first_token",
@@ -92,6 +94,7 @@ class TokenStream:
         self.tokens: list[int] = []
         self.held: dict[int, int] = {}
         self.pieces: list[bytes] = []
+        self.lead = b""
         self.limit = limit
         self.stopped = False  # a stop string was found: what follows is not taken
         self.touched = False  # the dispatcher will look at it in this turn of the loop
@@ -205,6 +208,8 @@ class TokenStream:
         if pieces:
             body = b"".join(pieces) + body
             pieces.clear()
+        if self.lead:
+            body, self.lead = self.lead + body, b""
         return body
 
     # -- the client ------------------------------------------------------------------------------------------

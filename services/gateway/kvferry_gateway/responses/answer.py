@@ -21,6 +21,7 @@ class ResponseAnswer(Answer):
 
     id_prefix = "resp_"
     told_in_parts = True
+    opens_at_once = True
 
     def __init__(self, request: ResponsesRequest, *about: Any, **options: Any) -> None:
         super().__init__(*about, **options)
