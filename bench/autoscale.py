@@ -22,7 +22,7 @@ from bench.placement import DEFAULT_RATES
 from bench.placement_cluster import Cluster, Outcome
 from bench.report import Report
 from kvferry.scaling import DecodeRules, DecodeScaling, PrefillRules, PrefillScaling
-from kvferry_gateway.targets import Targets
+from kvferry_gateway.placement.targets import Targets
 from kvferry_local.autoscale.autoscaler import SCALED
 
 # One core prefills 1,200 tokens, the trace's mean, in 0.7 s and its longest prompts in 4 s.

@@ -12,7 +12,7 @@ from bench.placement_cluster import Cluster, Outcome
 from bench.placement_engine import EngineRates
 from bench.traces import TraceRequest
 from kvferry.scaling import DecodeScaling, PrefillScaling
-from kvferry_gateway.targets import Targets
+from kvferry_gateway.placement.targets import Targets
 from kvferry_local.autoscale.autoscaler import SCALED, Autoscaler
 from kvferry_local.autoscale.signals import WorkerView
 from kvferry_local.supervision import Role

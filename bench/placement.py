@@ -24,7 +24,7 @@ from bench.placement_cluster import NUM_GATEWAYS, Cluster, Outcome
 from bench.placement_engine import EngineRates
 from bench.placement_policies import POLICIES
 from bench.report import Report
-from kvferry_gateway.targets import Targets
+from kvferry_gateway.placement.targets import Targets
 
 # tok/s on one core: prompts of 512 and 2,048 tokens, 1 and 8 streams.
 DEFAULT_RATES: Final = EngineRates.fit(1973.0, 1500.0, 136.0, 662.0)

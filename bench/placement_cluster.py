@@ -25,8 +25,8 @@ from kvferry.bus.liveness import BEAT_INTERVAL
 from kvferry.wire.beats import WorkerState
 from kvferry.wire.fields import Role
 from kvferry.wire.record import WorkerAddress, WorkerRecord
-from kvferry_gateway.prediction import LAST_PIECE_TOKENS, Snapshot
-from kvferry_gateway.targets import Targets
+from kvferry_gateway.placement.prediction import LAST_PIECE_TOKENS, Snapshot
+from kvferry_gateway.placement.targets import Targets
 
 NUM_GATEWAYS: Final = 2
 NOISE: Final = 0.05  # sigma of the logarithm of every duration

@@ -8,9 +8,9 @@ from typing import Final, Protocol
 import numpy as np
 
 from bench.traces import TraceRequest
-from kvferry_gateway.decision import Placed, Request
-from kvferry_gateway.prediction import Snapshot
-from kvferry_gateway.routing import place
+from kvferry_gateway.placement.decision import Placed, Request
+from kvferry_gateway.placement.prediction import Snapshot
+from kvferry_gateway.placement.routing import place
 
 MODEL: Final = "m"
 HIT_SHARE: Final = 0.5  # of the prompt: below it a cached prefix does not decide
@@ -36,7 +36,7 @@ class Policy(Protocol):
 
 
 class Ours:
-    """`kvferry_gateway.routing.place`."""
+    """`kvferry_gateway.placement.routing.place`."""
 
     def choose(self, request: TraceRequest, snapshot: Snapshot, seed: int, now: float) -> Choice:
         decision = place(

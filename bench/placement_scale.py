@@ -19,12 +19,12 @@ from kvferry.wire.cache_news import CacheEvents
 from kvferry.wire.fields import Role
 from kvferry.wire.messages import Codecs
 from kvferry.wire.record import WorkerAddress, WorkerRecord
-from kvferry_gateway.decision import Placed, Request
-from kvferry_gateway.prediction import Snapshot
-from kvferry_gateway.prefix_index import PrefixIndex
-from kvferry_gateway.registry import Registry
-from kvferry_gateway.routing import place
-from kvferry_gateway.targets import Targets
+from kvferry_gateway.fleet.registry import Registry
+from kvferry_gateway.placement.decision import Placed, Request
+from kvferry_gateway.placement.prediction import Snapshot
+from kvferry_gateway.placement.prefix_index import PrefixIndex
+from kvferry_gateway.placement.routing import place
+from kvferry_gateway.placement.targets import Targets
 
 NUM_WORKERS: Final = 1000
 BLOCKS_PER_WORKER: Final = 1000

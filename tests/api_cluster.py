@@ -18,7 +18,7 @@ from kvferry.engine.memory import MemorySettings
 from kvferry.trace.span import MemoryExporter
 from kvferry_gateway.service import Gateway
 from kvferry_gateway.settings import GatewaySettings
-from kvferry_gateway.streams import TokenStream
+from kvferry_gateway.streams.stream import TokenStream
 
 BYTES = MemorySettings(
     num_blocks=MODEL.num_blocks,

@@ -6,9 +6,9 @@ from typing import Any
 
 from scripted_worker import EOS
 
-from kvferry_gateway.openai import ChatRequest, CompletionRequest
-from kvferry_gateway.request_model import RequestModel
-from kvferry_gateway.responses.request import ResponsesRequest
+from kvferry_gateway.requests.openai import ChatRequest, CompletionRequest
+from kvferry_gateway.requests.request_model import RequestModel
+from kvferry_gateway.requests.responses import ResponsesRequest
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 PROMPT = "A prompt that is longer than some blocks of the cache are, so that the hand-off has frames to send. "

@@ -100,7 +100,7 @@ class ServiceScaling(_Section):
 class GatewayScaling(ServiceScaling):
     role: ClassVar[Role] = "gateway"
 
-    targets: dict[str, Any] = {}  # checked by `kvferry_gateway.scaling`
+    targets: dict[str, Any] = {}  # checked by `kvferry_gateway.placement.scaling`
     models: dict[str, dict[str, Any]] = {}  # targets of single models, over those
 
 

@@ -20,7 +20,7 @@ from kvferry.wire.fields import unpack_tokens
 from kvferry.wire.orders import Cancel
 from kvferry.wire.work import DecodeRequest, PrefillRequest, Rejected, Work
 from kvferry_gateway.body import NEUTRAL
-from kvferry_gateway.openai import ChatRequest, CompletionRequest
+from kvferry_gateway.requests.openai import ChatRequest, CompletionRequest
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -16,7 +16,7 @@ from scripted_worker import MODEL, Cluster, text_of, tokens_of
 
 from kvferry.wire.fields import unpack_tokens
 from kvferry_gateway.body import NEUTRAL
-from kvferry_gateway.responses.request import ResponsesRequest
+from kvferry_gateway.requests.responses import ResponsesRequest
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -18,9 +18,9 @@ from scripted_worker import VOCAB_SIZE
 
 from kvferry_gateway.body import NEUTRAL, parse
 from kvferry_gateway.errors import ApiError
-from kvferry_gateway.openai import ChatRequest, CompletionRequest
-from kvferry_gateway.request_model import RequestModel
-from kvferry_gateway.responses.request import ResponsesRequest
+from kvferry_gateway.requests.openai import ChatRequest, CompletionRequest
+from kvferry_gateway.requests.request_model import RequestModel
+from kvferry_gateway.requests.responses import ResponsesRequest
 from kvferry_gateway.tokenize import DetokenizeRequest, TokenizeRequest
 
 MODEL: Final = "memory"

@@ -17,11 +17,11 @@ from kvferry.wire.frame import check
 from kvferry.worker.inbox import Inbox
 from kvferry_decode.landing import Landing
 from kvferry_gateway.admission import Admission
+from kvferry_gateway.answers.chat_answer import ChatAnswer
 from kvferry_gateway.app import GatewayApp
 from kvferry_gateway.body import parse
-from kvferry_gateway.chat_answer import ChatAnswer
 from kvferry_gateway.completions import Asked
-from kvferry_gateway.openai import ChatRequest
+from kvferry_gateway.requests.openai import ChatRequest
 
 NUM_CASES = 5_000
 SEED = 20

@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.grammar.mask import GrammarMask
 from kvferry.wire.sampling import MAX_GRAMMAR_CHARS
-from kvferry_gateway.structured import GrammarCheck
+from kvferry_gateway.requests.structured import GrammarCheck
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 PROMPT = "The quick brown fox jumps over the lazy dog, twice."

@@ -21,8 +21,8 @@ from kvferry.schedule.step import StepPlan, StepResult
 from kvferry.wire.sampling import Scoring
 from kvferry.wire.tokens import TokenBatch
 from kvferry.wire.work import DecodeRequest, PrefillRequest, Work
-from kvferry_gateway.dispatcher import Dispatcher
-from kvferry_gateway.fleet import Fleet
+from kvferry_gateway.fleet.fleet import Fleet
+from kvferry_gateway.streams.dispatcher import Dispatcher
 from kvferry_prefill.worker import PrefillWorker
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

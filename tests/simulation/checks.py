@@ -19,7 +19,7 @@ from kvferry.transport.slots import Slot, SlotPool
 from kvferry.wire.messages import Codecs
 from kvferry.wire.orders import Fence
 from kvferry.worker.worker import Worker
-from kvferry_gateway.attempt import Attempt
+from kvferry_gateway.streams.attempt import Attempt
 
 if TYPE_CHECKING:
     from gateways import SimulatedGateway

@@ -16,7 +16,7 @@ from answers import LOGPROB_TOLERANCE, Check, WrongAnswer
 from processes import acting_as
 from workload import ClientRequest
 
-from kvferry_gateway.connection import EXTENSION, ClientConnection, Message
+from kvferry_gateway.http.connection import EXTENSION, ClientConnection, Message
 
 if TYPE_CHECKING:
     from gateways import SimulatedGateway

@@ -10,8 +10,8 @@ from cluster import settled
 from world import World
 
 from kvferry.worker.worker import Worker
-from kvferry_gateway.attempt import Attempt
-from kvferry_gateway.flight import Flight
+from kvferry_gateway.flights.flight import Flight
+from kvferry_gateway.streams.attempt import Attempt
 
 ACCEPTED_AGAIN_S = 2.0  # from a worker's end to a new pair for each of its requests
 CANCEL_TO_FREE_S = 1.0

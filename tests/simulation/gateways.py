@@ -11,8 +11,8 @@ from tiny import model_dir
 
 from kvferry.runtime import TaskSet
 from kvferry_gateway.app import GatewayApp
-from kvferry_gateway.fleet import Fleet
-from kvferry_gateway.flight import Flight
+from kvferry_gateway.fleet.fleet import Fleet
+from kvferry_gateway.flights.flight import Flight
 from kvferry_gateway.service import Gateway
 from kvferry_gateway.settings import GatewaySettings
 

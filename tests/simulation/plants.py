@@ -98,7 +98,7 @@ PLANTS: tuple[Plant, ...] = (
         "token de-duplication off",
         (
             Edit(
-                "services/gateway/kvferry_gateway/streams.py",
+                "services/gateway/kvferry_gateway/streams/stream.py",
                 "        if index < len(tokens):\n            return tokens[index] == token\n",
                 "        if index < len(tokens):\n            self.append(token)\n            return True\n",
             ),
@@ -118,7 +118,7 @@ PLANTS: tuple[Plant, ...] = (
         "token 0 sampled again by a recompute",
         (
             Edit(
-                "services/gateway/kvferry_gateway/offer.py",
+                "services/gateway/kvferry_gateway/flights/offer.py",
                 "generated=pack_tokens(stream.tokens),",
                 "generated=pack_tokens(stream.tokens if len(stream.tokens) > 1 else []),",
             ),
@@ -128,7 +128,7 @@ PLANTS: tuple[Plant, ...] = (
         "a lost last batch not repaired",
         (
             Edit(
-                "services/gateway/kvferry_gateway/attempt.py",
+                "services/gateway/kvferry_gateway/streams/attempt.py",
                 "if attempt.promised.get(incarnation, 0) > held:",
                 "if False:",
             ),

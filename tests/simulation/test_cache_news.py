@@ -18,7 +18,7 @@ from kvferry.wire.cache_news import MAX_CACHE_KEYS, CacheEvents, CacheSnapshot
 from kvferry.wire.messages import CacheNews
 from kvferry.wire.sampling import Sampling
 from kvferry.worker.worker import Worker
-from kvferry_gateway.prefix_index import Heard
+from kvferry_gateway.placement.prefix_index import Heard
 
 ALWAYS_A_PAIR = {"gateway_local_prefill_threshold": 0}
 

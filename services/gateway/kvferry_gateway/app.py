@@ -15,14 +15,11 @@ from kvferry.log import get_logger
 from kvferry.metrics import Metrics
 from kvferry.runtime import now
 from kvferry.wire.fields import MAX_NAME_CHARS
-from kvferry_gateway.asgi import Caller, Exchange, Scope, respond
-from kvferry_gateway.auth import ApiKey, ApiKeys
+from kvferry_gateway.answers.chat_answer import ChatAnswer
+from kvferry_gateway.answers.text_answer import TextAnswer
 from kvferry_gateway.body import parse
-from kvferry_gateway.chat_answer import ChatAnswer
 from kvferry_gateway.completions import Asked, Completions
-from kvferry_gateway.connection import Receive, Send
 from kvferry_gateway.console.route import DRAIN, PAGES, STATE, Console
-from kvferry_gateway.cors import Cors, Header
 from kvferry_gateway.errors import (
     ApiError,
     ClientGone,
@@ -36,13 +33,16 @@ from kvferry_gateway.errors import (
     not_served,
     only_local,
 )
-from kvferry_gateway.fleet import Fleet
+from kvferry_gateway.fleet.fleet import Fleet
+from kvferry_gateway.http.asgi import Caller, Exchange, Scope, respond
+from kvferry_gateway.http.auth import ApiKey, ApiKeys
+from kvferry_gateway.http.connection import Receive, Send
+from kvferry_gateway.http.cors import Cors, Header
 from kvferry_gateway.models import Models, ServedModel
-from kvferry_gateway.openai import ChatRequest, CompletionRequest
 from kvferry_gateway.openapi import document
+from kvferry_gateway.requests.openai import ChatRequest, CompletionRequest
 from kvferry_gateway.responses.route import read_response, renamed_for_responses
 from kvferry_gateway.spans import begin_request, end_request
-from kvferry_gateway.text_answer import TextAnswer
 from kvferry_gateway.tokenize import TokenService
 
 _REQUEST_ID: Final = re.compile(rb"[!-~]{1,%d}" % MAX_NAME_CHARS)

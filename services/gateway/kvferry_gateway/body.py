@@ -1,6 +1,6 @@
 """From a request's body to its model.
 
-Three kinds of fields: built ones (`openai.py`), known ones that are not built and are accepted only at a value at
+Three kinds of fields: built ones (`requests/openai.py`), known ones that are not built and are accepted only at a value at
 which they do nothing (`NEUTRAL`), and unknown ones. The last two are refused by name.
 """
 
@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from kvferry_gateway.errors import ApiError, bad_request, unsupported
-from kvferry_gateway.openai import ChatRequest, CompletionRequest
-from kvferry_gateway.request_model import RequestModel
-from kvferry_gateway.responses.request import ResponsesRequest
+from kvferry_gateway.requests.openai import ChatRequest, CompletionRequest
+from kvferry_gateway.requests.request_model import RequestModel
+from kvferry_gateway.requests.responses import ResponsesRequest
 
 R = TypeVar("R", bound=RequestModel)
 

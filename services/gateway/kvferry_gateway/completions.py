@@ -11,28 +11,28 @@ from kvferry.log import get_logger
 from kvferry.runtime import now
 from kvferry.wire.fields import pack_tokens
 from kvferry_gateway.admission import Admission
-from kvferry_gateway.answers import Answer, Details, Usage
-from kvferry_gateway.asgi import EVENT_STREAM, Caller, Exchange, connection_of, respond
-from kvferry_gateway.choices import Choice, best, make_stream, together, usage_of
-from kvferry_gateway.connection import ClientConnection, Send
+from kvferry_gateway.answers.answer import Answer, Details, Usage
+from kvferry_gateway.answers.prompt_logprobs import NOTHING_TOLD, check_size
+from kvferry_gateway.answers.prompt_scores import PromptScores
 from kvferry_gateway.errors import (
     ApiError,
     ClientGone,
     internal_error,
 )
-from kvferry_gateway.fleet import Fleet
-from kvferry_gateway.flight import Flight
+from kvferry_gateway.fleet.fleet import Fleet
+from kvferry_gateway.flights.choices import Choice, best, make_stream, together, usage_of
+from kvferry_gateway.flights.flight import Flight
+from kvferry_gateway.flights.offer import Unit
+from kvferry_gateway.http.asgi import EVENT_STREAM, Caller, Exchange, connection_of, respond
+from kvferry_gateway.http.connection import ClientConnection, Send
+from kvferry_gateway.http.rate_limit import Charge
 from kvferry_gateway.models import Models, ServedModel
-from kvferry_gateway.offer import Unit
-from kvferry_gateway.openai import ChatRequest, CompletionRequest
 from kvferry_gateway.parsing.forms import PLAIN_TEXT
-from kvferry_gateway.prompt import Prompt, most_tokens, within
-from kvferry_gateway.prompt_logprobs import NOTHING_TOLD, check_size
-from kvferry_gateway.prompt_scores import PromptScores
-from kvferry_gateway.rate_limit import Charge
+from kvferry_gateway.requests.openai import ChatRequest, CompletionRequest
+from kvferry_gateway.requests.prompt import Prompt, most_tokens, within
 from kvferry_gateway.spans import note_answer, note_request
-from kvferry_gateway.streams import TextRules
-from kvferry_gateway.told import ToldStream
+from kvferry_gateway.streams.stream import TextRules
+from kvferry_gateway.streams.told import ToldStream
 
 # How long a client may take to read the end of an answer that is complete; the second one while shutting down.
 LINGER_S: Final = 30.0

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kvferry_gateway.errors import model_not_found, model_not_named
-from kvferry_gateway.prompt import Prompter
+from kvferry_gateway.requests.prompt import Prompter
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from typing import Any, Final
 from pydantic.json_schema import models_json_schema
 
 from kvferry_gateway.field_meanings import meaning_of
-from kvferry_gateway.openai import ChatRequest, CompletionRequest
-from kvferry_gateway.request_model import RequestModel
-from kvferry_gateway.responses.request import ResponsesRequest
+from kvferry_gateway.requests.openai import ChatRequest, CompletionRequest
+from kvferry_gateway.requests.request_model import RequestModel
+from kvferry_gateway.requests.responses import ResponsesRequest
 from kvferry_gateway.tokenize import DetokenizeRequest, TokenizeRequest
 
 JSON: Final = "application/json"

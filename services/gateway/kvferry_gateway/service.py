@@ -28,15 +28,15 @@ from kvferry.text.vocabulary import vocabulary_id
 from kvferry.trace.factory import open_exporter
 from kvferry.trace.span import SpanExporter
 from kvferry_gateway.app import GatewayApp
-from kvferry_gateway.auth import ApiKeys
 from kvferry_gateway.completions import Completions
-from kvferry_gateway.fleet import Fleet
-from kvferry_gateway.http import GatewayProtocol
+from kvferry_gateway.fleet.fleet import Fleet
+from kvferry_gateway.http.auth import ApiKeys
+from kvferry_gateway.http.rate_limit import RateLimits
+from kvferry_gateway.http.server import GatewayProtocol
 from kvferry_gateway.metrics import GatewayMetrics
 from kvferry_gateway.models import Models, ServedModel
-from kvferry_gateway.prompt import Prompter
-from kvferry_gateway.rate_limit import RateLimits
-from kvferry_gateway.scaling import read_targets
+from kvferry_gateway.placement.scaling import read_targets
+from kvferry_gateway.requests.prompt import Prompter
 from kvferry_gateway.settings import GatewaySettings
 
 FILE_REFRESH_S: Final = 1.0

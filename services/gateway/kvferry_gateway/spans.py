@@ -18,11 +18,11 @@ from typing import Final
 from kvferry.trace.open_span import OpenSpan
 from kvferry.trace.span import Value
 from kvferry.trace.tracer import Tracer
-from kvferry_gateway.answers import Usage
-from kvferry_gateway.asgi import Scope
-from kvferry_gateway.attempt import Attempt, Finished, Lost
-from kvferry_gateway.decision import Reason
-from kvferry_gateway.openai import ChatRequest, CompletionRequest
+from kvferry_gateway.answers.answer import Usage
+from kvferry_gateway.http.asgi import Scope
+from kvferry_gateway.placement.decision import Reason
+from kvferry_gateway.requests.openai import ChatRequest, CompletionRequest
+from kvferry_gateway.streams.attempt import Attempt, Finished, Lost
 
 NOT_OURS: Final = ("ok", "client_gone", "slow_client")  # outcomes of an answer that has begun, and no fault of ours
 

@@ -8,13 +8,13 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from kvferry_gateway.body import parse
-from kvferry_gateway.conversation import Conversation
 from kvferry_gateway.errors import bad_request
-from kvferry_gateway.messages import Label, Messages
 from kvferry_gateway.models import Models, ServedModel
-from kvferry_gateway.openai import MAX_TEMPLATE_KWARGS, TokenId, check_conversation_end
-from kvferry_gateway.request_model import RequestModel
-from kvferry_gateway.tools import Tools
+from kvferry_gateway.requests.conversation import Conversation
+from kvferry_gateway.requests.messages import Label, Messages
+from kvferry_gateway.requests.openai import MAX_TEMPLATE_KWARGS, TokenId, check_conversation_end
+from kvferry_gateway.requests.request_model import RequestModel
+from kvferry_gateway.requests.tools import Tools
 
 
 class TokenizeRequest(RequestModel):

@@ -16,7 +16,7 @@ from kvferry.runtime import now
 from kvferry.wire.beats import ExitNotice
 from kvferry.wire.messages import Codecs
 from kvferry.wire.subjects import exit_subject
-from kvferry_gateway.auth import first_key
+from kvferry_gateway.http.auth import first_key
 from kvferry_local.plan import curl_options, ready_message
 from kvferry_local.process import Report
 from kvferry_local.settings import UpSettings

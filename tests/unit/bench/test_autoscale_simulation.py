@@ -9,7 +9,7 @@ from bench.placement_engine import EngineRates
 from bench.traces import TraceRequest
 
 from kvferry.scaling import DecodeRules, DecodeScaling, PrefillRules, PrefillScaling
-from kvferry_gateway.targets import Targets
+from kvferry_gateway.placement.targets import Targets
 
 RATES = EngineRates.fit(2000.0, 2000.0, 125.0, 600.0)
 TARGETS = Targets(ttft_s=3.0, itl_s=0.05)

@@ -14,7 +14,7 @@ from bench.placement_engine import EngineRates
 from bench.placement_policies import POLICIES
 from bench.traces import TraceRequest, azure, excerpt, mooncake, scaled
 
-from kvferry_gateway.targets import Targets
+from kvferry_gateway.placement.targets import Targets
 
 RATES = EngineRates.fit(2000.0, 1500.0, 125.0, 500.0)
 

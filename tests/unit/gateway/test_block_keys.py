@@ -9,8 +9,8 @@ import numpy as np
 from kvferry.kv.events import pack_keys
 from kvferry.kv.hashing import block_hashes, root_hash
 from kvferry.wire.fields import pack_tokens
-from kvferry_gateway.block_keys import HASHED_AT_ONCE, BlockFormat, BlockKeys
-from kvferry_gateway.prefix_index import index_keys
+from kvferry_gateway.placement.block_keys import HASHED_AT_ONCE, BlockFormat, BlockKeys
+from kvferry_gateway.placement.prefix_index import index_keys
 
 FORMAT = BlockFormat("f", 4)
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvferry_gateway import estimates
-from kvferry_gateway.estimates import Ewma, ForecastError, LinkRates, StepLine
+from kvferry_gateway.placement import estimates
+from kvferry_gateway.placement.estimates import Ewma, ForecastError, LinkRates, StepLine
 
 
 def test_mean_and_variance_are_those_of_the_latest_observations() -> None:

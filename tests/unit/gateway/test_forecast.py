@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from kvferry_gateway.decision import Reason
-from kvferry_gateway.estimates import ForecastError
-from kvferry_gateway.forecast import MIN_TOKENS, Forecast
+from kvferry_gateway.placement.decision import Reason
+from kvferry_gateway.placement.estimates import ForecastError
+from kvferry_gateway.placement.forecast import MIN_TOKENS, Forecast
 
 REASON = Reason("least_work", ttft_s=0.5, queue_s=0.0, prefill_s=0.4, transfer_s=0.1, itl_s=0.01, chance=1.0,
                 cached_tokens=0, num_considered=1)  # fmt: skip

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from kvferry.errors import SettingError
-from kvferry_gateway.auth import ApiKeys, first_key
-from kvferry_gateway.rate_limit import RateLimits
+from kvferry_gateway.http.auth import ApiKeys, first_key
+from kvferry_gateway.http.rate_limit import RateLimits
 
 DEFAULT = RateLimits(requests=10, tokens=1000)
 

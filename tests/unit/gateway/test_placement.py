@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvferry.wire.record import WorkerAddress, WorkerRecord
-from kvferry_gateway.placement import Partners, capacity_of, numerics_of
+from kvferry_gateway.placement.pairing import Partners, capacity_of, numerics_of
 
 
 def record(role: str, **more: Any) -> WorkerRecord:

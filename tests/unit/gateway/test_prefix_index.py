@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvferry.kv.events import CacheLog, pack_keys, unpack_keys
 from kvferry.wire.cache_news import CacheEvents, CacheSnapshot
-from kvferry_gateway.prefix_index import MAX_EARLY, Heard, PrefixIndex, index_keys
+from kvferry_gateway.placement.prefix_index import MAX_EARLY, Heard, PrefixIndex, index_keys
 
 
 def block(number: int) -> bytes:

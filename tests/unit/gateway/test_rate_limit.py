@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry_gateway.errors import ApiError
-from kvferry_gateway.rate_limit import MINUTE, Allowance, Bucket, Charge, RateLimits, duration
+from kvferry_gateway.http.rate_limit import MINUTE, Allowance, Bucket, Charge, RateLimits, duration
 
 # Seconds since the step before, amount to ask for or what is left of it, share of it that is used, steps until that is
 # known. Few values, so that full and empty buckets and charges that overlap are common.

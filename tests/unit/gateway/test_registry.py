@@ -10,10 +10,10 @@ from kvferry.bus.liveness import SILENCE, Seen
 from kvferry.errors import SettingError
 from kvferry.wire.beats import Heartbeat, Load, WorkerState
 from kvferry.wire.record import WorkerAddress, WorkerRecord
-from kvferry_gateway.auth import MAX_KEYS, ApiKeys
-from kvferry_gateway.cors import Cors
+from kvferry_gateway.fleet.registry import Registry
+from kvferry_gateway.http.auth import MAX_KEYS, ApiKeys
+from kvferry_gateway.http.cors import Cors
 from kvferry_gateway.metrics import GatewayMetrics, HotHistogram
-from kvferry_gateway.registry import Registry
 from kvferry_gateway.settings import GatewaySettings
 
 SERVED = {"m": "words"}

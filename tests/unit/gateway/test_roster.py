@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvferry.wire.beats import Load
 from kvferry.wire.fields import Role
 from kvferry.wire.record import WorkerAddress, WorkerRecord
-from kvferry_gateway.roster import Roster
+from kvferry_gateway.placement.roster import Roster
 
 
 def record(incarnation: int, role: Role = "prefill") -> WorkerRecord:

@@ -15,12 +15,12 @@ from kvferry.kv.events import pack_keys
 from kvferry.wire.beats import Load
 from kvferry.wire.cache_news import CacheEvents
 from kvferry.wire.record import WorkerAddress, WorkerRecord
-from kvferry_gateway.decision import Decision, Hopeless, Placed, Request
-from kvferry_gateway.placement import NoWorker, OtherNumerics, TooLong, numerics_of
-from kvferry_gateway.prediction import Snapshot
-from kvferry_gateway.prefix_index import index_keys
-from kvferry_gateway.routing import place
-from kvferry_gateway.targets import Targets
+from kvferry_gateway.placement.decision import Decision, Hopeless, Placed, Request
+from kvferry_gateway.placement.pairing import NoWorker, OtherNumerics, TooLong, numerics_of
+from kvferry_gateway.placement.prediction import Snapshot
+from kvferry_gateway.placement.prefix_index import index_keys
+from kvferry_gateway.placement.routing import place
+from kvferry_gateway.placement.targets import Targets
 
 BLOCK = 10
 NEVER_LOCAL = Targets(prefill_on_decode=False)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kvferry_gateway.attempt import HARMLESS_ENDS, Lost
 from kvferry_gateway.errors import ApiError
-from kvferry_gateway.setbacks import CRASHES_TO_ISOLATE, Setbacks
+from kvferry_gateway.flights.setbacks import CRASHES_TO_ISOLATE, Setbacks
+from kvferry_gateway.streams.attempt import HARMLESS_ENDS, Lost
 
 
 def test_what_is_nobodys_fault_may_happen_for_ever() -> None:

@@ -20,15 +20,15 @@ from kvferry.wire.fields import pack_tokens
 from kvferry.wire.logprobs import PromptLogprobs, pack_prompt_logprobs
 from kvferry.wire.record import WorkerAddress, WorkerRecord
 from kvferry.wire.tokens import End, EndReason, TokenBatch
-from kvferry_gateway.attempt import Attempt, AttemptTable, Finished, Lost, audit
-from kvferry_gateway.connection import AsgiConnection, ClientConnection
-from kvferry_gateway.decision import Reason
-from kvferry_gateway.dispatcher import Dispatcher, WorkerMail
-from kvferry_gateway.estimates import ForecastError
-from kvferry_gateway.forecast import Forecast
+from kvferry_gateway.answers.prompt_scores import PromptScores
+from kvferry_gateway.http.connection import AsgiConnection, ClientConnection
 from kvferry_gateway.metrics import GatewayMetrics
-from kvferry_gateway.prompt_scores import PromptScores
-from kvferry_gateway.streams import SLOW_S, TokenStream
+from kvferry_gateway.placement.decision import Reason
+from kvferry_gateway.placement.estimates import ForecastError
+from kvferry_gateway.placement.forecast import Forecast
+from kvferry_gateway.streams.attempt import Attempt, AttemptTable, Finished, Lost, audit
+from kvferry_gateway.streams.dispatcher import Dispatcher, WorkerMail
+from kvferry_gateway.streams.stream import SLOW_S, TokenStream
 
 P, D = 11, 22  # incarnations
 TEXT = "Grüße 😀!"

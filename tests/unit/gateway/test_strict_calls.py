@@ -19,9 +19,9 @@ from kvferry.text.tokenizer import Tokenizer
 from kvferry.wire.sampling import Grammar
 from kvferry_gateway.errors import ApiError
 from kvferry_gateway.parsing.forms import MARKS, THOUGHT_MARKS, ToolForm
-from kvferry_gateway.strict_calls import grammar_of_own_calls
-from kvferry_gateway.structured import StructuredOutputs, constraint_of
-from kvferry_gateway.tools import Tool
+from kvferry_gateway.requests.strict_calls import grammar_of_own_calls
+from kvferry_gateway.requests.structured import StructuredOutputs, constraint_of
+from kvferry_gateway.requests.tools import Tool
 
 LEVEL = {
     "type": "object",

@@ -10,8 +10,8 @@ import pytest
 from kvferry.wire.sampling import MAX_GRAMMAR_CHARS, Grammar
 from kvferry_gateway.body import parse
 from kvferry_gateway.errors import ApiError
-from kvferry_gateway.openai import CompletionRequest
-from kvferry_gateway.structured import ANY_OBJECT, Constraint, constraint_of
+from kvferry_gateway.requests.openai import CompletionRequest
+from kvferry_gateway.requests.structured import ANY_OBJECT, Constraint, constraint_of
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "string"}, "a": {}}}
 TEXT = '{"type":"object","properties":{"b":{"type":"string"},"a":{}}}'

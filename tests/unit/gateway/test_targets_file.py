@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvferry.errors import SettingError
-from kvferry_gateway.scaling import read_targets
-from kvferry_gateway.targets import Targets
+from kvferry_gateway.placement.scaling import read_targets
+from kvferry_gateway.placement.targets import Targets
 
 
 def targets_in(file: Path | None) -> Targets:

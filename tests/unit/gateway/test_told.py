@@ -14,11 +14,11 @@ from kvferry.text.tokenizer import Tokenizer
 from kvferry.wire.fields import pack_tokens
 from kvferry.wire.logprobs import TokenLogprobs, pack_logprobs
 from kvferry.wire.tokens import LogprobColumns, TokenBatch
-from kvferry_gateway.attempt import Lost
-from kvferry_gateway.logprobs import LOWEST, ToldToken, chat_logprobs, text_logprobs
+from kvferry_gateway.answers.logprobs import LOWEST, ToldToken, chat_logprobs, text_logprobs
 from kvferry_gateway.parsing.parts import Content, Part
-from kvferry_gateway.streams import TextRules, TokenStream
-from kvferry_gateway.told import ToldStream
+from kvferry_gateway.streams.attempt import Lost
+from kvferry_gateway.streams.stream import TextRules, TokenStream
+from kvferry_gateway.streams.told import ToldStream
 
 TEXT = "aü."
 TOKENS = tokens_of(TEXT)

@@ -19,8 +19,8 @@ from kvferry.text.detokenizer import TokenTexts
 from kvferry.text.tokenizer import Tokenizer
 from kvferry.wire.logprobs import PromptLogprobs
 from kvferry.wire.sampling import MAX_LOGPROBS, Scoring
-from kvferry_gateway.prompt_logprobs import TOKENS_PER_TURN, encoded_columns, encoded_echo, encoded_entries
-from kvferry_gateway.prompt_scores import PromptScores
+from kvferry_gateway.answers.prompt_logprobs import TOKENS_PER_TURN, encoded_columns, encoded_echo, encoded_entries
+from kvferry_gateway.answers.prompt_scores import PromptScores
 
 NUM_TOP = 3
 T = TypeVar("T")

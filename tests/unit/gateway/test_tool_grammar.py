@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from kvferry_gateway.tools import MAX_SCHEMA_DEPTH, Function, Tool, depth_of, schema_of_calls
+from kvferry_gateway.requests.tools import MAX_SCHEMA_DEPTH, Function, Tool, depth_of, schema_of_calls
 
 TREE = {
     "type": "object",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvferry.errors import KvferryError, SettingError
 from kvferry.scaling import DecodeRules, DecodeScaling, PrefillRules, PrefillScaling
-from kvferry_gateway.targets import Targets
+from kvferry_gateway.placement.targets import Targets
 from kvferry_local.autoscale.autoscaler import Autoscaler
 from kvferry_local.autoscale.decision import DecodeSignals, Patience, PrefillSignals, autoscale
 from kvferry_local.autoscale.service import chosen, parsed

@@ -14,13 +14,13 @@ from pydantic import StringConstraints
 
 from kvferry.log import get_logger
 from kvferry.runtime import now
-from kvferry_gateway.asgi import Exchange, respond
 from kvferry_gateway.body import parse
 from kvferry_gateway.console.view import state
-from kvferry_gateway.cors import Header
 from kvferry_gateway.errors import bad_request, no_such_worker
-from kvferry_gateway.fleet import Fleet
-from kvferry_gateway.request_model import RequestModel
+from kvferry_gateway.fleet.fleet import Fleet
+from kvferry_gateway.http.asgi import Exchange, respond
+from kvferry_gateway.http.cors import Header
+from kvferry_gateway.requests.request_model import RequestModel
 
 STATE: Final = "/console/state"
 DRAIN: Final = "/console/drain"

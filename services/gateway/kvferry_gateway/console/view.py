@@ -8,10 +8,10 @@ from typing import Any, Final, Literal
 
 from prometheus_client.registry import Collector
 
-from kvferry_gateway.attempt import Attempt
-from kvferry_gateway.fleet import Fleet
-from kvferry_gateway.placer import shown
-from kvferry_gateway.timeline import Timeline
+from kvferry_gateway.fleet.fleet import Fleet
+from kvferry_gateway.placement.placer import shown
+from kvferry_gateway.streams.attempt import Attempt
+from kvferry_gateway.streams.timeline import Timeline
 
 MAX_REQUESTS_SHOWN: Final = 256  # under way, the oldest first
 MAX_ENDED_SHOWN: Final = 32

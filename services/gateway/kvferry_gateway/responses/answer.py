@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kvferry_gateway.answers import Answer, FinishReason, Usage, WholeChoice, encode
+from kvferry_gateway.answers.answer import Answer, FinishReason, Usage, WholeChoice, encode
+from kvferry_gateway.answers.logprobs import ToldToken, chat_logprobs
+from kvferry_gateway.answers.prompt_logprobs import NOTHING_TOLD, PromptTold
 from kvferry_gateway.errors import ApiError
-from kvferry_gateway.logprobs import ToldToken, chat_logprobs
 from kvferry_gateway.parsing.parts import Content, Part
-from kvferry_gateway.prompt_logprobs import NOTHING_TOLD, PromptTold
+from kvferry_gateway.requests.responses import ResponsesRequest
 from kvferry_gateway.responses.output import Event, Output, Status
-from kvferry_gateway.responses.request import ResponsesRequest
 
 INCOMPLETE = {"reason": "max_output_tokens"}
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, Literal
 
-from kvferry_gateway.chat_answer import call_id_of
+from kvferry_gateway.answers.chat_answer import call_id_of
 from kvferry_gateway.parsing.parts import CallArguments, CallStart, Content, Part, Reasoning
 
 Event = dict[str, Any]  # without its number

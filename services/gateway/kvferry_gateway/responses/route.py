@@ -10,8 +10,8 @@ from typing import Final
 from kvferry_gateway.body import parse
 from kvferry_gateway.completions import Asked
 from kvferry_gateway.errors import ApiError
+from kvferry_gateway.requests.responses import ResponsesRequest
 from kvferry_gateway.responses.answer import ResponseAnswer
-from kvferry_gateway.responses.request import ResponsesRequest
 
 # A chat's fields, and what they are called here.
 _NAMES: Final = {

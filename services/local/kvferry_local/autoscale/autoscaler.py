@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvferry.scaling import DecodeScaling, PrefillScaling
-from kvferry_gateway.targets import Targets
+from kvferry_gateway.placement.targets import Targets
 from kvferry_local.autoscale.decision import Patience, Signals, autoscale
 from kvferry_local.autoscale.signals import Watch, WorkerView
 from kvferry_local.supervision import Role

@@ -16,7 +16,7 @@ from kvferry.log import get_logger
 from kvferry.runfile import default_run_file
 from kvferry.runtime import TaskSet, now, stop_signals
 from kvferry.scaling import DecodeScaling, PrefillScaling
-from kvferry_gateway.targets import Targets
+from kvferry_gateway.placement.targets import Targets
 from kvferry_local.autoscale.autoscaler import SCALED, Advice, Autoscaler
 from kvferry_local.autoscale.signals import WorkerView
 from kvferry_local.autoscale.target import CommandTarget, ComposeTarget, LocalTarget, ScaleTarget

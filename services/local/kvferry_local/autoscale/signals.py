@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from kvferry_gateway.estimates import StepLine
-from kvferry_gateway.targets import Targets
+from kvferry_gateway.placement.estimates import StepLine
+from kvferry_gateway.placement.targets import Targets
 from kvferry_local.autoscale.decision import DecodeSignals, PrefillSignals
 
 WINDOW_S: Final = 30.0

@@ -1,0 +1,1 @@
+"""What clients get: the JSON around generated text, whole or as events. Pure."""

@@ -1,0 +1,1 @@
+"""The token path: from the batches of workers to the text of each choice."""
