@@ -1,7 +1,7 @@
 """From a request's body to its model.
 
-Three kinds of fields: built ones (`requests/openai.py`), known ones that are not built and are accepted only at a value at
-which they do nothing (`NEUTRAL`), and unknown ones. The last two are refused by name.
+Three kinds of fields: built ones (`requests/openai.py`), known ones that are not built and are accepted only at a value
+at which they do nothing (`NEUTRAL`), and unknown ones. The last two are refused by name.
 """
 
 from __future__ import annotations
