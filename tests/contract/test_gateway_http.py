@@ -18,7 +18,7 @@ from scripted_worker import EOS, MODEL, Cluster, Events, chat, completion, text_
 from kvferry.text.stop import MAX_STOP_STRINGS
 from kvferry.wire.fields import unpack_tokens
 from kvferry.wire.orders import Cancel
-from kvferry.wire.work import DecodeRequest, PrefillRequest, Rejected, Work
+from kvferry.wire.work import Accepted, DecodeRequest, PrefillRequest, Rejected, Work
 from kvferry_gateway.body import NEUTRAL
 from kvferry_gateway.requests.openai import ChatRequest, CompletionRequest
 
@@ -589,6 +589,28 @@ async def test_when_all_workers_are_full_it_is_429_with_retry_after(cluster: Clu
     assert response.headers["retry-after"] == "3"
     assert workers[full].works, "both were asked"
     assert other.works
+
+
+async def test_a_full_worker_is_asked_again_only_after_its_next_heartbeat_or_for_a_more_urgent_request(
+    cluster: Cluster,
+) -> None:
+    """And nobody computes a prompt for it in vain."""
+    prefill, decode = await cluster.pair()
+    decode.beats = False
+    decode.answer = lambda work: Rejected(work.ticket, work.attempt, "queue_full", 2.5)
+    for _ in range(3):
+        response = await post(cluster, "/v1/completions", completion())
+        assert error_of(response, 429)
+        assert response.headers["retry-after"] == "3"
+        decode.publish(decode.works[0])  # it lives
+    assert (len(decode.works), len(prefill.works)) == (1, 1)
+    assert error_of(await post(cluster, "/v1/completions", completion(priority=-1)), 429)
+    assert (len(decode.works), len(prefill.works)) == (2, 2)
+    decode.answer = lambda work: Accepted(work.ticket, work.attempt)
+    decode.accepted = lambda work: decode.say(work, [*tokens_of("x"), EOS])
+    decode.beats = True
+    await asyncio.sleep(0.2)
+    assert (await post(cluster, "/v1/completions", completion())).status_code == 200
 
 
 async def test_a_full_worker_is_passed_over_for_one_that_accepts(cluster: Cluster) -> None:

@@ -200,13 +200,17 @@ class Flight:
 
     async def _place(self, *, first: bool) -> None:
         """Ask one choice of workers after the other, until one accepts. Raises `ApiError`, `ClientGone`."""
-        refusals = Refusals()
+        # One that was admitted asks everybody: what it has begun is worth more than a question.
+        refusals = Refusals(self._placer.full_for(self.unit.priority) if first else {})
         while self._complete() is None:
             keys = await self._keys()
             self._check_stop()
             attempt = self._begin(refusals, keys, first=first)
             work = work_of(self._fleet, attempt, self.unit, self._deadline - now(), alone=self._setbacks.alone)
             await offer(self._fleet, attempt, work, self._stop, refusals)
+            for worker in attempt.workers:
+                if (retry_after := refusals.full.get(worker.incarnation)) is not None:
+                    self._placer.refused(worker.incarnation, self.unit.priority, retry_after)
             self._check_stop()
             if attempt.accepted:
                 self._bind(attempt)

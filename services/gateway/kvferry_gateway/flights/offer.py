@@ -54,7 +54,7 @@ class Unit:
 class Refusals:
     """What one round of placement has met."""
 
-    full: dict[int, float] = field(default_factory=dict)  # incarnation -> retry_after
+    full: dict[int, float]  # incarnation -> retry_after; those that are known to be full are not asked
     unusable: set[int] = field(default_factory=set)
     too_long: bool = False
     bus_down: bool = False

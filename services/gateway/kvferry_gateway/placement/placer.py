@@ -29,6 +29,14 @@ MAX_SHOWN: Final = 32  # latest placements, for `/v1/cluster`
 
 
 @dataclass(frozen=True, slots=True)
+class _Full:
+    """A worker's queue had no room for a request."""
+
+    priority: int  # of that request; for a more urgent one there may be some
+    retry_after: float
+
+
+@dataclass(frozen=True, slots=True)
 class Placing:
     """One decision that was carried out."""
 
@@ -47,6 +55,7 @@ class Placer:
         self.snapshot: Final = Snapshot.empty(replace(targets, prefill_on_decode=by_choice))
         self.local_prefill_threshold: Final = local_prefill_threshold
         self._formats: Counter[BlockFormat] = Counter()  # of its workers
+        self._full: dict[int, _Full] = {}  # by incarnation, until its next heartbeat
         self._latest: deque[Placing] = deque(maxlen=MAX_SHOWN)
 
     # -- what is heard ---------------------------------------------------------------------------------------
@@ -55,6 +64,7 @@ class Placer:
         """True: cache events of this worker were lost; ask it for a snapshot."""
         record, load, snapshot = beat.record, beat.load, self.snapshot
         incarnation = record.incarnation
+        self._full.pop(incarnation, None)
         if incarnation not in snapshot.roster:
             snapshot.roster.add(record, snapshot.index.attach(incarnation, record.name, record.num_blocks))
             self._formats[_block_format(record)] += 1
@@ -72,6 +82,7 @@ class Placer:
 
     def gone(self, worker: WorkerRecord) -> None:
         """Forget all of it."""
+        self._full.pop(worker.incarnation, None)
         snapshot = self.snapshot
         if worker.incarnation not in snapshot.roster:
             return
@@ -80,6 +91,15 @@ class Placer:
         snapshot.links.forget(worker.incarnation)
         self._formats[_block_format(worker)] -= 1
         self._formats = +self._formats
+
+    def refused(self, incarnation: int, priority: int, retry_after: float) -> None:
+        """Its queue is full. To ask it again for each request of a crowd would cost more than to serve them: whoever
+        else is asked with it, and is not full, computes in vain until it hears that there is no pair."""
+        self._full[incarnation] = _Full(priority, retry_after)
+
+    def full_for(self, priority: int) -> dict[int, float]:
+        """Workers that have no room for a new request as far as is known, and when to try again, in seconds."""
+        return {worker: full.retry_after for worker, full in self._full.items() if priority >= full.priority}
 
     # -- decisions -------------------------------------------------------------------------------------------
 
