@@ -81,16 +81,13 @@ def run(name: str, options: Options) -> bool:
     try:
         report = asyncio.run(_measured(name, options))
     except Exception as error:
-        print(f"\n== {name} ==\n   failed: {type(error).__name__}: {error}", *_notes_of(error), sep="\n", flush=True)
+        notes = getattr(error, "__notes__", [])
+        print(f"\n== {name} ==\n   failed: {type(error).__name__}: {error}", *notes, sep="\n", flush=True)
         return False
     print(report.render(), flush=True)
     if not options.quick:
         print(f"   written to {os.path.relpath(report.write())}; repeat: python -m bench {name}", flush=True)
     return report.holds
-
-
-def _notes_of(error: BaseException) -> list[str]:
-    return getattr(error, "__notes__", [])
 
 
 async def _measured(name: str, options: Options) -> Report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal
@@ -96,6 +97,7 @@ class Answer(ABC):
         self.details: Final = details
         self.texts: Final = texts
         self.prompt_sizes: Final[dict[int, int]] = {}  # tokens of the prompt, by choice
+        self._num_told: Final = Counter[int]()  # tokens in events with details, by choice
         self._model = model
         self._created = created
         self._include_usage = include_usage

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar, Final
 
@@ -20,10 +19,6 @@ class ChoicesAnswer(Answer):
 
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._num_told: Final = Counter[int]()  # tokens in events with details, by choice
 
     def event_frame(self, index: int) -> tuple[bytes, bytes]:
         before, after = self._chunk(self._text_choice(index, HOLE, None)).split(encode(HOLE)[1:-1])
