@@ -80,7 +80,7 @@ class Scale:
             options.minutes * 60,
             20.0,
             round(60 + 140 * share),
-            num_clients=6,
+            num_clients=4,
             failure_budget=3,
             requests=round(300 * share),
             kills=round(20 * share),

@@ -50,7 +50,7 @@ def workload(prompts: Prompts, count: int) -> list[Case]:
     for index in range(count):
         is_long = index % LONG_EVERY == LONG_EVERY - 1
         body = {
-            "prompt": prompts.tokens(int(random.integers(700, 1500) if is_long else random.integers(20, 128))),
+            "prompt": prompts.tokens(int(random.integers(500, 1000) if is_long else random.integers(20, 128))),
             "max_tokens": int(random.integers(8, 32) if is_long else random.integers(64, 192)),
             "ignore_eos": True,
             "seed": index,

@@ -27,7 +27,7 @@ FREEZE_S: Final = 3.0
 OUTAGE_S: Final = 2.0  # after which every process is heard of again, or known to be silent
 GRANTED_S: Final = 2.0  # after a fault: the bound's own time, over which the machine's waits are counted
 WHOLE_S: Final = 120.0  # until what died is back
-CALM_S: Final = 1.0  # between two faults, the stack being whole
+CALM_S: Final = 2.5  # between two faults, the stack being whole; most requests that one has struck end meanwhile
 FREED_LIMIT_S: Final = 15.0  # until the watch for a dead gateway's blocks gives up
 NUM_BAITS: Final = 4  # long prompts at once: one is computed, others queue behind it
 

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from answers import Check, ExactCheck
@@ -42,6 +42,8 @@ RESTART_S = 0.1
 RANK_LOST_S = 0.01
 WEDGED = "wedged: no engine step ended"
 SLOT_PAYLOAD_BYTES = 8 << 10  # small: a prompt is many frames
+
+T = TypeVar("T")
 
 
 class World(Cluster):
@@ -96,24 +98,30 @@ class World(Cluster):
             process_loop().clocks[name] = MachineClock(900.0 * uniform(), 1.0 + 0.002 * (uniform() - 0.5))
 
     async def prefill(self, name: str = "prefill-0", model: MemorySettings = MODEL, **settings: Any) -> PrefillWorker:
-        await self._bus_is_up()
-        return await run_as(name, super().prefill(name, model, debug_digests=False, **settings))
+        return await self._begin(name, super().prefill(name, model, debug_digests=False, **settings))
 
     async def decode(self, name: str = "decode-0", model: MemorySettings = MODEL, **settings: Any) -> DecodeWorker:
-        await self._bus_is_up()
-        return await run_as(name, super().decode(name, model, debug_digests=False, **settings))
+        return await self._begin(name, super().decode(name, model, debug_digests=False, **settings))
 
     async def core(self, name: str, **settings: Any) -> SimulatedGateway:
-        await self._bus_is_up()
         core = SimulatedGateway(self, name, **settings)
-        await run_as(name, core.start())
+        await self._begin(name, core.start())
         self.referee.watch_gateway(core)
         self.cores.append(core)
         self.changed()
         return core
 
-    async def _bus_is_up(self) -> None:
+    async def _begin(self, name: str, start: Coroutine[Any, Any, T]) -> T:
         """Without the bus a process ends at its start, and its supervisor starts it again."""
+
+        async def begin() -> T:
+            await self._bus_is_up()  # it may have gone in this very turn
+            return await start
+
+        await self._bus_is_up()
+        return await run_as(name, begin())
+
+    async def _bus_is_up(self) -> None:
         while not self.broker.running:
             await asyncio.sleep(RESTART_S)
 
