@@ -20,11 +20,27 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES: Final = 64 << 10  # request line and headers
 MAX_DISCARDED_BYTES: Final = 16 << 20  # of a body that goes on after its answer; then the connection is closed
+TICK_S: Final = 1.0  # the grain of the date in responses
 LINGER_S: Final = 1.0  # for a client that goes on sending to read why it was refused
 
 
 class QuietServer(uvicorn.Server):
-    """uvicorn without its signal handlers: the service has its own."""
+    """uvicorn without its signal handlers, since the service has its own, and without its ten wake-ups a second."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._told_to_end = asyncio.Event()
+
+    def end(self) -> None:
+        """Accept no more connections; `serve` returns when those that have a request under way have finished it."""
+        self.should_exit = True
+        self._told_to_end.set()
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):  # which renews the date that responses carry
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S):
+                    await self._told_to_end.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -173,7 +173,7 @@ class HttpServer:
 
     async def stop(self) -> None:
         """Accept no more connections; let those that have a request under way finish it."""
-        self._server.should_exit = True
+        self._server.end()
         if self._task is not None:
             await self._task
 

@@ -104,6 +104,6 @@ class DebugServer:
 
     async def stop(self) -> None:
         if self._server is not None and self._task is not None:
-            self._server.should_exit = True
+            self._server.end()
             await self._task
         self._socket.close()

@@ -20,6 +20,7 @@ from kvferry.wire.fields import pack_tokens
 from kvferry.wire.logprobs import PromptLogprobs, pack_prompt_logprobs
 from kvferry.wire.record import WorkerAddress, WorkerRecord
 from kvferry.wire.tokens import End, EndReason, TokenBatch
+from kvferry_gateway.answers.answer import COMMENT
 from kvferry_gateway.answers.prompt_scores import PromptScores
 from kvferry_gateway.http.connection import AsgiConnection, ClientConnection
 from kvferry_gateway.metrics import GatewayMetrics
@@ -358,6 +359,37 @@ async def test_a_client_is_not_slow_because_much_comes_at_once(texts: TokenTexts
     stream.put(b"more")
     stream.flush(5.0 + SLOW_S)
     assert len(slow) == 1
+
+
+async def test_a_client_is_not_slow_because_another_of_its_choices_has_just_filled_its_connection(
+    texts: TokenTexts,
+) -> None:
+    """As after an outage of the bus, when all choices have much to write in one turn (simulation, seed 839)."""
+    client = Client()
+    first, second = Desk(texts).stream, Desk(texts).stream
+    slow: list[None] = []
+    for stream in (first, second):
+        stream.attach(client, 5.0, 3, lambda: slow.append(None))
+    late = 5.0 + 2 * SLOW_S
+    first.put(b"much")
+    first.flush(late)
+    client.note_paused()
+    second.put(b"much, too")
+    second.flush(late)
+    assert slow == []
+    second.put(b"more")
+    second.flush(late + SLOW_S)
+    assert len(slow) == 1
+
+
+async def test_a_silent_connection_gets_one_comment_however_many_choices_it_has(texts: TokenTexts) -> None:
+    client = Client()
+    streams = [Desk(texts).stream for _ in range(3)]
+    for stream in streams:
+        stream.attach(client, 5.0, 3, lambda: None)
+    for stream in streams:
+        stream.keep_alive(9.0, 4.0)
+    assert client.writes == [COMMENT]
 
 
 async def test_every_stream_of_a_batch_counts_in_the_time_between_tokens(texts: TokenTexts) -> None:

@@ -25,12 +25,14 @@ def _nothing() -> None:
 class ClientConnection(ABC):
     """One client connection, as one request sees it.
 
-    `paused`: the client reads too slowly, write no more for now. `lost`: nobody reads any more.
+    `paused`: the client reads too slowly, write no more for now. `lost`: nobody reads any more. `last_write`: the
+    moment of it, by whichever choice, as those that write note it.
     """
 
     def __init__(self) -> None:
         self.paused = False
         self.lost = False
+        self.last_write = 0.0
         self._on_lost: Callable[[], None] = _nothing
         self._on_resume: Callable[[], None] = _nothing
 

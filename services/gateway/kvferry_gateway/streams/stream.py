@@ -67,7 +67,6 @@ class TokenStream:
         "first_token_at",
         "held",
         "last_token_at",
-        "last_write",
         "lead",
         "limit",
         "num_timed",
@@ -103,7 +102,6 @@ class TokenStream:
         self.first_token_at: float | None = None
         self.last_token_at = 0.0
         self.num_timed = 0  # tokens that the latency figures have seen
-        self.last_write = 0.0
         self.on_first_token: Callable[[], None] | None = None
         self.scores: PromptScores | None = None  # of its prompt, where they are asked for and it is the one to ask
         self.texts: list[bytes] = []  # escaped
@@ -220,7 +218,7 @@ class TokenStream:
         self._connection = connection
         self._max_backlog = max_backlog
         self._on_slow = on_slow
-        self.last_write = now
+        connection.last_write = now
         self.flush(now)
 
     def flush(self, now: float) -> None:
@@ -232,29 +230,30 @@ class TokenStream:
         body = self.take()
         if not connection.paused:
             connection.write(body)
-            self.last_write = now
+            connection.last_write = now
             return
         self._backlog.append(body)
         self._backlog_bytes += len(body)
-        is_slow = self._backlog_bytes > self._max_backlog and now - self.last_write >= SLOW_S
+        is_slow = self._backlog_bytes > self._max_backlog and now - connection.last_write >= SLOW_S
         if is_slow and self._on_slow is not None:
             on_slow, self._on_slow = self._on_slow, None
             on_slow()
 
     def resume(self, now: float) -> None:
         """The client reads again."""
-        if self._connection is not None and self._backlog:
+        connection = self._connection
+        if connection is not None and self._backlog:
             body = b"".join(self._backlog)
             self._backlog.clear()
             self._backlog_bytes = 0
-            self._connection.write(body)
-            self.last_write = now
+            connection.write(body)
+            connection.last_write = now
 
     def close(self, last: bytes, now: float) -> None:
         """Write everything that is left and then `last`. The backlog is bounded, so a pause doesn't matter."""
         if self._connection is not None:
             self._connection.write(b"".join((*self._backlog, self.take(), last)))
-            self.last_write = now
+            self._connection.last_write = now
         self.detach()
 
     def detach(self) -> None:
@@ -266,6 +265,6 @@ class TokenStream:
     def keep_alive(self, now: float, interval: float) -> None:
         """Break a silence of `interval` seconds with an SSE comment."""
         connection = self._connection
-        if connection is not None and not connection.paused and now - self.last_write >= interval:
+        if connection is not None and not connection.paused and now - connection.last_write >= interval:
             connection.write(COMMENT)
-            self.last_write = now
+            connection.last_write = now
