@@ -56,7 +56,11 @@ MODEL = MemorySettings(num_blocks=64, seconds_per_step=0.004, seconds_per_token=
 class VirtualEngineLane(InlineLane):
     """Runs a step at once; its future is done when the step's own virtual seconds have passed."""
 
-    def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+    def run_telling(
+        self, began: Callable[[], None] | None, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> asyncio.Future[T]:
+        if began is not None:
+            began()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 

@@ -23,10 +23,17 @@ T = TypeVar("T")
 class Lane(ABC):
     """A queue of blocking calls that run one after the other, off the event loop."""
 
-    @abstractmethod
     def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         """Run `call` after all calls given before it. Awaiting the result is optional; cancelling the future
         keeps a call from starting, and does not end one that has."""
+        return self.run_telling(None, call, *args, **kwargs)
+
+    @abstractmethod
+    def run_telling(
+        self, began: Callable[[], None] | None, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> asyncio.Future[T]:
+        """As `run`; and `began` is called on the loop when the call begins. What it does then does not stand between
+        this thread and the interpreter's lock, which a call needs for its first lines."""
 
     @abstractmethod
     def close(self) -> None:
@@ -61,12 +68,14 @@ class ThreadLane(Lane):
         self._loop_woken = False
         self._closed = False
 
-    def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+    def run_telling(
+        self, began: Callable[[], None] | None, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> asyncio.Future[T]:
         if self._closed:
             raise RuntimeError("the lane is closed")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._calls.append(_Call(functools.partial(call, *args, **kwargs), future))
+        self._calls.append(_Call(functools.partial(call, *args, **kwargs), future, began))
         if not self._visiting:
             self._visiting = True
             self._executor.submit(self._visit, loop)
@@ -76,7 +85,7 @@ class ThreadLane(Lane):
         """On the thread: run what waits, until nothing does."""
         while True:
             while self._calls and not self._closed:
-                self._execute_one()
+                self._execute_one(loop)
                 self._tell(loop)
             self._visiting = False
             # Looked at after the flag is down: `run` looks at the flag after it has queued its call. If both see
@@ -85,8 +94,11 @@ class ThreadLane(Lane):
                 return
             self._visiting = True
 
-    def _execute_one(self) -> None:
+    def _execute_one(self, loop: asyncio.AbstractEventLoop) -> None:
         call = self._calls.popleft()
+        if call.began is not None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(call.began)
         call.execute()
         self._ended.append(call)
 
@@ -112,8 +124,12 @@ class ThreadLane(Lane):
 class InlineLane(Lane):
     """Runs each call at once, on the loop; its result is a finished future."""
 
-    def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+    def run_telling(
+        self, began: Callable[[], None] | None, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> asyncio.Future[T]:
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        if began is not None:
+            began()
         try:
             future.set_result(call(*args, **kwargs))
         except Exception as error:
@@ -152,6 +168,7 @@ class _Call:
 
     call: Callable[[], Any]
     future: asyncio.Future[Any]
+    began: Callable[[], None] | None
     result: Any = None
     error: Exception | None = None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import mmap
+import os
 import random
 import secrets
 import signal
@@ -40,6 +41,11 @@ class Runtime(ABC):
         """A new lane. Its thread gives way to others of the process by `nice`, as a Unix process would. Nobody waits
         for the calls of a `daemon` at its end."""
 
+    @property
+    @abstractmethod
+    def num_cores(self) -> int:
+        """That this process may run on."""
+
     @abstractmethod
     def wall_clock(self) -> float:
         """Unix seconds: the `created` field of API objects, the arrival order of requests, instants of traces; nothing
@@ -64,6 +70,11 @@ class SystemRuntime(Runtime):
     def lane(self, name: str, nice: int = 0, *, daemon: bool = False) -> Lane:
         return ThreadLane(name, nice, daemon=daemon)
 
+    @property
+    def num_cores(self) -> int:
+        has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+        return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
     def wall_clock(self) -> float:
         return wall_clock()
 
@@ -82,6 +93,10 @@ class SeededRuntime(Runtime):
 
     def lane(self, name: str, nice: int = 0, *, daemon: bool = False) -> Lane:
         return InlineLane()
+
+    @property
+    def num_cores(self) -> int:
+        return 2
 
     def wall_clock(self) -> float:
         return now()

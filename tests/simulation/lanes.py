@@ -31,6 +31,7 @@ def step_seconds(plan: StepPlan) -> float:
 class _Call:
     call: Callable[[], Any]
     future: asyncio.Future[Any]
+    began: Callable[[], None] | None
     seconds: float
     early: bool  # it has its effect when it begins; else when it ends
 
@@ -48,11 +49,13 @@ class SimulatedLane(Lane):
         self._timer: asyncio.Handle | None = None
         self._outcome: Callable[[], None] | None = None
 
-    def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+    def run_telling(
+        self, began: Callable[[], None] | None, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> asyncio.Future[T]:
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         seconds = self._seconds(*args)
         early = self._runtime.uniform() < 0.5
-        self._calls.append(_Call(functools.partial(call, *args, **kwargs), future, seconds, early))
+        self._calls.append(_Call(functools.partial(call, *args, **kwargs), future, began, seconds, early))
         if self._timer is None:
             self._begin()
         return future
@@ -80,6 +83,8 @@ class SimulatedLane(Lane):
             self._outcome = _execute(call)
             self._timer = loop.call_soon(self._go_on)
             return
+        if call.began is not None:
+            call.began()
         if call.early and (ranks is None or not ranks.hang):
             self._outcome = _execute(call)
         seconds = call.seconds + self._runtime.disks.get(process_name.get(), 0.0) * self._runtime.uniform()

@@ -104,6 +104,7 @@ class DecodeWorker(Worker[DecodeScheduler]):
             if sequence.journal is not None:
                 sequence.journal.begin("generation", now())
             self.emit(emission)
+            self.post.wake()
             self.wake()
 
     def _failed(self, key: Key, reason: EndReason | None, detail: str) -> None:

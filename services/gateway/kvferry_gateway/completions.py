@@ -268,7 +268,8 @@ class Completions:
         try:
             async with asyncio.timeout(LINGER_S):
                 await connection.close()
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                if not connection.lost:  # what was aborted must not look whole
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             self._too_slow(connection)
             return "slow_client"

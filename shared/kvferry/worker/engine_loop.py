@@ -2,12 +2,16 @@
 
     wake ──> decide (event loop) ──plan──> execute (engine lane) ──result──> finish, emit (event loop) ──> decide
 
-One step is under way at a time, so that a decision always sees all that the step before it has changed.
+One step is under way at a time, so that a decision always sees all that the step before it has changed. What the step
+gave is published and counted when the next one has begun, since before that it would keep the engine waiting; but at
+once where the engine's threads take all cores: they wait for each other when one of them gives way in mid-step.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from kvferry.bus.liveness import BEAT_INTERVAL, STALL
@@ -32,10 +36,12 @@ class EngineLoop:
         self.step_s = 0.0  # mean of late
         self._worker = worker
         self._lane: Lane = worker.runtime.lane("engine")
+        self._has_spare_core = 0 < worker.settings.threads < worker.runtime.num_cores
         self._work = asyncio.Event()
         self._step_began: float | None = None
         self._looked_at = 0.0  # at the step under way
         self._stuck_s = 0.0
+        self._uncounted: Callable[[], None] | None = None
 
     def wake(self) -> None:
         """Something changed that may give the engine work."""
@@ -49,6 +55,7 @@ class EngineLoop:
             decision = worker.decide(now())
             worker.drop(*decision.dropped)
             if decision.plan is None:
+                self._tell()
                 await self._work.wait()
                 continue
             await self._step(decision.plan)
@@ -76,7 +83,8 @@ class EngineLoop:
         self._stuck_s = 0.0
         worker.grammars.begin(plan)
         try:
-            result = await self._lane.run(worker.runner.execute, plan)
+            begun = self._tell if self._has_spare_core else None
+            result = await self._lane.run_telling(begun, worker.runner.execute, plan)
         except Exception as error:
             # A step that fails must cost its own sequences and nobody else's; their gateways count the failure.
             log.exception("engine step failed", num_tokens=plan.num_tokens)
@@ -84,18 +92,28 @@ class EngineLoop:
             return
         finally:
             self._step_began = None
-        self._account(plan, result, now() - began)
+        seconds = now() - began
+        self.num_steps += 1
+        self.step_s = smoothed(self.step_s, seconds)
+        self._uncounted = partial(self._count, plan, result, seconds)
         emissions = worker.scheduler.finish(plan, result, now())
         worker.traces.stepped(began)
         worker.grammars.ended(plan)
         for emission in emissions:
             worker.emit(emission)
         worker.stepped(emissions)
+        if not self._has_spare_core:
+            self._tell()
 
-    def _account(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+    def _tell(self) -> None:
+        """What the last step gave: a step has begun, or there is none to do."""
+        uncounted, self._uncounted = self._uncounted, None
+        if uncounted is not None:
+            uncounted()
+        self._worker.post.wake()
+
+    def _count(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         metrics = self._worker.metrics
-        self.num_steps += 1
-        self.step_s = smoothed(self.step_s, seconds)
         drawn = sum(token is not None for token in result.tokens)
         metrics.steps.observe(seconds)
         metrics.batch.set(len(plan.steps))

@@ -182,7 +182,7 @@ class Worker(ABC, Generic[S]):
         self.engine_loop.wake()
 
     def emit(self, emission: Emission) -> None:
-        """Put what a step gave a sequence, and the end it may be, into the outbox."""
+        """Put what a step gave a sequence, and the end it may be, into the outbox. Who calls this wakes the post."""
         work = emission.sequence.work
         if emission.scores is not None:
             self.outbox.scored(work, emission.scores)
@@ -190,7 +190,6 @@ class Worker(ABC, Generic[S]):
             self.outbox.token(work, emission.index, emission.token, emission.logprobs)
         if emission.reason is not None:
             self._end(emission.sequence, emission.reason, "")
-        self.post.wake()
 
     # -- ends ------------------------------------------------------------------------------------------------
 

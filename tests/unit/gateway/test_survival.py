@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster import settled
 from scripted_worker import EOS, PATIENCE_S, Cluster, Events, ScriptedWorker, completion, text_in, tokens_of
 
 from kvferry.bus.base import BusSettings
@@ -646,6 +648,38 @@ async def test_what_does_not_end_within_the_grace_time_ends_in_an_error(cluster:
         rest = await events.rest()
     assert rest[-1]["error"]["code"] == "shutting_down"
     await worker.wait_for(Cancel)
+
+
+async def test_an_answer_that_a_drain_has_cut_off_does_not_end_as_if_it_were_whole(cluster: Cluster) -> None:
+    """Through plain ASGI. The client stops reading, and goes on when it has been given up (simulation, seed 1033)."""
+    worker = await cluster.worker("decode", "decode-0")
+    worker.accepted = says(worker, 5)
+    asked = [{"type": "http.request", "body": json.dumps(completion(stream=True)).encode(), "more_body": False}]
+    sent: list[Any] = []
+    reading = asyncio.Event()
+
+    async def receive() -> Any:
+        if asked:
+            return asked.pop()
+        return await asyncio.Future()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if message.get("body"):
+            await reading.wait()
+
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": "/v1/completions", "headers": []}
+    serving = asyncio.create_task(cluster.gateway.app(scope, receive, send))
+    await settled(lambda: len(sent) > 1, PATIENCE_S)
+    drained = asyncio.create_task(cluster.gateway.completions.drain(0.05))
+    await settled(
+        lambda: all(connection.lost for connection in cluster.gateway.completions._flights.values()), PATIENCE_S
+    )
+    reading.set()
+    await serving
+    await drained
+    assert sent[0]["status"] == 200
+    assert all(message["more_body"] for message in sent[1:])
 
 
 async def test_a_client_that_never_reads_the_end_of_its_answer_does_not_hold_up_a_drain(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from kvferry.wire.fields import TokenArray
 from kvferry.wire.logprobs import PromptLogprobs
 
 _ALIGNMENT: Final = 64
+MIN_ROOM: Final = 64  # draws
 _MAX_TOP_K: Final = (1 << 31) - 1  # beyond every vocabulary
 # `kvf_draw` of sample.h, whose fields lie without gaps.
 _DRAW: Final = struct.Struct("<ddd Q II i fff Q ii QQ ii Q ii Q")
@@ -27,6 +28,7 @@ _LOGPROBS: Final = np.dtype(
         ("top_tokens", "<u4", MAX_LOGPROBS), ("top_logprobs", "<f4", MAX_LOGPROBS),
     ]
 )  # fmt: skip
+_NO_LOGPROBS: Final = np.empty(0, _LOGPROBS)
 
 
 class NativeSampler:
@@ -47,6 +49,7 @@ class NativeSampler:
         if not num_bytes:
             raise RuntimeError(f"a vocabulary of {vocab_size} tokens is out of bounds")
         self._vocab_size = vocab_size
+        self._make_room(MIN_ROOM)
         self._score: Callable[[int, int, int, int, int], int]  # logits, rows, targets, num_top, records -> error
         self._call: Callable[[int, int, int, int], int]  # logits, number of draws, draws, tokens -> error
         if model is None:
@@ -76,21 +79,26 @@ class NativeSampler:
         shape = (len(draws), self._vocab_size)
         if logits.shape != shape or logits.dtype != np.float32 or not logits.flags.c_contiguous:
             raise RuntimeError(f"logits of shape {logits.shape} and type {logits.dtype}, not fp32 {shape} in C order")
-        fields = bytearray(_DRAW.size * len(draws))
-        tokens = np.empty(len(draws), np.uint32)
+        if len(draws) > len(self._tokens):
+            self._make_room(len(draws))
         wanted = [row for row, draw in enumerate(draws) if draw.num_logprobs is not None]
-        logprobs = np.empty(len(wanted), _LOGPROBS)
-        out = dict(zip(wanted, range(_address(logprobs), 1 << 64, _LOGPROBS.itemsize), strict=False))
+        logprobs = np.empty(len(wanted), _LOGPROBS) if wanted else _NO_LOGPROBS
+        out = dict(zip(wanted, range(_address(logprobs), 1 << 64, _LOGPROBS.itemsize), strict=False)) if wanted else {}
         alive: list[npt.NDArray[np.generic]] = []  # what the fields point at
         for row, draw in enumerate(draws):
-            _pack(fields, row, draw, self._vocab_size, out.get(row, 0), alive)
-        error = self._call(_address(logits), len(draws), _address(np.frombuffer(fields, np.uint8)), _address(tokens))
-        if error:
+            _pack(self._fields, row, draw, self._vocab_size, out.get(row, 0), alive)
+        if error := self._call(_address(logits), len(draws), self._fields_at, self._tokens_at):
             raise RuntimeError(f"kvf_sample: error {error}")
         found: list[Logprobs | None] = [None] * len(draws)
         for row, record in zip(wanted, logprobs, strict=True):
             found[row] = _unpack(record, draws[row].num_logprobs or 0)
-        return Drawn(tokens.tolist(), found)
+        return Drawn(self._tokens[: len(draws)].tolist(), found)
+
+    def _make_room(self, count: int) -> None:
+        """For so many draws, and all calls to come: a step waits for what is made here."""
+        self._fields = bytearray(count * _DRAW.size)  # never of another size, so that it stays where it is
+        self._tokens = np.empty(count, np.uint32)
+        self._fields_at, self._tokens_at = _address(np.frombuffer(self._fields, np.uint8)), _address(self._tokens)
 
     def score(self, logits: npt.NDArray[np.float32], targets: TokenArray, num_top: int, start: int) -> PromptLogprobs:
         """Of known tokens [num_rows], at positions from `start` on, by `logits` [num_rows, vocab]. Needs a model.

@@ -28,8 +28,8 @@ struct StepPages {
   const bf16* values[kStepPages];
 };
 
-// Pages of the next step are fetched into the second cache a line at a time, while this one's are multiplied. Hardware
-// starts anew in each page and comes too late; the first cache has too few outstanding misses to wait for memory.
-inline void fetch_ahead(const bf16* line) { __builtin_prefetch(line, 0, 2); }
+// Pages of the next step are fetched while this one's are multiplied: hardware starts anew in each page and comes too
+// late.
+inline void fetch_ahead(const bf16* line) { prefetch<2>(line); }
 
 }  // namespace kvferry

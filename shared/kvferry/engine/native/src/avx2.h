@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "bf16.h"
+#include "prefetch.h"
 
 namespace kvferry {
 
@@ -19,6 +20,8 @@ struct Isa {
   static constexpr int kMaxRowsInt8 = 4;
   // Few rows take more vectors, so that as many independent chains hide the latency of the multiply-add.
   static constexpr int tile_vectors(int rows) { return rows <= 2 ? 4 : 2; }
+  static constexpr Ahead ahead(int rows) { return rows <= 2 ? Ahead{4096, 1} : Ahead{8192, 2}; }
+  static constexpr Ahead kAheadInt8{2048, 1};
   static constexpr bool kDotsPairs = false;
 
   using F = __m256;
@@ -106,7 +109,6 @@ struct Isa {
   static constexpr bool kStreamsLines = false;  // a vector is part of a line
   static void stream(void* to, P vector) { std::memcpy(to, &vector, sizeof vector); }
   static void end_streams() {}
-  static void prefetch(const void* line) { _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T0); }
 
  private:
   static __m256i first(int n) {

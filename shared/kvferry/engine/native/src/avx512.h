@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "bf16.h"
+#include "prefetch.h"
 
 namespace kvferry {
 
@@ -26,6 +27,10 @@ struct Isa {
   static constexpr int kMaxRows = 8;
   static constexpr int kMaxRowsInt8 = 8;
   static constexpr int tile_vectors(int) { return kPanelVectors; }
+  // Up to six rows are faster than memory: Zen 4's own prefetchers read 12 to 17 % more without ours. From seven on
+  // multiplying takes as long as reading, and they come too late: asking saves a fifth.
+  static constexpr Ahead ahead(int rows) { return rows <= 6 ? Ahead{0, 1} : Ahead{8192, 2}; }
+  static constexpr Ahead kAheadInt8{0, 1};
   static constexpr bool kDotsPairs = true;
 
   using F = __m512;
@@ -103,7 +108,6 @@ struct Isa {
   static constexpr bool kStreamsLines = true;
   static void stream(void* line, P vector) { _mm512_stream_si512(static_cast<__m512i*>(line), vector); }
   static void end_streams() { _mm_sfence(); }
-  static void prefetch(const void* line) { _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T0); }
 
  private:
   static F widen(__m256i halves) {

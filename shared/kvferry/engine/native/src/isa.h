@@ -7,6 +7,8 @@
 //   kPanelVectors         vectors side by side in a panel of packed weights; a panel has W * kPanelVectors columns
 //   kMaxRows              rows of the largest bf16 tile;  kMaxRowsInt8: of the largest int8 tile
 //   tile_vectors(rows)    vectors that a tile of so many rows keeps in registers at once; divides kPanelVectors
+//   ahead(rows)           how a bf16 tile of so many rows asks for weights, which come from memory where few rows share
+//                         them: as measured, see avx512.h;  kAheadInt8: the same of every int8 tile
 //   kDotsPairs            dot2 is one instruction (else low(), high() and two multiply-adds)
 //   F, P, I               W fp32 · W pairs of bf16 (low half first) · W int32 (or W groups of four bytes)
 //
@@ -28,7 +30,6 @@
 //   F  to_float(I)
 //   void stream(void* line, P)          a whole aligned cache line past the caches, if kStreamsLines; else a store
 //   void end_streams()                  what was streamed is visible to whom later writes are
-//   void prefetch(const void*)          of a line into the first cache
 //
 // No alignment is asked for anywhere else. exp over F is vector_math.h.
 #pragma once

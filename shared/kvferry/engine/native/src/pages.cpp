@@ -19,10 +19,6 @@ size_t row_place(int row, int pair, size_t stride) {
   return static_cast<size_t>(row) * stride + static_cast<size_t>(pair) * kPair;
 }
 
-// A line that is read soon, into the second cache: see pages.h. The first has too few outstanding misses to wait for
-// memory.
-[[gnu::always_inline]] inline void fetch(const std::byte* line) { __builtin_prefetch(line, 0, 2); }
-
 template <Stores kStores, typename V>
 [[gnu::always_inline]] inline void put(std::byte* to, const V& vector) {
   if constexpr (kStores == Stores::Streamed && Isa::kStreamsLines) {
@@ -43,7 +39,7 @@ template <Stores kStores, typename Width>
   const size_t bytes = static_cast<size_t>(width) * kPair;
   unroll<kWords>([&](auto i) {
     square[i] = read_part<Words>(rows + i * stride, bytes);
-    fetch(rows + (i + kPageTokens) * stride);
+    prefetch<2>(rows + (i + kPageTokens) * stride);
   });
   transpose(square);
   unroll<kWords>([&](auto i) {
@@ -56,7 +52,7 @@ template <Stores kStores, typename Width>
   Words square[kWords] = {};
   unroll<kWords>([&](auto i) {
     if (i < width) square[i] = read_vector<Words>(page + key_place(i, 0));
-    fetch(ahead + key_place(i, 0));
+    prefetch<2>(ahead + key_place(i, 0));
   });
   transpose(square);
   unroll<kWords>([&](auto i) {
@@ -173,8 +169,8 @@ void store_values(bf16* values, int head_dim, int first, int count, const std::b
     for (; dim + kHalves <= head_dim; dim += kHalves) {
       const auto even = read_vector<Halves>(rows + static_cast<size_t>(dim) * 2);
       const auto odd = read_vector<Halves>(rows + stride + static_cast<size_t>(dim) * 2);
-      fetch(rows + kPageTokens * stride + static_cast<size_t>(dim) * 2);
-      fetch(rows + (kPageTokens + 1) * stride + static_cast<size_t>(dim) * 2);
+      prefetch<2>(rows + kPageTokens * stride + static_cast<size_t>(dim) * 2);
+      prefetch<2>(rows + (kPageTokens + 1) * stride + static_cast<size_t>(dim) * 2);
       const Halves low = zip_low(even, odd), high = zip_high(even, odd);
       put<kStores>(to + static_cast<size_t>(dim) * kPair, low);
       put<kStores>(to + static_cast<size_t>(dim) * kPair + sizeof low, high);
@@ -217,8 +213,8 @@ void load_values(const bf16* values, const bf16* next, int head_dim, int first, 
     for (; dim + kHalves <= head_dim; dim += kHalves) {
       const auto low = read_vector<Halves>(from + static_cast<size_t>(dim) * kPair);
       const auto high = read_vector<Halves>(from + static_cast<size_t>(dim) * kPair + sizeof(Halves));
-      fetch(ahead + static_cast<size_t>(dim) * kPair);
-      fetch(ahead + static_cast<size_t>(dim) * kPair + sizeof(Halves));
+      prefetch<2>(ahead + static_cast<size_t>(dim) * kPair);
+      prefetch<2>(ahead + static_cast<size_t>(dim) * kPair + sizeof(Halves));
       const Halves even = unzip_even(low, high), odd = unzip_odd(low, high);
       put<kStores>(rows + static_cast<size_t>(dim) * 2, even);
       put<kStores>(rows + stride + static_cast<size_t>(dim) * 2, odd);

@@ -64,7 +64,7 @@ double kvf_peak_read(const void* memory, uint64_t bytes) {
   using namespace kvferry;
   constexpr int kVectors = 8;
   constexpr uint64_t kStep = sizeof(I) * kVectors;
-  constexpr int kAhead = 4096;
+  constexpr Ahead kAhead = Isa::ahead(1);  // as one row reads its weights
   const char* from = static_cast<const char*>(memory);
   const double start = thread_seconds();
   F sum[kVectors];
@@ -72,7 +72,7 @@ double kvf_peak_read(const void* memory, uint64_t bytes) {
   for (uint64_t at = 0; at + kStep <= bytes; at += kStep) {
     for (int v = 0; v < kVectors; ++v) {
       const char* vector = from + at + sizeof(I) * v;
-      Isa::prefetch(vector + kAhead);
+      if constexpr (kAhead.bytes > 0) prefetch<kAhead.cache>(vector + kAhead.bytes);
       sum[v] = Isa::max(sum[v], Isa::low(Isa::load_pairs(reinterpret_cast<const bf16*>(vector))));
     }
   }

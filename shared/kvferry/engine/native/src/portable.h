@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "bf16.h"
+#include "prefetch.h"
 
 namespace kvferry {
 
@@ -18,6 +19,8 @@ struct Isa {
   static constexpr int kMaxRows = 4;
   static constexpr int kMaxRowsInt8 = 2;
   static constexpr int tile_vectors(int rows) { return rows <= 2 ? 4 : 2; }
+  static constexpr Ahead ahead(int rows) { return rows <= 2 ? Ahead{4096, 1} : Ahead{8192, 2}; }
+  static constexpr Ahead kAheadInt8{2048, 1};
   static constexpr bool kDotsPairs = false;
 
   using F = float __attribute__((vector_size(16)));
@@ -96,7 +99,6 @@ struct Isa {
   static constexpr bool kStreamsLines = false;  // a vector is part of a line
   static void stream(void* to, P vector) { std::memcpy(to, &vector, sizeof vector); }
   static void end_streams() {}
-  static void prefetch(const void* line) { __builtin_prefetch(line); }
 
  private:
   using Halves = int16_t __attribute__((vector_size(16)));

@@ -11,9 +11,17 @@ using F = Isa::F;
 using P = Isa::P;
 
 constexpr int kStep = 2 * kPanelColumns;  // bf16 of a panel per pair of k
-// Weights come from memory when few rows share them: ask this far ahead, over the end into the next panel.
-constexpr int kAhead = 4096 / static_cast<int>(sizeof(bf16));
 constexpr int kLine = 64 / static_cast<int>(sizeof(bf16));
+
+// Of a step's weights further on, over the end into the next panel.
+template <int Rows, int Vectors>
+inline void ask_ahead(const bf16* weights) {
+  constexpr Ahead kAhead = Isa::ahead(Rows);
+  if constexpr (kAhead.bytes > 0) {
+    const bf16* from = weights + kAhead.bytes / static_cast<int>(sizeof(bf16));
+    for (int i = 0; i < 2 * Isa::kLanes * Vectors; i += kLine) prefetch<kAhead.cache>(from + i);
+  }
+}
 
 template <int Rows, int Vectors>
 inline void accumulate(F (&acc)[Rows][Vectors], const bf16* weights, const bf16* x, ptrdiff_t ldx) {
@@ -50,7 +58,7 @@ void tile(const bf16* panel, int pairs, const bf16* x, ptrdiff_t ldx, float* out
     F acc[Rows][kVectors];
     unroll<Rows>([&](auto r) { unroll<kVectors>([&](auto v) { acc[r][v] = Isa::zero(); }); });
     for (int pair = 0; pair < pairs; ++pair, weights += kStep) {
-      for (int i = 0; i < 2 * Isa::kLanes * kVectors; i += kLine) Isa::prefetch(weights + kAhead + i);
+      ask_ahead<Rows, kVectors>(weights);
       accumulate<Rows, kVectors>(acc, weights, x + 2 * pair, ldx);
     }
     unroll<Rows>([&](auto r) {
