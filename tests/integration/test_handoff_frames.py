@@ -63,6 +63,27 @@ def test_a_bad_frame_is_asked_for_again_alone(spoil: Callable[[bytearray], None]
     virtual(scenario)
 
 
+def test_a_whole_frame_of_another_workers_first_pull_is_refused_as_foreign() -> None:
+    """Of as many tokens, for the same places, sealed by the same P (simulation, seed 1174)."""
+    caught = bytearray()
+
+    def swap(frame: bytearray) -> None:
+        frame[:] = caught
+
+    async def scenario(cluster: Cluster) -> None:
+        prefill, first, second = await cluster.prefill(), await cluster.decode(), await cluster.decode("decode-1")
+        gateway = await cluster.gateway()
+        cluster.network.spoil_next_frame(caught.extend)
+        await gateway.run(prompt_of(96), first, prefill)
+        cluster.network.spoil_next_frame(swap)
+        prompt = prompt_of(96)[::-1]
+        work = await gateway.run(prompt, second, prefill)
+        assert gateway.text(work) == expected(prompt, GREEDY, 8)
+        assert second.metrics.value("kvferry_transfer_failure_total", kind="identity") == 1
+
+    virtual(scenario)
+
+
 def test_a_pull_whose_frames_are_all_bad_is_tried_once_more_and_then_given_up() -> None:
     async def scenario(cluster: Cluster) -> None:
         prefill, decode = await cluster.prefill(), await cluster.decode()

@@ -40,6 +40,7 @@ log = get_logger(__name__)
 ABORT_TIMEOUT: Final = 0.5
 CONNECT_TIMEOUT: Final = 2.0
 MAX_TRIES: Final = 2
+U32_MASK: Final = (1 << 32) - 1
 
 # What D tells the gateway when P gives a pull up. None: the gateway knows already.
 _ABORTED: Final[dict[str, EndReason | None]] = {
@@ -100,6 +101,7 @@ class Puller:
         metrics: WorkerMetrics,
         digests: Digests,
         policy: PullPolicy,
+        incarnation: int,
         *,
         pin: Callable[[Sequence], None],
         unpin: Callable[[Sequence], None],
@@ -125,7 +127,7 @@ class Puller:
         self._dock = Dock(runner, slots, copy_lane, metrics, self._codec, self._pace, pin, unpin)
         self._links: dict[Connection, _Link] = {}
         self._pulls: dict[Key, _Pull] = {}
-        self._next_pull_id = 0
+        self._last_pull_id = incarnation & U32_MASK  # no two workers, nor two lives of one, use the same numbers
         self._times: deque[PullTime] = deque(maxlen=MAX_RECENT_PULLS)
 
     def __len__(self) -> int:
@@ -159,8 +161,7 @@ class Puller:
         if link is None:
             link = self._links[connection] = _Link(connection)
             self._attach(link)
-        self._next_pull_id += 1
-        pull.pull_id = self._next_pull_id
+        pull.pull_id = self._last_pull_id = (self._last_pull_id + 1) & U32_MASK
         pull.link = link
         pull.heard = now()
         link.pulls[pull.pull_id] = pull

@@ -44,6 +44,7 @@ class DecodeWorker(Worker[DecodeScheduler]):
             self.metrics,
             self.digests,
             settings.pull_policy,
+            parts.incarnation,
             pin=scheduler.memory.pin,
             unpin=self.unpin,
             due=self._due,

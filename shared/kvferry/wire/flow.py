@@ -13,7 +13,8 @@
 
 P uses up every credit it got, with pad frames at the end, so that every receive D posted completes.
 
-`pull_id` is D's, counted per connection; a new one for the same ticket ends the one before.
+`pull_id` is D's, counted from the low half of its incarnation on, so that a frame that strays from one D's pull to
+another's is seen to be foreign; a new one for the same ticket ends the one before.
 """
 
 from __future__ import annotations
