@@ -32,6 +32,12 @@ async def test_calls_run_in_the_order_in_which_they_were_given(lane: Lane) -> No
     lane.close()
 
 
+async def test_who_asks_hears_on_the_loop_that_a_call_has_begun_while_it_runs(lane: Lane) -> None:
+    heard = threading.Event()
+    assert await lane.run_telling(heard.set, heard.wait, 5.0)
+    lane.close()
+
+
 async def test_an_error_is_its_own_callers_alone(lane: Lane) -> None:
     bad, good = lane.run(int, "no number"), lane.run(int, "7")
     with pytest.raises(ValueError, match="no number"):
