@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 from scripted_worker import EOS, tokens_of, write_model
-from unit.gateway.test_streams import D, Desk
+from unit.gateway.test_streams import Client, D, Desk, turn
 
 from kvferry.errors import MalformedMessage
 from kvferry.text.detokenizer import TokenTexts
@@ -82,6 +82,17 @@ async def test_a_token_without_wanted_log_probabilities_ends_the_attempt(texts: 
     desk.begin()
     desk.scored((1, TOKENS[1]), (2, TOKENS[2]))
     assert desk.stream.tokens == TOKENS[:3], "another worker knows better"
+
+
+async def test_a_stream_that_fails_before_its_prompt_is_told_tells_no_token_either(texts: TokenTexts) -> None:
+    """Of an echoed prompt: its client would take the first token for the prompt (simulation, seed 1311)."""
+    desk, client = ToldDesk(texts), Client()
+    desk.stream.hold_back()
+    desk.stream.attach(client, 5.0, 1000, lambda: None)
+    desk.scored((0, TOKENS[0]))
+    await turn()
+    desk.stream.close(b"the error", 6.0)
+    assert client.writes == [b"the error"]
 
 
 async def test_a_batch_with_columns_that_do_not_fit_is_not_taken(texts: TokenTexts) -> None:

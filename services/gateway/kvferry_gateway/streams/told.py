@@ -66,6 +66,11 @@ class ToldStream(TokenStream):
         if not self._held_back:
             super().flush(now)
 
+    def close(self, last: bytes, now: float) -> None:
+        if self._held_back:
+            self.pieces.clear()  # what stands before them will never be told
+        super().close(last, now)
+
     def note_logprobs(self, index: int, found: TokenLogprobs) -> None:
         if len(self.tokens) <= index < self.limit:
             self._logprobs[index] = found
