@@ -98,10 +98,11 @@ class ComposeStack:
         self.compose("build", timeout=BUILD_TIMEOUT_S)
 
     def up(self, **replicas: int) -> None:
-        """Returns when every container is healthy; with more replicas than run, those that run are left alone."""
+        """The gateway and what it needs: no registry here has the images of those who look on. Returns when every
+        container is healthy; with more replicas than run, those that run are left alone."""
         scale = [part for service, count in replicas.items() for part in ("--scale", f"{service}={count}")]
         try:
-            self.compose("up", "--detach", "--no-build", "--no-recreate", "--wait", *scale)
+            self.compose("up", "--detach", "--no-build", "--no-recreate", "--wait", *scale, "gateway")
         except AssertionError as error:
             with contextlib.suppress(AssertionError):
                 error.add_note(self.compose("logs", "--tail", "20"))

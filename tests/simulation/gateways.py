@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,14 @@ from kvferry.runtime import TaskSet
 from kvferry_gateway.app import GatewayApp
 from kvferry_gateway.fleet.fleet import Fleet
 from kvferry_gateway.flights.flight import Flight
-from kvferry_gateway.service import Gateway
+from kvferry_gateway.service import SHUTDOWN_SLACK_S, Gateway
 from kvferry_gateway.settings import GatewaySettings
 
 if TYPE_CHECKING:
     from clients import Call
     from world import World
+
+LOOK_S = 0.05  # how often a server looks whether it may end
 
 
 class SimulatedGateway:
@@ -57,9 +60,18 @@ class SimulatedGateway:
         label = call.request.label
         return (flight for flight in self.gateway.completions._flights if flight.unit.request_id == label)
 
+    async def finish_answers(self) -> None:
+        """As its server does before it ends: what a slow client has not taken yet gets a while, then it is cut off."""
+        await asyncio.sleep(0)  # the last exchange may end in this very turn
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SHUTDOWN_SLACK_S):
+                while len(self._tasks):
+                    await asyncio.sleep(LOOK_S)
+        await self._tasks.cancel()
+
     async def stop(self) -> None:
         """Only when every call is over."""
-        await asyncio.sleep(0)  # the last exchange may end in this very turn
+        await asyncio.sleep(0)
         await self.gateway.stop()
         await self.bus.close()
         assert len(self._tasks) == 0

@@ -199,6 +199,7 @@ class World(Cluster):
         self.log.record("drain", core.name)
         await run_as(core.name, core.gateway.completions.drain(core.settings.get("drain_grace", 20.0)))
         self.cores.remove(core)
+        await run_as(core.name, core.finish_answers())
         await run_as(core.name, core.stop())
         core.alive = False
 
