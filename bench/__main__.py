@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from bench import chaos, handoff, handoff_cost, idle, interference, memory, page, parity, startup, versus
+from bench import chaos, handoff, handoff_cost, idle, interference, memory, page, parity, startup, token_time, versus
 from bench.options import Benchmark, Options
 from bench.report import Report
 
@@ -24,6 +24,7 @@ STACK: Final[Mapping[str, Benchmark]] = {
     "parity": parity.measure,
     "parity_kill": parity.measure_with_a_kill,
     "versus": versus.measure,
+    "token_time": token_time.measure,
     "memory": memory.measure,
 }
 # Only when they are asked for by name: they take minutes, and measure survival rather than speed.

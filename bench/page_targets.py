@@ -101,6 +101,14 @@ MACHINE: Final = Section(
     "engine",
 )  # fmt: skip
 
+TOKEN_TIME: Final = Section(
+    "Where the time of a token goes",
+    "A single worker on all cores, over HTTP. What its step takes beyond the engine alone is the way to the engine's "
+    "thread and back, on caches that the weights have swept, and what gateway, NATS and client take of the same cores; "
+    "what a token takes beyond its step is the loop between two of them. No step is shorter than reading the weights.",
+    ("token_time",),
+)
+
 MEMORY: Final = Section(
     "Memory of a worker",
     "A worker on the native engine under load, its KV pool and staging slots all in use.",
@@ -218,4 +226,16 @@ STACK: Final = Section(
     ("idle", "startup", "parity", "parity_kill"),
 )
 
-SECTIONS: Final = (RIVALS, MACHINE, MEMORY, ACCURACY, HANDOFF, INTERFERENCE, GATEWAY, TRACING, PLACEMENT, STACK)
+SECTIONS: Final = (
+    RIVALS,
+    MACHINE,
+    TOKEN_TIME,
+    MEMORY,
+    ACCURACY,
+    HANDOFF,
+    INTERFERENCE,
+    GATEWAY,
+    TRACING,
+    PLACEMENT,
+    STACK,
+)
