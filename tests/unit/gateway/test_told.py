@@ -72,6 +72,13 @@ async def test_each_token_is_told_once_with_the_text_that_it_completes(texts: To
     assert [item.text_offset for item in desk.stream.told] == [0, 1, 1, 2, 3]
 
 
+async def test_an_end_with_nothing_left_to_tell_tells_nothing(texts: TokenTexts) -> None:
+    desk = ToldDesk(texts)
+    desk.scored((0, TOKENS[0]))
+    desk.stream.finish()
+    assert desk.events == [("a", (TOKENS[0],))]
+
+
 async def test_a_token_without_wanted_log_probabilities_ends_the_attempt(texts: TokenTexts) -> None:
     desk = ToldDesk(texts)
     desk.scored((0, TOKENS[0]))
