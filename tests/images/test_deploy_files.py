@@ -85,6 +85,16 @@ def test_prometheus_scrapes_every_service_that_has_metrics_on_the_port_of_its_im
     assert scraped == served
 
 
+def test_by_default_prometheus_and_grafana_run_too_and_the_gateway_alone_has_a_published_port() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    started = {name: service for name, service in services.items() if "profiles" not in service}
+    assert {"prometheus", "grafana"} <= set(started)
+    published = {name: service["ports"] for name, service in started.items() if "ports" in service}
+    assert published == {"gateway": ["127.0.0.1:${KVFERRY_PORT:-8000}:8000"]}
+    more = yaml.safe_load((DEPLOY / "compose" / "grafana-port.yml").read_text())["services"]
+    assert more == {"grafana": {"ports": ["127.0.0.1:${KVFERRY_GRAFANA_PORT:-3000}:3000"]}}
+
+
 @pytest.mark.parametrize("role", ["gateway", *ROLES])
 def test_compose_starts_each_service_as_its_scaling_file_says(role: Role) -> None:
     document = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
