@@ -32,6 +32,7 @@ from bench.tap import Heard, tapped
 from kvferry.runtime import blocking_clock
 
 NUM_WORKERS: Final = 4
+NUM_CLIENTS: Final = 4
 MAX_NUM_SEQS: Final = 8  # of one worker
 MAX_WAITING: Final = 12  # more than all clients together, so that one worker of a role can take over everything
 FLAGS: Final = ("--prefill", "2", "--decode", "2", "--gateways", "2", "--threads", "1")
@@ -64,7 +65,6 @@ class Scale:
     seconds: float  # of faults
     overload_s: float
     num_cases: int
-    num_clients: int
     failure_budget: int
     requests: int
     kills: int
@@ -74,13 +74,12 @@ class Scale:
     def of(cls, options: Options) -> Scale:
         if options.quick:
             # On a machine that is busy besides, living workers are judged gone, which counts as a failure, too.
-            return cls(35.0, 4.0, 24, num_clients=4, failure_budget=20, requests=15, kills=3, hits_per_phase=0)
+            return cls(35.0, 4.0, 24, failure_budget=20, requests=15, kills=3, hits_per_phase=0)
         share = min(1.0, options.minutes / 10.0)
         return cls(
             options.minutes * 60,
             20.0,
             round(60 + 140 * share),
-            num_clients=4,
             failure_budget=3,
             requests=round(300 * share),
             kills=round(20 * share),
@@ -102,7 +101,7 @@ async def measure(options: Options) -> Report:
             {
                 "stack": "2 prefill, 2 decode, 2 gateways, 1 thread each; " + rows[0]["transport"],
                 "level": f"exact, {rows[0]['numerics_id']}",
-                "load": f"{scale.num_clients} clients, one request after the other, and bursts of long prompts; "
+                "load": f"{NUM_CLIENTS} clients, one request after the other, and bursts of long prompts; "
                 f"{scale.num_cases} different requests",
                 "faults": f"one after the other for {scale.seconds:g} s, each into a stack that is whole",
             },
@@ -112,7 +111,7 @@ async def measure(options: Options) -> Report:
         clients = Clients(stack.ports, right)
         faults = Faults(fleet, clients, [case for case in cases if case.is_long], contention)
         stop = asyncio.Event()
-        load = asyncio.create_task(clients.steady(cases, scale.num_clients, stop))
+        load = asyncio.create_task(clients.steady(cases, NUM_CLIENTS, stop))
         try:
             await faults.run(scale.seconds)
         finally:

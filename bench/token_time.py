@@ -15,7 +15,7 @@ import asyncio
 import os
 import statistics
 import time
-from typing import Any, Final, TypeAlias
+from typing import Final
 
 from bench.engine import MAX_MODEL_LEN, NUM_BLOCKS, decode_seconds
 from bench.machine import decode_bytes, read_bandwidth
@@ -23,7 +23,7 @@ from bench.options import Options
 from bench.prompts import Prompts
 from bench.report import Report
 from bench.stack import Stack, metric, running
-from bench.versus import decode_rate
+from bench.versus import Server, decode_rate
 from kvferry.engine.config import ModelConfig
 from kvferry.engine.native.library import Library, open_library
 from kvferry.engine.native.runner import NativeRunner
@@ -34,7 +34,6 @@ PROMPT_TOKENS: Final = 256
 TOKENS: Final = 192
 ROUNDS: Final = 5
 MS: Final = 1e3
-Body: TypeAlias = dict[str, Any]
 
 
 async def measure(options: Options) -> Report:
@@ -46,9 +45,9 @@ async def measure(options: Options) -> Report:
     async with running(options, "--prefill", "0", "--decode", "1", "--threads", str(cores)) as stack:
         prompts = Prompts(options.model_dir, seed=3)
         for streams in STREAMS:
-            bodies = [_body(prompts) for _ in range(streams)]
-            await _generate(stack, bodies)  # its prefixes are cached from here on: hardly a step is a prompt's
-            await _add(report, stack, bodies, 1 if options.quick else ROUNDS)
+            texts = [prompts.tokens(PROMPT_TOKENS) for _ in range(streams)]
+            await _generate(stack, texts)  # its prefixes are cached from here on: hardly a step is a prompt's
+            await _add(report, stack, texts, 1 if options.quick else ROUNDS)
             name = _name(streams)
             report.add(f"{name}: engine alone", alone[streams] * MS, "ms")
             report.add(f"{name}: reading the weights", reading * MS, "ms")
@@ -70,16 +69,12 @@ def _engine_alone(options: Options, library: Library, threads: int) -> dict[int,
         runner.close()
 
 
-def _body(prompts: Prompts) -> Body:
-    return {"prompt": prompts.tokens(PROMPT_TOKENS), "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-
-
-async def _add(report: Report, stack: Stack, bodies: list[Body], rounds: int) -> None:
-    name = _name(len(bodies))
+async def _add(report: Report, stack: Stack, texts: list[list[int]], rounds: int) -> None:
+    name = _name(len(texts))
     processes = await stack.processes()
     before, own = await stack.metrics("decode"), time.process_time()
     cpu = {process.name: process.scheduled_seconds() for process in processes}
-    between = [await _generate(stack, bodies) for _ in range(rounds)]
+    between = [await _generate(stack, texts) for _ in range(rounds)]
     after, own = await stack.metrics("decode"), time.process_time() - own
     spent = {process.name: process.scheduled_seconds() - cpu[process.name] for process in processes} | {"client": own}
     steps = metric(after, "kvferry_step_seconds_count") - metric(before, "kvferry_step_seconds_count")
@@ -91,9 +86,10 @@ async def _add(report: Report, stack: Stack, bodies: list[Body], rounds: int) ->
     report.raw.setdefault("token to token", {})[name] = between
 
 
-async def _generate(stack: Stack, bodies: list[Body]) -> float:
+async def _generate(stack: Stack, texts: list[list[int]]) -> float:
     """Seconds from one token of a stream to its next, while all run."""
-    return len(bodies) / decode_rate(list(await asyncio.gather(*(stack.complete(body) for body in bodies))))
+    server = Server("kvferry", stack.port)
+    return len(texts) / decode_rate(await asyncio.gather(*(server.complete(text, TOKENS) for text in texts)))
 
 
 def _name(streams: int) -> str:

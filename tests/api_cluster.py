@@ -160,9 +160,11 @@ def joined(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     for event in events:
         for part in event["choices"]:
             choice = choices.setdefault(
-                part["index"], {"text": "", "calls": [], "logprobs": {}, "token_ids": [], "reason": None}
+                part["index"],
+                {"text": "", "reasoning": "", "calls": [], "logprobs": {}, "token_ids": [], "reason": None},
             )
             choice["text"] += part["delta"].get("content", "") if "delta" in part else part["text"]
+            choice["reasoning"] += part.get("delta", {}).get("reasoning_content", "")
             for call in part.get("delta", {}).get("tool_calls", ()):
                 if "id" in call:
                     choice["calls"].append(dict(call["function"]))

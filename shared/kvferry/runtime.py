@@ -72,8 +72,7 @@ class SystemRuntime(Runtime):
 
     @property
     def num_cores(self) -> int:
-        has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
-        return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+        return usable_cores()
 
     def wall_clock(self) -> float:
         return wall_clock()
@@ -96,10 +95,16 @@ class SeededRuntime(Runtime):
 
     @property
     def num_cores(self) -> int:
-        return 2
+        return 2  # more than a worker has threads here: what is done beside a step is done so in simulations, too
 
     def wall_clock(self) -> float:
         return now()
+
+
+def usable_cores() -> int:
+    """That this process may run on."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def now() -> float:

@@ -62,7 +62,7 @@ class SimulatedGateway:
 
     async def finish_answers(self) -> None:
         """As its server does before it ends: what a slow client has not taken yet gets a while, then it is cut off."""
-        await asyncio.sleep(0)  # the last exchange may end in this very turn
+        await asyncio.sleep(0)  # as in `stop`
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHUTDOWN_SLACK_S):
                 while len(self._tasks):
@@ -71,7 +71,7 @@ class SimulatedGateway:
 
     async def stop(self) -> None:
         """Only when every call is over."""
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # the last exchange may end in this very turn
         await self.gateway.stop()
         await self.bus.close()
         assert len(self._tasks) == 0

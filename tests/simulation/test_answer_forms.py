@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from api_cluster import joined, timeless
 from clients import RETRY_AFTER_S, Exchange
 from cluster import settled
 from faults import STATES
@@ -56,8 +57,6 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "best of": (TEXT, {"prompt": "best " * 20, "best_of": 4, "n": 2, "max_tokens": 40}),
 }  # fmt: skip
 UNSTREAMED = ("best of",)  # the API has no stream of it
-TOLD_ANEW = frozenset({"id", "call_id", "item_id", "created", "created_at", "completed_at", "response_id"})
-CACHED = frozenset({"prompt_tokens_details", "input_tokens_details"})  # a cache may have more of a prompt this time
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ async def answered(world: World, request: Asked) -> bytes:
     """The body of the answer. A client asks again after a 429 or 503."""
     while True:
         body = bytearray()
-        exchange = Exchange(world.cores[0], request, body.extend)  # type: ignore[arg-type]
+        exchange = Exchange(world.cores[0], request, body.extend)
         exchange.begin()
         await exchange.over.wait()
         await exchange.read_out()
@@ -103,41 +102,17 @@ async def answered(world: World, request: Asked) -> bytes:
 def said(body: bytes, *, stream: bool) -> Any:
     """What an answer says, apart from names and times that each one gets anew, and from the pieces it came in."""
     if not stream:
-        return _lasting(json.loads(body))
+        return timeless(json.loads(body))
     events = [json.loads(line[6:]) for line in body.split(b"\n") if line.startswith(b"data: {")]
     assert not any("error" in event for event in events), events
-    if "type" in events[0]:
-        pieces: dict[str, str] = {}
-        for event in events:
-            if isinstance(event.get("delta"), str):
-                place = f"{event['type']} {event['output_index']}"
-                pieces[place] = pieces.get(place, "") + event["delta"]
-        return pieces, _lasting(events[-1]["response"])
-    parts: dict[str, str] = {}
+    if "type" not in events[0]:
+        return joined(events)
+    pieces: dict[str, str] = {}
     for event in events:
-        for choice in event["choices"]:
-            _join(parts, str(choice["index"]), {k: v for k, v in choice.items() if k != "index"})
-    return parts
-
-
-def _join(parts: dict[str, str], place: str, value: Any) -> None:
-    """Append each text to what came before at its place."""
-    match value:
-        case dict():
-            for key, inner in value.items():
-                if key not in TOLD_ANEW:
-                    _join(parts, f"{place}.{key}", inner)
-        case list():
-            for inner in value:
-                _join(parts, f"{place}.{inner.pop('index')}" if isinstance(inner, dict) else place, inner)
-        case str():
-            parts[place] = parts.get(place, "") + value
-
-
-def _lasting(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _lasting(inner) for key, inner in value.items() if key not in TOLD_ANEW | CACHED}
-    return [_lasting(inner) for inner in value] if isinstance(value, list) else value
+        if isinstance(event.get("delta"), str):
+            place = f"{event['type']} {event['output_index']}"
+            pieces[place] = pieces.get(place, "") + event["delta"]
+    return pieces, timeless(events[-1]["response"])
 
 
 async def start(world: World) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -17,7 +16,7 @@ from kvferry.engine.native.weights import stream
 from kvferry.engine.settings import QUANTIZATIONS, EngineSettings, resolved_max_model_len
 from kvferry.engine.shard import Shard
 from kvferry.engine.shared_memory import SharedMemory
-from kvferry.runtime import mapped_memory
+from kvferry.runtime import mapped_memory, usable_cores
 
 WARM_UP_ROWS: Final = (1, 8, 128)  # of one sequence; the blocks of the longest are set apart for it
 
@@ -80,7 +79,7 @@ def shape_of(settings: EngineSettings, config: ModelConfig, shard: Shard) -> Sha
         output_bias=config.output_bias,
         mlp_bias=config.mlp_bias,
         qk_norm=config.qk_norm,
-        threads=settings.threads or len(os.sched_getaffinity(0)),
+        threads=settings.threads or usable_cores(),
         rms_norm_eps=config.rms_norm_eps,
     )
     if shard.size > 1:

@@ -28,7 +28,6 @@ _LOGPROBS: Final = np.dtype(
         ("top_tokens", "<u4", MAX_LOGPROBS), ("top_logprobs", "<f4", MAX_LOGPROBS),
     ]
 )  # fmt: skip
-_NO_LOGPROBS: Final = np.empty(0, _LOGPROBS)
 
 
 class NativeSampler:
@@ -82,8 +81,8 @@ class NativeSampler:
         if len(draws) > len(self._tokens):
             self._make_room(len(draws))
         wanted = [row for row, draw in enumerate(draws) if draw.num_logprobs is not None]
-        logprobs = np.empty(len(wanted), _LOGPROBS) if wanted else _NO_LOGPROBS
-        out = dict(zip(wanted, range(_address(logprobs), 1 << 64, _LOGPROBS.itemsize), strict=False)) if wanted else {}
+        logprobs = np.empty(len(wanted), _LOGPROBS)
+        out = dict(zip(wanted, range(_address(logprobs), 1 << 64, _LOGPROBS.itemsize), strict=False))
         alive: list[npt.NDArray[np.generic]] = []  # what the fields point at
         for row, draw in enumerate(draws):
             _pack(self._fields, row, draw, self._vocab_size, out.get(row, 0), alive)

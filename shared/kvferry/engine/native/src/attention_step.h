@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "isa.h"
+#include "prefetch.h"
 
 namespace kvferry {
 

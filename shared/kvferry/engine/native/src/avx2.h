@@ -20,8 +20,9 @@ struct Isa {
   static constexpr int kMaxRowsInt8 = 4;
   // Few rows take more vectors, so that as many independent chains hide the latency of the multiply-add.
   static constexpr int tile_vectors(int rows) { return rows <= 2 ? 4 : 2; }
+  // Without dot products from three rows on multiplying takes longer than reading.
   static constexpr Ahead ahead(int rows) { return rows <= 2 ? Ahead{4096, 1} : Ahead{8192, 2}; }
-  static constexpr Ahead kAheadInt8{2048, 1};
+  static constexpr Ahead kAheadInt8{2048, 1};  // farther is slower, unlike in bf16
   static constexpr bool kDotsPairs = false;
 
   using F = __m256;

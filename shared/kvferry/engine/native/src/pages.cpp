@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "prefetch.h"
 #include "zip.h"
 
 namespace kvferry {

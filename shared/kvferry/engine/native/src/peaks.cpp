@@ -3,6 +3,7 @@
 #include <time.h>
 
 #include "isa.h"
+#include "prefetch.h"
 
 namespace kvferry {
 namespace {

@@ -1,6 +1,7 @@
 #include <array>
 #include <utility>
 
+#include "prefetch.h"
 #include "tile.h"
 #include "unroll.h"
 
