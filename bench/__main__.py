@@ -11,7 +11,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from bench import chaos, handoff, handoff_cost, idle, interference, memory, page, parity, startup, token_time, versus
+from bench import (
+    chaos,
+    handoff,
+    handoff_cost,
+    idle,
+    interference,
+    memory,
+    page,
+    parity,
+    serving,
+    startup,
+    token_time,
+    versus,
+)
 from bench.options import Benchmark, Options
 from bench.report import Report
 
@@ -25,6 +38,7 @@ STACK: Final[Mapping[str, Benchmark]] = {
     "parity_kill": parity.measure_with_a_kill,
     "versus": versus.measure,
     "token_time": token_time.measure,
+    "serving": serving.measure,
     "memory": memory.measure,
 }
 # Only when they are asked for by name: they take minutes, and measure survival rather than speed.

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
+import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +23,11 @@ from itertools import pairwise
 from typing import Final, Literal
 
 from bench.chaos_cases import Case, Right
-from bench.client import Refused, RequestError, Stream, stream
 from bench.options import MODEL_NAME
 from bench.stack import HOST
 from kvferry.runtime import blocking_clock
+from kvferry_local.bench.endpoint import Endpoint, Refused, ServerError
+from kvferry_local.bench.stream import Stream, stream
 
 Outcome = Literal["right", "wrong", "failed", "refused", "cancelled", "reset", "cut", "unreached"]
 CANCEL_EVERY: Final = 8  # of steady requests
@@ -43,7 +46,7 @@ class Asked:
     port: int
     told_ids: bool  # whether it asks for token ids, too
     cancel_after: int | None  # events with text
-    so_far: Stream = field(default_factory=lambda: Stream(0.0))
+    so_far: Stream = field(default_factory=Stream)
     outcome: Outcome | None = None
     status: int = 0  # of a refusal
     detail: str = ""
@@ -64,8 +67,12 @@ class Asked:
         return max((later - earlier for earlier, later in pairwise(moments)), default=0.0)
 
     def reset(self) -> None:
+        """End the connection as a client that crashed does: by a TCP reset, not by an orderly end."""
         self.was_reset = True
-        self.so_far.reset()
+        if (connection := self.so_far.connection) is not None:
+            sock: socket.socket = connection.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.transport.abort()
 
     def judge(self, right: Right) -> None:
         """Compare what came with what is right. A text that was not read to its end must be a beginning of it."""
@@ -147,8 +154,9 @@ class Clients:
             if asked.cancel_after is not None and len(asked.so_far.arrivals) >= asked.cancel_after:
                 reading.cancel()  # closes the connection
 
+        endpoint, label = Endpoint(HOST, asked.port), {"x-request-id": asked.label}
         reading = asyncio.ensure_future(
-            stream(HOST, asked.port, "/v1/completions", body, request_id=asked.label, into=asked.so_far, on_token=heard)
+            stream(endpoint, "/v1/completions", body, headers=label, into=asked.so_far, on_text=heard)
         )
         await asyncio.wait((reading,), timeout=READ_TIMEOUT_S)
         if not reading.done():
@@ -165,13 +173,13 @@ class Clients:
             case Refused(status=status) if status in NOT_NOW:
                 asked.status = status
                 return "refused"
-            case RequestError():
+            case ServerError():
                 return "failed"
             case OSError() | asyncio.IncompleteReadError():
                 if asked.was_reset:
                     return "reset"
                 if self._gateway_died(asked):
-                    return "cut" if asked.so_far.sent else "unreached"
+                    return "cut" if asked.so_far.connection is not None else "unreached"
                 return "failed"
             case _:
                 raise error
@@ -179,5 +187,5 @@ class Clients:
     def _gateway_died(self, asked: Asked) -> bool:
         """Whether its gateway was killed while it read, or not long before: it takes a while to be back."""
         now = blocking_clock()
-        began = asked.so_far.sent or now - READ_TIMEOUT_S
+        began = asked.so_far.sent if asked.so_far.connection is not None else now - READ_TIMEOUT_S
         return any(began - GRACE_S <= moment <= now for moment in self.killed[asked.port])

@@ -14,10 +14,10 @@ from bench.books import Row
 from bench.chaos_cases import Case
 from bench.chaos_clients import Clients
 from bench.chaos_fleet import Fleet, Phase, Place
-from bench.client import RequestError
 from bench.contention import Contention
 from bench.tap import Heard
 from kvferry.runtime import blocking_clock
+from kvferry_local.bench.endpoint import ServerError
 
 Kind = Literal["kill", "freeze", "terminate", "kill gateway", "restart nats", "reset"]
 AIM_S: Final = 12.0  # until a phase must have been seen
@@ -155,7 +155,7 @@ class Faults:
             for row in rows:
                 try:
                     places = await self._fleet.places(row, self._clients.live)
-                except (OSError, RequestError, TimeoutError, asyncio.IncompleteReadError):
+                except (OSError, ServerError, TimeoutError, asyncio.IncompleteReadError):
                     continue
                 if any(place.phase == aim.phase for place in places.values()):
                     return row, places

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from bench.books import Books, Row
-from bench.client import RequestError, request_json
 from bench.processes import stack_processes
 from bench.stack import HOST, Stack
 from bench.tap import Heard, Tap
 from kvferry.runtime import blocking_clock
+from kvferry_local.bench.endpoint import Endpoint, ServerError
 
 Phase = Literal["queued", "computing", "held", "fetching", "running"]
 PHASES: Final[tuple[Phase, ...]] = ("queued", "computing", "held", "fetching", "running")
@@ -75,8 +75,8 @@ class Fleet:
                 await asyncio.sleep(POLL_S)
 
     async def books(self, row: Row) -> Books:
-        """Raises OSError, `RequestError` or TimeoutError of a worker that is not there."""
-        books: Books = await request_json(HOST, row["debug_port"], "/debug/blocks", HTTP_TIMEOUT_S)
+        """Raises OSError, `ServerError` or TimeoutError of a worker that is not there."""
+        books: Books = await Endpoint(HOST, row["debug_port"]).get_json("/debug/blocks", HTTP_TIMEOUT_S)
         return books
 
     async def places(self, row: Row, live: Iterable[str]) -> dict[str, Place]:
@@ -126,8 +126,8 @@ class Fleet:
     async def _rows(self, port: int) -> list[Row]:
         """The workers that a gateway may use now; none if it does not answer."""
         try:
-            document = await request_json(HOST, port, "/v1/cluster", HTTP_TIMEOUT_S)
-        except (OSError, RequestError, TimeoutError, asyncio.IncompleteReadError):
+            document = await Endpoint(HOST, port).get_json("/v1/cluster", HTTP_TIMEOUT_S)
+        except (OSError, ServerError, TimeoutError, asyncio.IncompleteReadError):
             return []
         return [
             row

@@ -121,7 +121,7 @@ def contestants(settings: EngineSettings, library: Library, thread_counts: list[
         for threads in thread_counts
     ]
     if torch:
-        from kvferry.engine.torch_runner import TorchRunner
+        from kvferry.engine.torch.runner import TorchRunner
 
         found.append(Contestant("torch, 1 thread", TorchRunner(replace(settings, threads=1))))
     return found

@@ -16,7 +16,7 @@ from bench.prompts import Prompts
 from bench.report import Report
 from bench.stack import Metrics, Stack, metric, running
 from kvferry.engine.settings import EngineSettings
-from kvferry.engine.torch_runner import TorchRunner
+from kvferry.engine.torch.runner import TorchRunner
 
 PAIRS: Final = 20
 QUICK_PAIRS: Final = 3

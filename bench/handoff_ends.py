@@ -22,7 +22,7 @@ from kvferry.bus.memory import MemoryBroker, MemoryBus
 from kvferry.engine.native.library import LibraryUnavailable
 from kvferry.engine.native.runner import NativeRunner
 from kvferry.engine.settings import EngineSettings
-from kvferry.engine.torch_runner import TorchRunner
+from kvferry.engine.torch.runner import TorchRunner
 from kvferry.runtime import SystemRuntime, now
 from kvferry.schedule.sequence import Emission, Sequence
 from kvferry.schedule.step import ModelRunner, StepPlan, StepResult

@@ -17,15 +17,16 @@ import statistics
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-from bench.client import Stream
 from bench.options import MODEL_NAME, Options
 from bench.prompts import Prompts
 from bench.report import Report, percentile
 from bench.stack import Stack, metric, running
 from kvferry.runtime import blocking_clock
+from kvferry_local.bench.stream import Stream
 
 STREAMS: Final = 4
 STREAM_PROMPT: Final = 64
@@ -187,13 +188,19 @@ async def _window(
         for task in (waves, *sent):
             task.cancel()
         await asyncio.gather(waves, *sent, return_exceptions=True)
-    return [gap for one in streams for gap in one.gaps(start, end)], arrivals
+    return [gap for one in streams for gap in _gaps(one, start, end)], arrivals
+
+
+def _gaps(answer: Stream, start: float, end: float) -> list[tuple[float, float]]:
+    """(arrival, seconds since the arrival before) of events with both ends inside [start, end]."""
+    pairs = pairwise(answer.arrivals)
+    return [(later, later - earlier) for earlier, later in pairs if earlier >= start and later <= end]
 
 
 async def _waves(prompts: Prompts, stack: Stack, streams: list[Stream]) -> None:
     """All streams start together; the next wave starts when all are done."""
     while True:
-        wave = [Stream(0.0) for _ in range(STREAMS)]
+        wave = [Stream() for _ in range(STREAMS)]
         streams += wave
         async with asyncio.TaskGroup() as group:
             for one in wave:

@@ -41,6 +41,18 @@ TABLES: Final[Mapping[str, tuple[Row, ...]]] = {
         ),
         Row("vLLM, 256-token chunks: worst gap per arrival", "versus", "vLLM, 256-token*: worst gap per arrival"),
     ),
+    "load": tuple(
+        Row(f"{words}: {what}", "serving", f"{server}: {figure}")
+        for words, server in (("apart", "kvferry, 1 + 1 cores"), ("one worker", "kvferry, one worker, 2 cores"))
+        for what, figure in (
+            ("requests within TTFT ≤ 1 s and TPOT ≤ 50 ms", "goodput"),
+            ("median TTFT", "TTFT p50"),
+            ("p99 TTFT", "TTFT p99"),
+            ("median time of an output token", "TPOT p50"),
+            ("p99 ITL", "ITL p99"),
+            ("longest ITL", "ITL max"),
+        )
+    ),
     "prompt": (
         Row("512 tokens on one core", "engine", "native bf16, 1 thread: prefill 512"),
         Row("512 tokens on both cores", "engine", "native bf16, 2 threads: prefill 512"),

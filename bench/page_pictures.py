@@ -140,6 +140,17 @@ def interference(document: Document) -> str:
     return dots("Worst gap of any stream, for each arriving prompt", rows, "ms")
 
 
+def serving(document: Document) -> str:
+    """Every server on each measure."""
+    measures: dict[str, list[Bar]] = {}
+    for figure in document["figures"]:
+        name, _, measure = figure["name"].rpartition(": ")
+        bar = Bar(name, figure["value"], name.startswith("kvferry"), unit=figure["unit"])
+        measures.setdefault(measure, []).append(bar)
+    groups = [Group(measure, found) for measure, found in measures.items()]
+    return bars("A recorded load on whole servers", groups)
+
+
 def placement(document: Document) -> str:
     """Goodput of every policy near capacity."""
     groups = [
@@ -157,5 +168,6 @@ PICTURES: Final[Mapping[str, Callable[[Document], str]]] = {
     "versus": versus,
     "engine": engine,
     "interference": interference,
+    "serving": serving,
     "placement": placement,
 }

@@ -79,6 +79,15 @@ RIVALS: Final = Section(
     "versus",
 )  # fmt: skip
 
+SERVING: Final = Section(
+    "A recorded load",
+    "Conversations as Azure served them, shortened to what two cores can do, played by `kvferry bench` on each server "
+    "in turn: requests come when they came, whether or not those before have been answered. Goodput is the share of "
+    "them with TTFT ≤ 1 s and TPOT ≤ 50 ms.",
+    ("serving",),
+    picture="serving",
+)
+
 MACHINE: Final = Section(
     "In process, against the machine",
     "The native engine alone, beside what the same core does in the same run: bf16 multiply-adds that stay in "
@@ -228,6 +237,7 @@ STACK: Final = Section(
 
 SECTIONS: Final = (
     RIVALS,
+    SERVING,
     MACHINE,
     TOKEN_TIME,
     MEMORY,

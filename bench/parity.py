@@ -22,7 +22,6 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from bench.client import Stream
 from bench.options import Options
 from bench.prompts import Prompts
 from bench.reference import flipped_bit_is_seen, largest_gap, swapped_token_is_refused
@@ -31,6 +30,7 @@ from bench.stack import Stack, metric, running
 from bench.tap import Heard, Tap, tapped
 from kvferry.engine.reference import EPSILON
 from kvferry.runtime import blocking_clock
+from kvferry_local.bench.stream import Stream
 
 REQUESTS: Final = 64
 QUICK_REQUESTS: Final = 16

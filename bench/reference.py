@@ -11,7 +11,7 @@ import numpy as np
 from bench.tap import Heard
 from kvferry.engine.reference import ReferencePass
 from kvferry.engine.settings import EngineSettings
-from kvferry.engine.torch_runner import TorchRunner
+from kvferry.engine.torch.runner import TorchRunner
 from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.kv.digest import slot_digests
 from kvferry.schedule.step import NO_TOKENS, SequenceStep, StepPlan

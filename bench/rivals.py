@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from bench.client import RequestError, request_bytes
 from bench.processes import PROC, descendants
 from bench.stack import HOST, ROOT
 from kvferry.runtime import blocking_clock
+from kvferry_local.bench.endpoint import Endpoint, ServerError
 
 START_TIMEOUT_S: Final = 400.0  # a compiled vLLM warms up for minutes
 STOP_TIMEOUT_S: Final = 60.0
@@ -161,8 +161,8 @@ async def wait_ready(port: int, path: str, script: str) -> None:
     deadline = blocking_clock() + START_TIMEOUT_S
     while blocking_clock() < deadline:
         try:
-            await request_bytes(HOST, port, path)
-        except (OSError, RequestError, asyncio.IncompleteReadError):
+            await Endpoint(HOST, port).get(path)
+        except (OSError, ServerError, asyncio.IncompleteReadError):
             await asyncio.sleep(0.5)
         else:
             return

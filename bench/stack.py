@@ -17,11 +17,12 @@ from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from bench.client import Stream, request_bytes, request_json, stream
 from bench.options import MODEL_NAME, Options
 from bench.processes import Process, stack_processes
 from kvferry.runfile import RunFile
 from kvferry.runtime import blocking_clock, wall_clock
+from kvferry_local.bench.endpoint import Endpoint
+from kvferry_local.bench.stream import Stream, stream
 
 HOST: Final = "127.0.0.1"
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -57,15 +58,18 @@ class Stack:
     def port(self) -> int:
         return self.ports[0]
 
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint(HOST, self.port)
+
     async def complete(self, body: Mapping[str, Any], *, request_id: str = "", into: Stream | None = None) -> Stream:
         """Stream one completion; the model's name is filled in."""
-        return await stream(
-            HOST, self.port, "/v1/completions", {"model": MODEL_NAME, **body}, request_id=request_id, into=into
-        )
+        label = {"x-request-id": request_id} if request_id else None
+        return await stream(self.endpoint, "/v1/completions", {"model": MODEL_NAME, **body}, headers=label, into=into)
 
     async def workers(self) -> list[dict[str, Any]]:
         """The workers' rows of /v1/cluster, by name."""
-        rows = (await request_json(HOST, self.port, "/v1/cluster"))["workers"]
+        rows = (await self.endpoint.get_json("/v1/cluster"))["workers"]
         return sorted((row for row in rows if row["role"] in ("prefill", "decode")), key=lambda row: str(row["name"]))
 
     async def processes(self) -> list[Process]:
@@ -83,16 +87,15 @@ class Stack:
 
     async def worker_json(self, role: str, path: str) -> list[Any]:
         """A document from the debug port of each worker of a role."""
-        return [
-            await request_json(HOST, row["debug_port"], path) for row in await self.workers() if row["role"] == role
-        ]
+        rows = [row for row in await self.workers() if row["role"] == role]
+        return [await Endpoint(HOST, row["debug_port"]).get_json(path) for row in rows]
 
     async def metrics(self, role: str) -> Metrics:
         """Samples of all workers of a role, added up."""
         total: Metrics = {}
         for row in await self.workers():
             if row["role"] == role:
-                text = (await request_bytes(HOST, row["debug_port"], "/metrics")).decode()
+                text = (await Endpoint(HOST, row["debug_port"]).get("/metrics")).decode()
                 for family in text_string_to_metric_families(text):
                     for sample in family.samples:
                         key = (sample.name, tuple(sorted(sample.labels.items())))

@@ -8,16 +8,17 @@ KVFERRY_TRACES names a folder with the files as they were published:
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import random
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Final
 
+from kvferry_local.bench.trace import read_trace
+
 TRACES_VARIABLE: Final = "KVFERRY_TRACES"
+MOONCAKE: Final = "mooncake_conversation.jsonl"
+AZURE: Final = "azure_2023_conversation.csv"
 BLOCK_SIZE: Final = 32  # tokens
 MOONCAKE_DIVISOR: Final = 16  # of lengths: blocks of 512 tokens become 32
 MOONCAKE_TICK_S: Final = 3.0  # its timestamps are multiples of this
@@ -44,31 +45,17 @@ def folder() -> Path:
 
 def mooncake(path: Path) -> list[TraceRequest]:
     requests = []
-    with (path / "mooncake_conversation.jsonl").open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            length = row["input_length"]
-            full = length // (BLOCK_SIZE * MOONCAKE_DIVISOR)
-            requests.append(
-                TraceRequest(
-                    row["timestamp"] / 1000.0,
-                    max(1, length // MOONCAKE_DIVISOR),
-                    max(1, row["output_length"] // MOONCAKE_DIVISOR),
-                    tuple(row["hash_ids"][:full]),
-                )
-            )
+    for row in read_trace(path / MOONCAKE):
+        full = row.prompt_tokens // (BLOCK_SIZE * MOONCAKE_DIVISOR)
+        prompt, output = (max(1, length // MOONCAKE_DIVISOR) for length in (row.prompt_tokens, row.output_tokens))
+        requests.append(TraceRequest(row.at, prompt, output, row.blocks[:full]))
     return requests
 
 
 def azure(path: Path) -> list[TraceRequest]:
     """Without block ids: nothing is known to be shared."""
-    with (path / "azure_2023_conversation.csv").open(encoding="utf-8", newline="") as lines:
-        rows = [
-            (datetime.fromisoformat(row["TIMESTAMP"][:26]), int(row["ContextTokens"]), int(row["GeneratedTokens"]))
-            for row in csv.DictReader(lines)
-        ]
-    start = rows[0][0]
-    return [TraceRequest((at - start).total_seconds(), max(1, p), max(1, g)) for at, p, g in rows]
+    rows = read_trace(path / AZURE)
+    return [TraceRequest(row.at - rows[0].at, row.prompt_tokens, row.output_tokens) for row in rows]
 
 
 def excerpt(trace: list[TraceRequest], count: int, seed: int) -> list[TraceRequest]:

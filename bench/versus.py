@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from bench import rivals
-from bench.client import Stream, stream
 from bench.interference import judged_by_peers
 from bench.machine import read_bandwidth
 from bench.options import MODEL_NAME, Options
@@ -25,6 +24,8 @@ from bench.prompts import Prompts
 from bench.report import Report
 from bench.stack import HOST, running
 from kvferry.engine.native.library import open_library
+from kvferry_local.bench.endpoint import Endpoint
+from kvferry_local.bench.stream import Stream, stream
 
 ROUNDS: Final = 5
 QUICK_ROUNDS: Final = 1
@@ -50,7 +51,7 @@ class Server:
         body = {
             "model": MODEL_NAME, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
         }  # fmt: skip
-        return await stream(HOST, self.port, "/v1/completions", body)
+        return await stream(Endpoint(HOST, self.port), "/v1/completions", body)
 
 
 async def measure(options: Options) -> Report:
@@ -81,7 +82,7 @@ class _Bench:
             llama = await stack.enter_async_context(rivals.llama(self._peers, "BF16"))
             vllm = await stack.enter_async_context(rivals.vllm(self._peers))
             found = await self._compare(
-                [own, _rival("llama.cpp", llama), _rival("vLLM", vllm)], prefill=(512, 2048), decode=(1, 8)
+                [own, as_server("llama.cpp", llama), as_server("vLLM", vllm)], prefill=(512, 2048), decode=(1, 8)
             )
         name = "single worker, 2 cores"
         for length in (512, 2048):
@@ -97,7 +98,7 @@ class _Bench:
             flags = ("--threads", "2", "--prefill", "0", "--quantization", "int8")
             own = await stack.enter_async_context(self._kvferry(*flags))
             llama = await stack.enter_async_context(rivals.llama(self._peers, "Q8_0"))
-            found = await self._compare([own, _rival("llama.cpp", llama)], prefill=(), decode=(1,))
+            found = await self._compare([own, as_server("llama.cpp", llama)], prefill=(), decode=(1,))
         self._add("int8, 2 cores: decode 1 stream ÷ llama.cpp Q8_0", found, "decode 1", "llama.cpp", 2.0)
         self._report.raw["int8"] = found
         self._tell_bound(found, "Q8_0")
@@ -107,7 +108,7 @@ class _Bench:
         async with AsyncExitStack() as stack:
             own = await stack.enter_async_context(self._kvferry_apart())
             vllm = await stack.enter_async_context(rivals.vllm_apart(self._peers))
-            found = await self._compare([own, _rival("vLLM P/D", vllm, 2)], prefill=(2048,), decode=(8,))
+            found = await self._compare([own, as_server("vLLM P/D", vllm, 2)], prefill=(2048,), decode=(8,))
         self._add("1 + 1 cores: prefill 2048 ÷ vLLM P/D", found, "prefill 2048", "vLLM P/D", 1.4)
         self._add("1 + 1 cores: decode 8 streams ÷ vLLM P/D", found, "decode 8", "vLLM P/D", 2.3)
         self._report.raw["apart"] = found
@@ -143,10 +144,7 @@ class _Bench:
         found: dict[str, Samples] = {server.name: {} for server in servers}
         for number in range(-1, self._rounds):
             for server in servers:
-                with ExitStack() as others:
-                    for other in servers:
-                        if other is not server and other.frozen is not None:
-                            others.enter_context(other.frozen())
+                with frozen(servers, but=server):
                     values = await self._visit(server, prefill, decode)
                 if number >= 0:  # the first visit warms up
                     for what, value in values.items():
@@ -176,8 +174,18 @@ class _Bench:
         self._report.raw.setdefault("tok/s", {})[name] = {"kvferry": own, rival: theirs}
 
 
-def _rival(name: str, rival: rivals.Rival, prefill_tokens: int = 1) -> Server:
+def as_server(name: str, rival: rivals.Rival, prefill_tokens: int = 1) -> Server:
     return Server(name, rival.port, prefill_tokens, rival.frozen)
+
+
+@contextmanager
+def frozen(servers: Sequence[Server], but: Server | None = None) -> Iterator[None]:
+    """All that can be stand still for the block, but one."""
+    with ExitStack() as standing:
+        for server in servers:
+            if server is not but and server.frozen is not None:
+                standing.enter_context(server.frozen())
+        yield
 
 
 def decode_rate(streams: list[Stream]) -> float:

@@ -14,7 +14,7 @@ from cluster import MODEL, Cluster, check_clean, settled
 from scripted_worker import EOS, VOCAB_SIZE, write_model
 from virtual_loop import VirtualLoop
 
-from kvferry.engine.memory import MemorySettings
+from kvferry.engine.memory.runner import MemorySettings
 from kvferry.trace.span import MemoryExporter
 from kvferry_gateway.service import Gateway
 from kvferry_gateway.settings import GatewaySettings

@@ -18,7 +18,7 @@ from virtual_loop import VirtualLoop
 
 from kvferry.bus.base import BusMessage, BusSettings
 from kvferry.bus.memory import MemoryBroker, MemoryBus
-from kvferry.engine.memory import MemorySettings, continuation
+from kvferry.engine.memory.runner import MemorySettings, continuation
 from kvferry.errors import BusUnavailable
 from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.lane import InlineLane, Lane

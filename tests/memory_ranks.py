@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvferry.engine.channel import Channel
-from kvferry.engine.following import DirectChannel, Load
-from kvferry.engine.memory import MemoryRunner, MemorySettings, memory_follower
-from kvferry.engine.ranks import Followers
-from kvferry.engine.shared_memory import SharedMemory
+from kvferry.engine.memory.runner import MemoryRunner, MemorySettings, memory_follower
+from kvferry.engine.ranks.channel import Channel
+from kvferry.engine.ranks.followers import Followers
+from kvferry.engine.ranks.following import DirectChannel, Load
+from kvferry.engine.ranks.shared_memory import SharedMemory
 
 
 def ranked_memory(

@@ -10,15 +10,15 @@ from dataclasses import replace
 
 from runners import Runner, native_library
 
-from kvferry.engine.channel import SocketChannel
-from kvferry.engine.following import Follower, follow
 from kvferry.engine.native.follower import NativeFollower
 from kvferry.engine.native.runner import NativeRunner
-from kvferry.engine.ranks import Followers, Setup
+from kvferry.engine.ranks.channel import SocketChannel
+from kvferry.engine.ranks.followers import Followers, Setup
+from kvferry.engine.ranks.following import Follower, follow
+from kvferry.engine.ranks.shared_memory import SharedMemory
 from kvferry.engine.settings import EngineSettings
-from kvferry.engine.shared_memory import SharedMemory
-from kvferry.engine.torch_rank import TorchFollower
-from kvferry.engine.torch_runner import TorchRunner
+from kvferry.engine.torch.rank import TorchFollower
+from kvferry.engine.torch.runner import TorchRunner
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from kvferry.engine.native.cpu import cpu_flags, usable_isas
 from kvferry.engine.native.library import Library, LibraryUnavailable, open_library
 from kvferry.engine.native.runner import NativeRunner
 from kvferry.engine.settings import EngineSettings
-from kvferry.engine.torch_runner import TorchRunner
+from kvferry.engine.torch.runner import TorchRunner
 
 ISAS = usable_isas(cpu_flags())
 NATIVE = tuple(f"native-{isa}" for isa in ISAS)

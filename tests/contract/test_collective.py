@@ -11,9 +11,9 @@ import torch
 from runners import native_library
 from torch.distributed import FileStore
 
-from kvferry.engine import collective
-from kvferry.engine.collective import Collective, GlooGather, SharedGather, joined_exchange, open_exchange
-from kvferry.engine.shared_memory import SharedMemory
+from kvferry.engine.ranks.shared_memory import SharedMemory
+from kvferry.engine.torch import collective
+from kvferry.engine.torch.collective import Collective, GlooGather, SharedGather, joined_exchange, open_exchange
 
 SIZE = 3
 WIDTHS = (5, 1, 8)

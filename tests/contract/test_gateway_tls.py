@@ -20,7 +20,8 @@ from kvferry.errors import SettingError
 from kvferry.wire.orders import Cancel
 from kvferry.wire.work import DecodeRequest
 from kvferry_gateway.settings import GatewaySettings
-from kvferry_local.bench.client import Endpoint, ask
+from kvferry_local.bench.client import ask
+from kvferry_local.bench.endpoint import Endpoint
 from kvferry_local.client import RequestFailed, Target, check, request_errors
 from kvferry_local.doctor.clock import clock
 from kvferry_local.settings import ClientSettings

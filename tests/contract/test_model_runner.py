@@ -14,12 +14,12 @@ from memory_ranks import ranked_memory
 from runners import NATIVE, runner_of
 
 from kvferry.engine import scoring
-from kvferry.engine.memory import MemoryRunner, MemorySettings, scored_prompt
+from kvferry.engine.memory.runner import MemoryRunner, MemorySettings, scored_prompt
 from kvferry.engine.native.runner import NativeRunner
-from kvferry.engine.sampler import find_logprobs
+from kvferry.engine.sampling.sampler import find_logprobs
 from kvferry.engine.scoring import joined
 from kvferry.engine.settings import EngineSettings
-from kvferry.engine.torch_runner import TorchRunner
+from kvferry.engine.torch.runner import TorchRunner
 from kvferry.schedule.step import Draw, ModelRunner, Score, SequenceStep, StepPlan
 from kvferry.wire.frame import Piece
 from kvferry.wire.logprobs import PromptLogprobs

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from bench.books import Books, Row, violations
-from bench.client import RequestError, request_json
 from stack import Stack
 
 from kvferry.runtime import blocking_clock
+from kvferry_local.bench.endpoint import Endpoint, ServerError
 
 HOST = "127.0.0.1"
 POLL_S = 0.02
@@ -19,7 +19,7 @@ HTTP_TIMEOUT_S = 10.0
 
 async def cluster(stack: Stack) -> list[Row]:
     """The workers' rows of /v1/cluster."""
-    document = await request_json(HOST, port_of(stack), "/v1/cluster", HTTP_TIMEOUT_S)
+    document = await Endpoint(HOST, port_of(stack)).get_json("/v1/cluster", HTTP_TIMEOUT_S)
     return [row for row in document["workers"] if row["role"] in ("prefill", "decode")]
 
 
@@ -35,7 +35,7 @@ async def whole(stack: Stack, num_workers: int, seconds: float = 150.0) -> list[
     while True:
         try:
             rows = await cluster(stack)
-        except (OSError, RequestError, TimeoutError):
+        except (OSError, ServerError, TimeoutError):
             rows = []  # the gateway itself is being restarted
         if len(rows) == num_workers and all(row["state"] == "ready" and row["silent_s"] < 1 for row in rows):
             return rows
@@ -44,7 +44,7 @@ async def whole(stack: Stack, num_workers: int, seconds: float = 150.0) -> list[
 
 
 async def books_of(row: Row) -> Books:
-    books: Books = await request_json(HOST, row["debug_port"], "/debug/blocks", HTTP_TIMEOUT_S)
+    books: Books = await Endpoint(HOST, row["debug_port"]).get_json("/debug/blocks", HTTP_TIMEOUT_S)
     return books
 
 

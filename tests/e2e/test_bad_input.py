@@ -16,7 +16,6 @@ from typing import Any
 
 import httpx
 import pytest
-from bench.client import request_bytes
 from bench.tap import bus_of
 from books import HOST, Row, cluster, port_of, seconds_until_clean, whole
 from nats_server import running_nats
@@ -29,6 +28,7 @@ from kvferry.runtime import blocking_clock
 from kvferry.wire.messages import Codecs
 from kvferry.wire.orders import Ping
 from kvferry.wire.subjects import beat_subject, mail_subject, process_subject
+from kvferry_local.bench.endpoint import Endpoint
 
 SETTLE_S = 15.0  # at most, until connections that a test made are closed on the other side, too
 MAX_BODY_BYTES = 4 << 20
@@ -47,7 +47,7 @@ def num_descriptors(stack: Stack) -> dict[int, int]:
 
 async def sample(port: int, name: str, **labels: str) -> float:
     """The sum of a /metrics' samples with these labels; 0 if there are none yet."""
-    text = (await request_bytes(HOST, port, "/metrics")).decode()
+    text = (await Endpoint(HOST, port).get("/metrics")).decode()
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
     return sum((s.value for s in samples if s.name == name and labels.items() <= s.labels.items()), 0.0)
 

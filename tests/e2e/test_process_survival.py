@@ -26,7 +26,6 @@ from typing import Any
 import httpx
 import pytest
 from api_cluster import timeless
-from bench.client import RequestError, Stream, stream
 from bench.contention import Contention
 from bench.prompts import Prompts
 from bench.tap import Attempt, Heard, bus_of
@@ -38,8 +37,10 @@ from watch import Watch
 
 from kvferry.engine.reference import ReferencePass
 from kvferry.engine.settings import EngineSettings
-from kvferry.engine.torch_runner import TorchRunner
+from kvferry.engine.torch.runner import TorchRunner
 from kvferry.runtime import blocking_clock
+from kvferry_local.bench.endpoint import Endpoint, ServerError
+from kvferry_local.bench.stream import Stream, stream
 
 MAX_MODEL_LEN = 2048
 NEW_PAIR_S = 2.0  # from a kill until a new pair has accepted
@@ -66,7 +67,7 @@ class Running:
     label: str
     max_tokens: int
     task: asyncio.Task[Stream]
-    so_far: Stream = field(default_factory=lambda: Stream(0.0))
+    so_far: Stream = field(default_factory=Stream)
 
 
 @dataclass
@@ -89,8 +90,9 @@ class Scene:
             "model": "smollm2", "prompt": self.prompts.tokens(tokens), "max_tokens": max_tokens,
             "ignore_eos": True, **fields,
         }  # fmt: skip
-        so_far = Stream(0.0)
-        reading = stream(HOST, port_of(self.stack), "/v1/completions", body, request_id=label, into=so_far)
+        so_far = Stream()
+        endpoint = Endpoint(HOST, port_of(self.stack))
+        reading = stream(endpoint, "/v1/completions", body, headers={"x-request-id": label}, into=so_far)
         running = Running(label, max_tokens, asyncio.create_task(reading), so_far)
         self.started.append(running)
         return running
@@ -525,7 +527,7 @@ async def test_workers_free_what_a_killed_gateway_had(scene: Scene, record_prope
     freed_s = await seconds_until_clean(scene.rows, killed, lambda: scene.bound(killed, GATEWAY_GONE_S))
     record_property("freed_s", freed_s)
     for r in running:
-        with pytest.raises((RequestError, OSError, asyncio.IncompleteReadError)):
+        with pytest.raises((ServerError, OSError, asyncio.IncompleteReadError)):
             await r.task
     assert [row["pid"] for row in await whole(scene.stack, 4)] != []
     await scene.complete(scene.start(SHORT, 8, **GREEDY))

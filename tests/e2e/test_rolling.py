@@ -17,12 +17,13 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import pytest
-from bench.client import Refused, request_json, stream
 from books import HOST
 from nats_cluster import NatsCluster, running_cluster
 from stack import Stack
 
 from kvferry.bus.rights import BusUser
+from kvferry_local.bench.endpoint import Endpoint, Refused
+from kvferry_local.bench.stream import stream
 
 USER: Final = BusUser("stack", "a password of the test")
 PATIENCE_S: Final = 150.0
@@ -51,7 +52,8 @@ class Load:
             while True:
                 self._turn += 1
                 try:
-                    answer = await stream(HOST, self.ports[self._turn % len(self.ports)], "/v1/completions", body)
+                    port = self.ports[self._turn % len(self.ports)]
+                    answer = await stream(Endpoint(HOST, port), "/v1/completions", body)
                 except Refused as refusal:
                     if refusal.status != 503:
                         raise
@@ -101,7 +103,7 @@ class Rolling:
         """As a gateway that answers sees them."""
         for port in self.load.ports:
             try:
-                document = await request_json(HOST, port, "/v1/cluster")
+                document = await Endpoint(HOST, port).get_json("/v1/cluster")
             except OSError:
                 continue
             return {row["name"]: row for row in document["workers"]}

@@ -16,7 +16,7 @@ from fuzz.frames import SLOT_BYTES, Source, damaged, resealed
 from fuzz.messages import Ids, Messages
 from fuzz.spoiling import spoiled
 
-from kvferry.engine.memory import MemoryRunner
+from kvferry.engine.memory.runner import MemoryRunner
 from kvferry.errors import WireError
 from kvferry.runtime import now
 from kvferry.transport.base import Connection, TransportSettings

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from fuzz.spoiling import spoiled
 
-from kvferry.engine.memory import MemoryRunner
+from kvferry.engine.memory.runner import MemoryRunner
 from kvferry.kv.hashing import chain_hash, root_hash
 from kvferry.schedule.step import KVFormat, SequenceStep, StepPlan
 from kvferry.wire.flow import Manifest, ManifestCodec

@@ -12,7 +12,7 @@ import numpy as np
 from fuzz.campaign import Batch
 from fuzz.frames import SLOT_BYTES, Source, damaged, resealed
 
-from kvferry.engine.memory import MemoryRunner, MemorySettings
+from kvferry.engine.memory.runner import MemoryRunner, MemorySettings
 from kvferry.errors import CorruptFrame
 from kvferry.wire.flow import Manifest
 from kvferry.wire.frame import HEADER_BYTES, Piece

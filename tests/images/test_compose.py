@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import yaml
-from bench.client import Stream, request_bytes, stream
 from compose_stack import HOST, ROOT, ComposeStack, Container, docker, require_docker
 
 from kvferry.runtime import blocking_clock
 from kvferry_local.autoscale.target import ComposeTarget
+from kvferry_local.bench.endpoint import Endpoint
+from kvferry_local.bench.stream import Stream, stream
 
 pytestmark = pytest.mark.timeout(1200)  # the first test waits for the build
 
@@ -53,19 +54,19 @@ def undisturbed(compose: ComposeStack) -> Stream:
 
 async def chat(compose: ComposeStack, so_far: Stream | None = None, given: asyncio.Event | None = None) -> Stream:
     """Stream the one question to its end. `given` is set once a part of the answer is there."""
-    so_far = so_far if so_far is not None else Stream(0.0)
+    so_far = so_far if so_far is not None else Stream()
 
-    def on_token() -> None:
+    def on_text() -> None:
         if given is not None and len(so_far.arrivals) >= 20:
             given.set()
 
     async with asyncio.timeout(PATIENCE_S * 2):
-        return await stream(HOST, compose.port, "/v1/chat/completions", CHAT, into=so_far, on_token=on_token)
+        return await stream(Endpoint(HOST, compose.port), "/v1/chat/completions", CHAT, into=so_far, on_text=on_text)
 
 
 async def metric(compose: ComposeStack, name: str) -> float:
     """The sum of one metric of the gateway over its labels."""
-    text = (await request_bytes(HOST, compose.port, "/metrics")).decode()
+    text = (await Endpoint(HOST, compose.port).get("/metrics")).decode()
     return sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
 
 
@@ -303,7 +304,7 @@ async def all_ready(compose: ComposeStack, count: int) -> list[dict[str, Any]]:
 async def chat_while(compose: ComposeStack, disturb: Any) -> tuple[Stream, float]:
     """The answer to the question with a disturbance in mid-stream, and the re-placements that the gateway counted."""
     before = await metric(compose, "kvferry_replacement_total")
-    so_far, given = Stream(0.0), asyncio.Event()
+    so_far, given = Stream(), asyncio.Event()
     reading = asyncio.create_task(chat(compose, so_far, given))
     async with asyncio.timeout(PATIENCE_S):
         await given.wait()

@@ -12,7 +12,7 @@ from cluster import all_free, settled
 from scripted_worker import EOS, text_of, tokens_of
 from structlog.testing import capture_logs
 
-from kvferry.engine.memory import scored_continuation
+from kvferry.engine.memory.runner import scored_continuation
 from kvferry.wire.sampling import Sampling
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

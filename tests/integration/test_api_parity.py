@@ -15,7 +15,7 @@ from api_cluster import ApiCluster, api, joined, timeless
 from parity_rows import CELLS, CHAT, MODELS, RESPONSES, ROWS, TEXT, rows_of_fields
 from parity_ways import WAYS, Way, after_a_kill, answers, equal, run, texts, told
 
-from kvferry.engine.memory import MemoryRunner
+from kvferry.engine.memory.runner import MemoryRunner
 
 PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from cluster import MODEL, Cluster, prompt_of, virtual
 
-from kvferry.engine.memory import scored_continuation
+from kvferry.engine.memory.runner import scored_continuation
 from kvferry.wire.fields import unpack_tokens
 from kvferry.wire.flow import Manifest
 from kvferry.wire.sampling import Sampling

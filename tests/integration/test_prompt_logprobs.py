@@ -16,7 +16,7 @@ from api_cluster import BYTES, ApiCluster, api, joined
 from cluster import settled
 from scripted_worker import tokens_of
 
-from kvferry.engine.memory import MemoryRunner, scored_prompt
+from kvferry.engine.memory.runner import MemoryRunner, scored_prompt
 from kvferry.schedule.step import StepPlan, StepResult
 from kvferry.wire.sampling import Scoring
 from kvferry.wire.tokens import TokenBatch

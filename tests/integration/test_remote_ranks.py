@@ -17,9 +17,9 @@ from checkpoints import SHAPES, build
 from namespaces import HOSTS, two_networks
 from ranked import ranked
 
-from kvferry.engine.ranks import Exchange, Setup
+from kvferry.engine.ranks.followers import Exchange, Setup
 from kvferry.engine.settings import EngineSettings
-from kvferry.engine.torch_runner import TorchRunner
+from kvferry.engine.torch.runner import TorchRunner
 from kvferry.errors import CheckpointError
 from kvferry.schedule.step import BlockTable, SequenceStep, StepPlan
 from kvferry.wire.frame import Piece
@@ -39,7 +39,7 @@ LEADER = """
 import asyncio, sys
 sys.path[:0] = sys.argv[4:]
 from test_remote_ranks import BESIDE, KEY, NUM_BLOCKS, PORT, SIZE, digest, handed_over, pieces, plan
-from kvferry.engine.torch_runner import TorchRunner
+from kvferry.engine.torch.runner import TorchRunner
 from kvferry.log import setup_logging
 from kvferry.runtime import SystemRuntime
 from kvferry.worker.engine import engine_settings

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from cluster import GREEDY, Cluster, expected, prompt_of, settled
 
-from kvferry.engine.memory import MemoryRunner, MemorySettings
+from kvferry.engine.memory.runner import MemoryRunner, MemorySettings
 from kvferry.errors import SettingError
 from kvferry.runtime import SystemRuntime
 from kvferry.transport.base import TransportSettings

@@ -1,7 +1,7 @@
 """A model of random weights in the native library, and the same model in NumPy's fp64.
 
-The reference rounds where Hugging Face rounds (see engine/model.py) and is exact in between, so what is left between
-the two is the order of fp32 sums, the rounding of probabilities, and what a flipped bf16 bit does further on.
+The reference rounds where Hugging Face rounds (see engine/torch/model.py) and is exact in between, so what is left
+between the two is the order of fp32 sums, the rounding of probabilities, and what a flipped bf16 bit does further on.
 """
 
 from __future__ import annotations

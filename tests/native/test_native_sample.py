@@ -19,7 +19,7 @@ from unit.engine.test_sampler import CHI_SQUARE_DRAWS, chi_square
 from kvferry.engine.native import sampler as packing
 from kvferry.engine.native.library import Library
 from kvferry.engine.native.sampler import NativeSampler
-from kvferry.engine.sampler import sample
+from kvferry.engine.sampling.sampler import sample
 from kvferry.schedule.step import MAX_LOGPROBS, Draw
 from kvferry.wire.sampling import Sampling
 

@@ -12,7 +12,7 @@ import numpy as np
 from scripted_worker import EOS, text_of
 from tiny import mask_of
 
-from kvferry.engine.memory import (
+from kvferry.engine.memory.runner import (
     Lanes,
     MemorySettings,
     chain,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from processes import acting_as, process_name
 
-from kvferry.engine.following import DirectChannel, Load
+from kvferry.engine.ranks.following import DirectChannel, Load
 
 
 class SimulatedRanks:

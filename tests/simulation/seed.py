@@ -23,7 +23,7 @@ from workload import MODEL, ClientRequest, mixed_requests
 from world import World, check_answered, seen, simulate
 
 from kvferry.bus.memory import Faults
-from kvferry.engine.memory import MemorySettings
+from kvferry.engine.memory.runner import MemorySettings
 from kvferry.worker.worker import Worker
 
 NUM_REQUESTS = 44

@@ -18,7 +18,7 @@ from scripted_worker import text_of
 from workload import MAX_TOKENS, MODEL, ClientRequest, requests
 from world import World, check_answered, seen, simulate, total
 
-from kvferry.engine.memory import MemorySettings
+from kvferry.engine.memory.runner import MemorySettings
 
 A, B = replace(MODEL, numerics="-a"), replace(MODEL, numerics="-b")
 

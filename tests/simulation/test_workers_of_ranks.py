@@ -13,7 +13,7 @@ from planes import fingerprint
 from workload import requests
 from world import World, check_answered, simulate, total
 
-from kvferry.engine.following import DirectChannel
+from kvferry.engine.ranks.following import DirectChannel
 from kvferry.worker.worker import Worker
 
 DEGREES = {"prefill-0": 2, "prefill-1": 3, "decode-0": 3, "decode-1": 2}

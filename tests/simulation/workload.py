@@ -13,7 +13,7 @@ from answers import Expected, expected_of
 from lanes import SECONDS_PER_STEP, SECONDS_PER_TOKEN
 from scripted_worker import EOS, VOCAB_SIZE, text_of, tokens_of
 
-from kvferry.engine.memory import MemorySettings, scored_prompt
+from kvferry.engine.memory.runner import MemorySettings, scored_prompt
 from kvferry.wire.sampling import Grammar, Sampling
 
 MODEL = MemorySettings(

@@ -25,7 +25,7 @@ from virtual_loop import Deadlock, EventLog, VirtualTimeout
 from workload import MODEL, MODEL_NAME, ClientRequest
 
 from kvferry.bus.base import BusSettings
-from kvferry.engine.memory import MemoryRunner, MemorySettings
+from kvferry.engine.memory.runner import MemoryRunner, MemorySettings
 from kvferry.errors import RankLost
 from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.runtime import TaskSet, now

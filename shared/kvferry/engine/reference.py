@@ -36,9 +36,9 @@ from typing import Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kvferry.engine.penalties import adjust, adjusts
-from kvferry.engine.philox import uniform
-from kvferry.engine.sampler import Logits, is_greedy
+from kvferry.engine.sampling.penalties import adjust, adjusts
+from kvferry.engine.sampling.philox import uniform
+from kvferry.engine.sampling.sampler import Logits, is_greedy
 from kvferry.schedule.step import Draw, KVFormat, SequenceStep, StepPlan, TokenMask
 from kvferry.wire.sampling import Sampling
 

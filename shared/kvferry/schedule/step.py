@@ -1,7 +1,7 @@
 """The engine's boundary: an immutable `StepPlan` in, a `StepResult` out.
 
-`ModelRunner` is implemented by `engine/native/runner.py` (C++), `engine/torch_runner.py` (torch) and
-`engine/memory.py` (the in-memory twin, numpy alone). One call of `execute` is one engine step with any mix of
+`ModelRunner` is implemented by `engine/native/runner.py` (C++), `engine/torch/runner.py` (torch) and
+`engine/memory/runner.py` (the in-memory twin, numpy alone). One call of `execute` is one engine step with any mix of
 prefill chunks and decoding sequences; it runs on the engine thread. `gather` and `scatter` move KV between blocks
 and staging slots and may run on another thread at the same time, on blocks that the running step does not write.
 """

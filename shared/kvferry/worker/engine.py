@@ -11,7 +11,7 @@ from kvferry import ready
 from kvferry.engine.choice import Choice, choose
 from kvferry.engine.config import ModelConfig
 from kvferry.engine.native.library import Library, LibraryUnavailable, open_library
-from kvferry.engine.ranks import Followers
+from kvferry.engine.ranks.followers import Followers
 from kvferry.engine.settings import EngineSettings
 from kvferry.errors import SettingError
 from kvferry.grammar.compiler import GrammarCompiler
@@ -96,7 +96,7 @@ def _load(settings: WorkerSettings, engine: EngineSettings, joined: Callable[[],
 
         ready.report("load")
         return _loaded(NativeRunner(engine, _progress, library, followers), choice, engine.model_dir)
-    from kvferry.engine.torch_runner import TorchRunner
+    from kvferry.engine.torch.runner import TorchRunner
 
     ready.report("load")
     return _loaded(TorchRunner(engine, _progress, followers), choice, engine.model_dir)

@@ -10,11 +10,11 @@ import signal
 import socket
 import sys
 
-from kvferry.engine.channel import SocketChannel
-from kvferry.engine.following import Follower, follow
-from kvferry.engine.ranks import Setup
+from kvferry.engine.ranks.channel import SocketChannel
+from kvferry.engine.ranks.followers import Setup
+from kvferry.engine.ranks.following import Follower, follow
+from kvferry.engine.ranks.shared_memory import SharedMemory
 from kvferry.engine.settings import EngineSettings
-from kvferry.engine.shared_memory import SharedMemory
 from kvferry.errors import CheckpointError, SettingError
 from kvferry.log import get_logger, setup_logging
 
@@ -46,8 +46,8 @@ def load_follower(setup: Setup, memory: SharedMemory) -> Follower:
         from kvferry.engine.native.follower import NativeFollower
 
         return NativeFollower(settings, setup.rank, memory)
-    from kvferry.engine.collective import joined_exchange
-    from kvferry.engine.torch_rank import TorchFollower
+    from kvferry.engine.torch.collective import joined_exchange
+    from kvferry.engine.torch.rank import TorchFollower
 
     collective = None
     if setup.exchange is not None:  # others are on other hosts; this one is on the leader's

@@ -3,7 +3,7 @@
     rank                                       leader
     the data plane's handshake (`transport/hello.py`), both ways, with the cluster's data key
     Join(version, session, "steps")      ->      waits for both of a session
-    Join(version, session, "copies")     ->      (`engine/ranks.py`, `engine/copies.py`)
+    Join(version, session, "copies")     ->      (`engine/ranks/followers.py`, `engine/ranks/copies.py`)
                                          <-      Refused(problem), on either, and the connection ends
 
 Both connections stay for the worker's life. They are neither encrypted, nor is what the ranks exchange in a step: like
@@ -23,7 +23,7 @@ import msgspec
 from msgspec import Meta
 
 from kvferry import __version__
-from kvferry.engine.channel import SocketChannel
+from kvferry.engine.ranks.channel import SocketChannel
 from kvferry.errors import HandshakeRefused, MalformedMessage, RankLost, SettingError
 from kvferry.log import get_logger
 from kvferry.runtime import Runtime, blocking_sleep

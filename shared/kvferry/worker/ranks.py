@@ -20,11 +20,11 @@ from typing import Final
 
 from kvferry import ready
 from kvferry.bus.tether import tethered
-from kvferry.engine.channel import SocketChannel
 from kvferry.engine.config import ModelConfig
-from kvferry.engine.ranks import Followers
-from kvferry.engine.shard import shards_of
-from kvferry.engine.shared_memory import SharedMemory
+from kvferry.engine.ranks.channel import SocketChannel
+from kvferry.engine.ranks.followers import Followers
+from kvferry.engine.ranks.shard import shards_of
+from kvferry.engine.ranks.shared_memory import SharedMemory
 from kvferry.errors import SettingError
 from kvferry.log import get_logger
 from kvferry.runtime import Runtime

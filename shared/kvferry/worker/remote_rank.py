@@ -18,9 +18,9 @@ import click
 from kvferry.command import EXIT_FAILED, one_line_errors, settings_from
 from kvferry.config.flags import settings_options
 from kvferry.engine.config import ModelConfig
-from kvferry.engine.copies import serve_copies
-from kvferry.engine.following import Follower, follow
-from kvferry.engine.ranks import Setup
+from kvferry.engine.ranks.copies import serve_copies
+from kvferry.engine.ranks.followers import Setup
+from kvferry.engine.ranks.following import Follower, follow
 from kvferry.engine.settings import EngineSettings, kv_format_of, resolved_dtype
 from kvferry.errors import CheckpointError, SettingError
 from kvferry.log import get_logger, setup_logging
@@ -65,8 +65,8 @@ def serve(link: RankLink, settings: RankSettings) -> None:
 
 def load(setup: Setup, link: RankLink, model_dir: str) -> Follower:
     """Its part of the model. Raises `CheckpointError` if that is not the leader's model, and what a runner raises."""
-    from kvferry.engine.collective import joined_exchange
-    from kvferry.engine.torch_rank import TorchFollower
+    from kvferry.engine.torch.collective import joined_exchange
+    from kvferry.engine.torch.rank import TorchFollower
 
     settings = EngineSettings.of_fields(setup.settings)
     if model_dir:

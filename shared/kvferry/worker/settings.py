@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from kvferry.config.settings import Port, ProcessSettings, ServiceSettings
-from kvferry.engine.shard import MAX_RANKS
+from kvferry.engine.ranks.shard import MAX_RANKS
 from kvferry.model_source import ModelSource, model_sources
 from kvferry.scaling import KV_MEMORY_MB
 

@@ -10,10 +10,10 @@ from bench.chaos_cases import Case, Right
 from bench.chaos_clients import Asked, Outcome
 from bench.chaos_faults import Fault
 from bench.chaos_fleet import Place, places_on
-from bench.client import Stream
 from bench.tap import Attempt, Heard
 
 from kvferry.wire.sampling import Sampling
+from kvferry_local.bench.stream import Stream
 
 RIGHT = Right("one two three", [1, 2, 3])
 DECODE, PREFILL = 0xD, 0xF
@@ -23,7 +23,7 @@ def asked(outcome: Outcome, text: str, token_ids: list[int] | None, completion_t
     """A request that came to this; without ids it did not ask for them."""
     one = Asked("chaos-0", Case("case-0", {"max_tokens": 3}, False), 1, token_ids is not None, None)
     told = len(token_ids) if completion_tokens is None and token_ids is not None else completion_tokens
-    one.so_far = Stream(1.0, text=text, token_ids=token_ids or [], usage={"completion_tokens": told})
+    one.so_far = Stream(sent=1.0, text=text, token_ids=token_ids or [], usage={"completion_tokens": told})
     one.outcome = outcome
     one.judge(RIGHT)
     return one

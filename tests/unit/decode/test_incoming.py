@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvferry.engine.memory import MemoryRunner, MemorySettings
+from kvferry.engine.memory.runner import MemoryRunner, MemorySettings
 from kvferry.errors import CorruptFrame
 from kvferry.wire.flow import Manifest, ManifestCodec
 from kvferry.wire.frame import (

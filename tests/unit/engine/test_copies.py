@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvferry.engine.channel import SocketChannel
-from kvferry.engine.copies import RemoteCache, serve_copies
-from kvferry.engine.memory import MemorySettings
-from kvferry.engine.memory_rank import MemoryCache
-from kvferry.engine.ranks import Followers
-from kvferry.engine.shared_memory import SharedMemory
+from kvferry.engine.memory.rank import MemoryCache
+from kvferry.engine.memory.runner import MemorySettings
+from kvferry.engine.ranks.channel import SocketChannel
+from kvferry.engine.ranks.copies import RemoteCache, serve_copies
+from kvferry.engine.ranks.followers import Followers
+from kvferry.engine.ranks.shared_memory import SharedMemory
 from kvferry.errors import RankLost
 from kvferry.wire.frame import Piece
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from memory_ranks import ranked_memory
 
-from kvferry.engine.following import DirectChannel
-from kvferry.engine.memory import MemoryRunner, MemorySettings, continuation
+from kvferry.engine.memory.runner import MemoryRunner, MemorySettings, continuation
+from kvferry.engine.ranks.following import DirectChannel
 from kvferry.schedule.step import Draw, SequenceStep, StepPlan
 from kvferry.wire.frame import Piece
 from kvferry.wire.sampling import Sampling
@@ -127,5 +127,5 @@ def test_steps_report_the_time_that_they_are_told_to_take() -> None:
 
 
 def test_the_twin_imports_no_torch() -> None:
-    program = "import sys, kvferry.engine.memory; sys.exit('torch' in sys.modules)"
+    program = "import sys, kvferry.engine.memory.runner; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

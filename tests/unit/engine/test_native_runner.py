@@ -13,7 +13,7 @@ from runners import NATIVE, native_library, runner_of
 
 from kvferry.engine.native.runner import NativeRunner
 from kvferry.engine.settings import EngineSettings
-from kvferry.engine.torch_runner import TorchRunner
+from kvferry.engine.torch.runner import TorchRunner
 from kvferry.errors import SettingError
 from kvferry.schedule.step import Draw, SequenceStep, StepPlan
 from kvferry.wire.frame import Piece

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvferry.engine.philox import philox4x32, uniform
+from kvferry.engine.sampling.philox import philox4x32, uniform
 
 ONES = 0xFFFFFFFF
 VECTORS = [

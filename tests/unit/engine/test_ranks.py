@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvferry.engine import channel
-from kvferry.engine.channel import SocketChannel
 from kvferry.engine.columns import MAX_STEP_ROWS, Columns, ColumnsMessage, Wanted
-from kvferry.engine.following import DirectChannel, Follower, Load, follow
-from kvferry.engine.ranks import Failed, Followers, Head, Setup, Step
-from kvferry.engine.shared_memory import SharedMemory
+from kvferry.engine.ranks import channel
+from kvferry.engine.ranks.channel import SocketChannel
+from kvferry.engine.ranks.followers import Failed, Followers, Head, Setup, Step
+from kvferry.engine.ranks.following import DirectChannel, Follower, Load, follow
+from kvferry.engine.ranks.shared_memory import SharedMemory
 from kvferry.errors import CheckpointError, MalformedMessage, RankLost, SettingError
 from kvferry.schedule.step import SequenceStep
 

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from masks import mask_of
 
-from kvferry.engine.philox import uniform
 from kvferry.engine.reference import EPSILON, ReferencePass, gap, penalised_gap
-from kvferry.engine.sampler import draw
+from kvferry.engine.sampling.philox import uniform
+from kvferry.engine.sampling.sampler import draw
 from kvferry.engine.settings import EngineSettings
-from kvferry.engine.torch_runner import TorchRunner
+from kvferry.engine.torch.runner import TorchRunner
 from kvferry.schedule.step import Draw, SequenceStep, StepPlan
 from kvferry.wire.sampling import Sampling
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from masks import mask_of
 
-from kvferry.engine.philox import uniform24
-from kvferry.engine.sampler import WEIGHT_ONE, draw, find_logprobs, kept, sample, weigh
+from kvferry.engine.sampling.philox import uniform24
+from kvferry.engine.sampling.sampler import WEIGHT_ONE, draw, find_logprobs, kept, sample, weigh
 from kvferry.schedule.step import Draw
 from kvferry.wire.sampling import Sampling
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.engine.config import ModelConfig, RopeConfig
-from kvferry.engine.shard import UNIT, Shard, cut, shards_of
+from kvferry.engine.ranks.shard import UNIT, Shard, cut, shards_of
 from kvferry.errors import SettingError
 
 SMOLLM2 = ModelConfig(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvferry.engine.shared_memory import HUGE_PAGE, SharedMemory, mapped_file
+from kvferry.engine.ranks.shared_memory import HUGE_PAGE, SharedMemory, mapped_file
 
 NUM_BYTES = 3 * HUGE_PAGE + 4096
 

@@ -20,7 +20,7 @@ from runners import Runner, native_library, runner_of
 
 from kvferry.engine.reference import ReferencePass
 from kvferry.engine.settings import EngineSettings
-from kvferry.engine.torch_runner import TorchRunner
+from kvferry.engine.torch.runner import TorchRunner
 from kvferry.schedule.step import Draw, Score, SequenceStep, StepPlan
 from kvferry.wire.frame import Piece
 from kvferry.wire.sampling import Sampling

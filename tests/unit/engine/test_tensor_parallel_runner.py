@@ -16,8 +16,8 @@ from runners import NATIVE, Runner, runner_of
 
 from kvferry.engine.config import ModelConfig
 from kvferry.engine.native.weights import parts
+from kvferry.engine.ranks.shard import shards_of
 from kvferry.engine.settings import EngineSettings
-from kvferry.engine.shard import shards_of
 from kvferry.errors import SettingError
 from kvferry.schedule.step import Draw, Score, SequenceStep, StepPlan
 from kvferry.wire.frame import Piece

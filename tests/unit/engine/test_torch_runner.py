@@ -12,7 +12,7 @@ import torch
 from checkpoints import SHAPES, VOCAB_SIZE, build, edit_config
 
 from kvferry.engine.settings import EngineSettings
-from kvferry.engine.torch_runner import TorchRunner
+from kvferry.engine.torch.runner import TorchRunner
 from kvferry.errors import SettingError
 from kvferry.schedule.step import Draw, SequenceStep, StepPlan
 from kvferry.wire.frame import Piece

@@ -21,7 +21,7 @@ from runners import NATIVE, Runner, native_library, runner_of
 from transformers import AutoModelForCausalLM
 
 from kvferry.engine.settings import EngineSettings
-from kvferry.engine.torch_runner import TorchRunner
+from kvferry.engine.torch.runner import TorchRunner
 from kvferry.schedule.step import SequenceStep, StepPlan
 
 LENGTH = 150

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scripted_worker import EOS, text_of
 from unit.grammar.conftest import VOCAB_SIZE
 
-from kvferry.engine.sampler import draw
+from kvferry.engine.sampling.sampler import draw
 from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.schedule.step import Draw
 from kvferry.wire.sampling import Grammar, Sampling

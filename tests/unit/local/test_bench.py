@@ -16,7 +16,8 @@ import pytest
 
 from kvferry.config.layers import load_settings
 from kvferry.errors import SettingError
-from kvferry_local.bench.client import Endpoint, Outcome, ask
+from kvferry_local.bench.client import Outcome, ask
+from kvferry_local.bench.endpoint import Endpoint
 from kvferry_local.bench.picture import picture
 from kvferry_local.bench.prompts import BLOCK_TOKENS, prompt
 from kvferry_local.bench.service import bench

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import msgspec
 import pytest
 
-from kvferry.engine.channel import SocketChannel
+from kvferry.engine.ranks.channel import SocketChannel
 from kvferry.errors import HandshakeRefused, RankLost, SettingError
 from kvferry.runtime import SeededRuntime
 from kvferry.transport.hello import Handshake

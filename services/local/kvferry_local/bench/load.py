@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from kvferry.runtime import blocking_clock
-from kvferry_local.bench.client import Endpoint, Outcome, ask
+from kvferry_local.bench.client import Outcome, ask
+from kvferry_local.bench.endpoint import Endpoint
 from kvferry_local.bench.workload import Planned
 
 MakeBody = Callable[[Planned, int], dict[str, Any]]

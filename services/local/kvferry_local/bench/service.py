@@ -10,7 +10,8 @@ from typing import Any, Final
 import click
 
 from kvferry.errors import KvferryError, SettingError
-from kvferry_local.bench.client import Endpoint, Outcome, ServerError, first_model
+from kvferry_local.bench.client import Outcome, first_model
+from kvferry_local.bench.endpoint import Endpoint, ServerError
 from kvferry_local.bench.load import closed_loop, open_loop
 from kvferry_local.bench.picture import picture
 from kvferry_local.bench.prompts import prompt

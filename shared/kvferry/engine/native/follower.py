@@ -8,9 +8,9 @@ from kvferry.engine.columns import Columns
 from kvferry.engine.config import ModelConfig
 from kvferry.engine.native.library import Library, open_library
 from kvferry.engine.native.loading import load_model, open_cache
+from kvferry.engine.ranks.shard import shards_of
+from kvferry.engine.ranks.shared_memory import SharedMemory
 from kvferry.engine.settings import EngineSettings
-from kvferry.engine.shard import shards_of
-from kvferry.engine.shared_memory import SharedMemory
 
 
 class NativeFollower:

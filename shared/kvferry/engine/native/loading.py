@@ -13,9 +13,9 @@ from kvferry.engine.native.cache import NativeCache
 from kvferry.engine.native.library import Library, Range, Shape
 from kvferry.engine.native.model import NativeModel
 from kvferry.engine.native.weights import stream
+from kvferry.engine.ranks.shard import Shard
+from kvferry.engine.ranks.shared_memory import SharedMemory
 from kvferry.engine.settings import QUANTIZATIONS, EngineSettings, resolved_max_model_len
-from kvferry.engine.shard import Shard
-from kvferry.engine.shared_memory import SharedMemory
 from kvferry.runtime import mapped_memory, usable_cores
 
 WARM_UP_ROWS: Final = (1, 8, 128)  # of one sequence; the blocks of the longest are set apart for it

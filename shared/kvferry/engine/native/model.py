@@ -16,8 +16,8 @@ from kvferry.engine.columns import Columns
 from kvferry.engine.config import ModelConfig
 from kvferry.engine.native.cache import NativeCache, address
 from kvferry.engine.native.library import SEQUENCE, Library, Shape, Weight
+from kvferry.engine.ranks.shared_memory import SharedMemory
 from kvferry.engine.rope import rope_tables
-from kvferry.engine.shared_memory import SharedMemory
 
 
 class NativeModel:

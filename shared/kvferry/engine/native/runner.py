@@ -6,7 +6,7 @@ Exact: a row's bits depend on that row alone. In every output the products are s
 in the step, so batch, chunk, cached prefix, block table, number of threads and number of ranks leave no trace in KV
 or logits.
 
-With several ranks this is the leader: it tells the others each step (`ranks.py`), all compute it together, and it alone
+With several ranks this is the leader: it tells the others each step (`ranks/`), all compute it together, and it alone
 samples. The KV of all ranks lies in memory that it has mapped, so it copies from and to it by itself.
 """
 
@@ -22,13 +22,14 @@ from kvferry.engine.bf16 import Floats
 from kvferry.engine.choice import obstacle
 from kvferry.engine.columns import Columns
 from kvferry.engine.config import ModelConfig
-from kvferry.engine.drawing import draws_of, result_of
 from kvferry.engine.limits import Limits
 from kvferry.engine.native.cache import gather, scatter
 from kvferry.engine.native.library import Library, Wanted, open_library
 from kvferry.engine.native.loading import WARM_UP_ROWS, load_model, open_cache
 from kvferry.engine.native.sampler import NativeSampler
-from kvferry.engine.ranks import Followers, Head, Step
+from kvferry.engine.ranks.followers import Followers, Head, Step
+from kvferry.engine.ranks.shard import shards_of
+from kvferry.engine.sampling.drawing import draws_of, result_of
 from kvferry.engine.scoring import joined, pieces, scored_of
 from kvferry.engine.settings import (
     EngineSettings,
@@ -37,7 +38,6 @@ from kvferry.engine.settings import (
     resolved_max_model_len,
     resolved_num_blocks,
 )
-from kvferry.engine.shard import shards_of
 from kvferry.errors import SettingError
 from kvferry.runtime import blocking_clock
 from kvferry.schedule.step import BlockTable, KVFormat, Score, SequenceStep, StepPlan, StepResult

@@ -1,4 +1,4 @@
-"""The sampler of the native library: a batch of draws is one call. Same tokens as `engine/sampler.py`, to the bit."""
+"""The sampler of the native library: a batch of draws is one call. Same tokens as `sampling/sampler.py`, to the bit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from kvferry.engine.sampler import Drawn
+from kvferry.engine.sampling.sampler import Drawn
 from kvferry.schedule.step import MAX_LOGPROBS, Draw, Logprobs
 from kvferry.wire.fields import TokenArray
 from kvferry.wire.logprobs import PromptLogprobs

@@ -17,7 +17,7 @@ from kvferry.engine.bf16 import Bits, to_bf16
 from kvferry.engine.checkpoint import Checkpoint, expected_shapes
 from kvferry.engine.config import ModelConfig
 from kvferry.engine.native.library import Weight
-from kvferry.engine.shard import Shard
+from kvferry.engine.ranks.shard import Shard
 
 PIECE_ELEMENTS: Final = 1 << 20  # handed over at once: bounds what a conversion takes
 

@@ -1,6 +1,6 @@
 /* The C interface of the sampler: from the logits of a whole batch to tokens and log-probabilities.
 
-   Its results are those of engine/sampler.py to the bit, on every instruction set: only single fp32 and fp64
+   Its results are those of engine/sampling/sampler.py to the bit, on every instruction set: only single fp32 and fp64
    operations of IEEE 754 in a fixed order, and integer sums. A draw depends on its own row and fields alone.
 
    kvf_sample is stateless and thread-safe: calls that share neither `scratch` nor outputs may run side by side. */

@@ -4,8 +4,8 @@ Rounding points are those of Hugging Face transformers run eagerly in the same d
 fp32, rounded, then scaled; both halves of the rotation, the activation, every projection and every residual
 sum are rounded to the model's dtype.
 
-Of several ranks each computes columns of its own (`shard.py`) of what attention returns, of the hidden states, of what
-the MLP multiplies and of the logits; after each of these they exchange them (`collective.py`).
+Of several ranks each computes columns of its own (`ranks/shard.py`) of what attention returns, of the hidden states, of
+what the MLP multiplies and of the logits; after each of these they exchange them (`collective.py`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from kvferry.engine.attention import Attention
-from kvferry.engine.batch import Batch
-from kvferry.engine.collective import Collective
 from kvferry.engine.config import ModelConfig
-from kvferry.engine.kv_cache import KVCache
-from kvferry.engine.linear import Linear
-from kvferry.engine.rotation import Rotation
-from kvferry.engine.shard import Shard
+from kvferry.engine.ranks.shard import Shard
+from kvferry.engine.torch.attention import Attention
+from kvferry.engine.torch.batch import Batch
+from kvferry.engine.torch.collective import Collective
+from kvferry.engine.torch.kv_cache import KVCache
+from kvferry.engine.torch.linear import Linear
+from kvferry.engine.torch.rotation import Rotation
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kvferry.engine.collective import Collective, GlooGather, open_collective, open_exchange
 from kvferry.engine.config import ModelConfig
-from kvferry.engine.copies import RemoteCache
-from kvferry.engine.kv_cache import KVCache
-from kvferry.engine.ranks import Followers
+from kvferry.engine.ranks.copies import RemoteCache
+from kvferry.engine.ranks.followers import Followers
+from kvferry.engine.ranks.shard import Shard
 from kvferry.engine.settings import EngineSettings
-from kvferry.engine.shard import Shard
-from kvferry.engine.torch_rank import open_cache
+from kvferry.engine.torch.collective import Collective, GlooGather, open_collective, open_exchange
+from kvferry.engine.torch.kv_cache import KVCache
+from kvferry.engine.torch.rank import open_cache
 from kvferry.schedule.step import KVFormat
 
 

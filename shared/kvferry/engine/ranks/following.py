@@ -1,4 +1,4 @@
-"""A follower's side of its channel: it loads what its leader tells it, and computes each step with it (`ranks.py`)."""
+"""A follower's side of its channel: it loads what its leader tells it, and computes each step with it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Final, Protocol, TypeAlias
 
 import msgspec
 
-from kvferry.engine.channel import MAX_CHANNEL_BYTES, Channel
 from kvferry.engine.columns import Columns
-from kvferry.engine.ranks import Failed, Head, Ready, Setup, Step
+from kvferry.engine.ranks.channel import MAX_CHANNEL_BYTES, Channel
+from kvferry.engine.ranks.followers import Failed, Head, Ready, Setup, Step
 
 _ORDERS: Final = msgspec.msgpack.Decoder(Step | Head)
 _SETUP: Final = msgspec.msgpack.Decoder(Setup)

@@ -27,16 +27,16 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.engine.columns import Columns, Wanted
-from kvferry.engine.drawing import draws_of, result_of
 from kvferry.engine.limits import Limits, slots_of
-from kvferry.engine.memory_kv import Lanes, chain, expand, lanes_shape, mix
-from kvferry.engine.memory_rank import MemoryCache, MemoryFollower, apart
-from kvferry.engine.penalties import adjust, adjusts
-from kvferry.engine.ranks import Followers, Step
-from kvferry.engine.sampler import Drawn, find_logprobs, greedy
+from kvferry.engine.memory.kv import Lanes, chain, expand, lanes_shape, mix
+from kvferry.engine.memory.rank import MemoryCache, MemoryFollower, apart
+from kvferry.engine.ranks.followers import Followers, Step
+from kvferry.engine.ranks.shard import heads_of
+from kvferry.engine.ranks.shared_memory import SharedMemory
+from kvferry.engine.sampling.drawing import draws_of, result_of
+from kvferry.engine.sampling.penalties import adjust, adjusts
+from kvferry.engine.sampling.sampler import Drawn, find_logprobs, greedy
 from kvferry.engine.scoring import prompt_logprobs
-from kvferry.engine.shard import heads_of
-from kvferry.engine.shared_memory import SharedMemory
 from kvferry.schedule.step import (
     BlockTable,
     Draw,

@@ -25,8 +25,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from kvferry.engine.penalties import adjust, adjusts
-from kvferry.engine.philox import uniform24
+from kvferry.engine.sampling.penalties import adjust, adjusts
+from kvferry.engine.sampling.philox import uniform24
 from kvferry.schedule.step import Draw, Logprobs
 from kvferry.wire.sampling import Sampling
 

@@ -9,9 +9,9 @@ from typing import Final
 import numpy as np
 
 from kvferry.engine.columns import Columns
-from kvferry.engine.copies import part_of
 from kvferry.engine.limits import Slots, slots_of
-from kvferry.engine.memory_kv import Lanes, chain, expand, lanes_shape, restore
+from kvferry.engine.memory.kv import Lanes, chain, expand, lanes_shape, restore
+from kvferry.engine.ranks.copies import part_of
 from kvferry.schedule.step import BlockTable, KVFormat, SequenceStep
 from kvferry.wire.frame import DTYPE_BYTES, Piece
 

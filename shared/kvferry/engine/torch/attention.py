@@ -15,7 +15,7 @@ from typing import Final
 
 import torch
 
-from kvferry.engine.batch import Chunk, DecodeGroup
+from kvferry.engine.torch.batch import Chunk, DecodeGroup
 
 # Query positions of a tile. Scores of a tile should stay in the L2 cache; smaller tiles lose in the product.
 TILE: Final = 64

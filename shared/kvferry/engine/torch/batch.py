@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvferry.engine.kv_cache import KVCache
 from kvferry.engine.limits import Slots, slots_of
+from kvferry.engine.torch.kv_cache import KVCache
 from kvferry.schedule.step import SequenceStep
 
 # A group pads every sequence to its longest context: this bounds the padding to a quarter of what is read.

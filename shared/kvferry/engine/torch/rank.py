@@ -7,16 +7,16 @@ from functools import partial
 
 import torch
 
-from kvferry.engine.batch import Batch, prepare
-from kvferry.engine.collective import Collective, open_collective
 from kvferry.engine.columns import Columns, Wanted
 from kvferry.engine.config import ModelConfig
-from kvferry.engine.kv_cache import KVCache
-from kvferry.engine.loader import load_weights
-from kvferry.engine.model import Model
+from kvferry.engine.ranks.shard import Shard, shards_of
+from kvferry.engine.ranks.shared_memory import SharedMemory
 from kvferry.engine.settings import EngineSettings, resolved_dtype, resolved_max_model_len
-from kvferry.engine.shard import Shard, shards_of
-from kvferry.engine.shared_memory import SharedMemory
+from kvferry.engine.torch.batch import Batch, prepare
+from kvferry.engine.torch.collective import Collective, open_collective
+from kvferry.engine.torch.kv_cache import KVCache
+from kvferry.engine.torch.loader import load_weights
+from kvferry.engine.torch.model import Model
 from kvferry.errors import SettingError
 from kvferry.schedule.step import KVFormat, SequenceStep
 

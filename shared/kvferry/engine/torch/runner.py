@@ -1,12 +1,12 @@
 """The portable engine: a Hugging Face checkpoint run by torch, on a CPU or on CUDA.
 
 `execute` is plan -> rows -> hidden states -> logits of the rows that draw -> tokens. Each step of that is one
-file: `batch.py`, `model.py` (with `attention.py`, `kv_cache.py`), `sampler.py`.
+file: `batch.py`, `model.py` (with `attention.py`, `kv_cache.py`), `sampling/`.
 
 Not exact: oneDNN and the batched products choose their kernel by shape, so a row's low bits depend on what it
-was batched with. Workers that run this are compared by the reference pass (`reference.py`).
+was batched with. Workers that run this are compared by the reference pass (`engine/reference.py`).
 
-With several ranks this is the leader: it tells the others each step (`ranks.py`), all compute it together, and it alone
+With several ranks this is the leader: it tells the others each step (`ranks/`), all compute it together, and it alone
 samples. The KV of all ranks lies in memory that it has mapped, so it copies from and to it by itself.
 """
 
@@ -19,18 +19,15 @@ from typing import Final
 import numpy as np
 import torch
 
-from kvferry.engine.batch import Batch
 from kvferry.engine.bf16 import Floats
-from kvferry.engine.collective import Alone, Collective
 from kvferry.engine.columns import Columns, Wanted
 from kvferry.engine.config import ModelConfig
-from kvferry.engine.copies import RemoteCache
-from kvferry.engine.drawing import draws_of, result_of
-from kvferry.engine.kv_cache import KVCache
 from kvferry.engine.limits import Limits
-from kvferry.engine.linear import linear_class
-from kvferry.engine.ranks import Followers, Head, Step
-from kvferry.engine.sampler import sample
+from kvferry.engine.ranks.copies import RemoteCache
+from kvferry.engine.ranks.followers import Followers, Head, Step
+from kvferry.engine.ranks.shard import shards_of
+from kvferry.engine.sampling.drawing import draws_of, result_of
+from kvferry.engine.sampling.sampler import sample
 from kvferry.engine.scoring import joined, pieces, scored_of
 from kvferry.engine.settings import (
     EngineSettings,
@@ -39,10 +36,13 @@ from kvferry.engine.settings import (
     resolved_max_model_len,
     resolved_num_blocks,
 )
-from kvferry.engine.shard import shards_of
-from kvferry.engine.torch_leader import other_caches, set_up
-from kvferry.engine.torch_rank import TorchRank, device_of, open_cache
-from kvferry.engine.torch_scoring import score
+from kvferry.engine.torch.batch import Batch
+from kvferry.engine.torch.collective import Alone, Collective
+from kvferry.engine.torch.kv_cache import KVCache
+from kvferry.engine.torch.leader import other_caches, set_up
+from kvferry.engine.torch.linear import linear_class
+from kvferry.engine.torch.rank import TorchRank, device_of, open_cache
+from kvferry.engine.torch.scoring import score
 from kvferry.errors import SettingError
 from kvferry.runtime import blocking_clock
 from kvferry.schedule.step import BlockTable, KVFormat, SequenceStep, StepPlan, StepResult

@@ -16,9 +16,9 @@ import torch
 
 from kvferry.engine.checkpoint import Checkpoint, expected_shapes, open_checkpoint
 from kvferry.engine.config import ModelConfig
-from kvferry.engine.linear import Linear, linear_class
-from kvferry.engine.model import Layer, Weights
-from kvferry.engine.shard import Shard
+from kvferry.engine.ranks.shard import Shard
+from kvferry.engine.torch.linear import Linear, linear_class
+from kvferry.engine.torch.model import Layer, Weights
 
 Progress = Callable[[float], None]  # share of the weights that is loaded, 0 to 1
 

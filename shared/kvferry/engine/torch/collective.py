@@ -1,6 +1,6 @@
 """How the ranks of the torch engine exchange what each has computed: one operation, every rank's columns side by side.
 
-Nothing is summed over ranks, so there is no order of summation to agree on: see `shard.py`.
+Nothing is summed over ranks, so there is no order of summation to agree on: see `ranks/shard.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 import torch.distributed
 
 from kvferry.engine.native.library import Library, LibraryUnavailable, open_library
-from kvferry.engine.ranks import Exchange
-from kvferry.engine.shared_memory import SharedMemory
+from kvferry.engine.ranks.followers import Exchange
+from kvferry.engine.ranks.shared_memory import SharedMemory
 
 distributed: Any = torch.distributed  # its stores and groups have no types
 Store: TypeAlias = Any

@@ -25,10 +25,10 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from kvferry.engine.channel import Channel
 from kvferry.engine.choice import EngineName
 from kvferry.engine.columns import MAX_STEP_ROWS, ColumnsMessage
-from kvferry.engine.shared_memory import SharedMemory
+from kvferry.engine.ranks.channel import Channel
+from kvferry.engine.ranks.shared_memory import SharedMemory
 from kvferry.errors import CheckpointError, RankLost, SettingError
 
 MAX_PROBLEM_CHARS: Final = 4096

@@ -1,4 +1,4 @@
-"""KV of the in-memory twin (`memory.py`): states of positions, and the bytes that follow from them. Pure."""
+"""KV of the in-memory twin (`runner.py`): states of positions, and the bytes that follow from them. Pure."""
 
 from __future__ import annotations
 

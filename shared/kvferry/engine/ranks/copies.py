@@ -17,8 +17,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from kvferry.engine.channel import Channel
-from kvferry.engine.ranks import Followers
+from kvferry.engine.ranks.channel import Channel
+from kvferry.engine.ranks.followers import Followers
 from kvferry.schedule.step import BlockTable, KVFormat
 from kvferry.wire.frame import DTYPE_BYTES, Piece
 

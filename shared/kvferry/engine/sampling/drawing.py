@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kvferry.engine.sampler import Drawn
+from kvferry.engine.sampling.sampler import Drawn
 from kvferry.schedule.step import Draw, Logprobs, StepPlan, StepResult
 from kvferry.wire.logprobs import PromptLogprobs
 

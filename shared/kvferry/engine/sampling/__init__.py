@@ -1,0 +1,1 @@
+"""From logits to tokens: penalties, the draw by counter-based randomness, logprobs."""
