@@ -37,6 +37,7 @@ MAX_FRAME_BYTES: Final = 1 << 28  # a frame that claims more is no frame
 INBOX_BYTES: Final = 16 * 1024  # headers and flow messages; what it catches of a frame is copied once
 MAX_DIRECT_RECEIVES: Final = 2  # in a row before other work of the loop gets its turn
 ACCEPT_RETRY_SECONDS: Final = 0.1  # after accept() failed, as when this process has no descriptor left
+LOCAL_SEND_BYTES: Final = 512 * 1024  # under way to a peer on this host: it reads them before they have left the cache
 
 
 class _ProtocolError(Exception):
@@ -325,3 +326,6 @@ def _tune(sock: socket.socket) -> None:
     for name, value in (("TCP_KEEPIDLE", 2), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    with contextlib.suppress(OSError):  # the peer has gone already
+        if sock.getpeername()[0] == sock.getsockname()[0]:  # else the kernel finds the size that the network needs
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LOCAL_SEND_BYTES)
