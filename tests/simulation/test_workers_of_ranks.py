@@ -11,7 +11,7 @@ from disturbances import live_attempts, needing, replaced
 from faults import STATES
 from planes import fingerprint
 from workload import requests
-from world import World, check_answered, simulate, total
+from world import World, check_answered, seen, simulate, total
 
 from kvferry.engine.ranks.following import DirectChannel
 from kvferry.worker.worker import Worker
@@ -73,6 +73,27 @@ def test_a_rank_that_dies_takes_its_worker_down_and_the_requests_have_a_new_pair
         check_answered(world.calls)
 
     simulate(3, scenario)
+
+
+def test_a_worker_that_has_lost_a_rank_fails_no_request_before_it_ends() -> None:
+    """It would be asked again at once, and fail that as fast: a request's failures were used up in no time."""
+
+    async def scenario(world: World) -> None:
+        await started(world)
+        offering = asyncio.create_task(world.offer(requests(4, 40)))
+        await asyncio.sleep(0.3)
+        victim = await caught(world, "held")
+        await settled(lambda: victim.engine_loop._step_began is None, within=0.5)  # else that step never ends
+        ranks = world.runtime.ranks[victim.settings.name]
+        ranks.kill(ranks.numbers[-1])
+        await asyncio.sleep(0.5)  # much longer than a process takes to hear of it
+        assert seen(world, "kvferry_replacement_total", reason="error") == 0
+        await world.kill(victim)
+        await offering
+        await world.all_over()
+        check_answered(world.calls)
+
+    simulate(4, scenario)
 
 
 def test_a_stopped_rank_delays_its_workers_step_and_changes_no_token() -> None:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from kvferry.bus.liveness import BEAT_INTERVAL, STALL
+from kvferry.errors import RankLost
 from kvferry.lane import Lane
 from kvferry.log import get_logger
 from kvferry.runtime import now
@@ -85,6 +86,12 @@ class EngineLoop:
         try:
             begun = self._tell if self._has_spare_core else None
             result = await self._lane.run_telling(begun, worker.runner.execute, plan)
+        except RankLost as error:
+            # The process ends in a moment (`ranks.py`). If it told of failures till then it would be asked again at
+            # once, and once more, until its requests have failed for good. Should it not end, this step never does.
+            log.error("engine step failed", error=str(error), num_tokens=plan.num_tokens)
+            await asyncio.get_running_loop().create_future()
+            return
         except Exception as error:
             # A step that fails must cost its own sequences and nobody else's; their gateways count the failure.
             log.exception("engine step failed", num_tokens=plan.num_tokens)
