@@ -70,7 +70,8 @@ class Server:
                 self._event(writer, {"error": {"message": "worker lost"}})
         if trouble == "garbage":
             self._chunk(writer, b"data: {\n\n")
-        self._event(writer, {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": NUM_TOKENS}})
+        usage = "many" if trouble == "counts badly" else {"prompt_tokens": 7, "completion_tokens": NUM_TOKENS}
+        self._event(writer, {"choices": [], "usage": usage})
         if trouble != "unfinished":
             self._chunk(writer, b": comment\n\ndata: [DONE]\n\n")
         writer.write(b"0\r\n\r\n")
@@ -130,6 +131,7 @@ async def test_a_whole_answer_is_timed_event_by_event() -> None:
         ("dies", "connection", ""),
         ("unfinished", "cut short", "DONE"),
         ("garbage", "malformed", ""),
+        ("counts badly", "malformed", ""),
     ],
 )
 async def test_what_is_no_whole_answer_is_counted_by_its_kind(model: str, error: str, detail: str) -> None:

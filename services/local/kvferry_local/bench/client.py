@@ -24,13 +24,6 @@ class Outcome:
     error: str = ""  # empty: a whole answer
     detail: str = ""
 
-    @classmethod
-    def of(cls, due: float, answer: Stream) -> Outcome:
-        usage = answer.usage or {}
-        counted = usage.get("completion_tokens", len(answer.arrivals))  # a server without usage in streams
-        prompt_tokens = usage.get("prompt_tokens", 0)
-        return cls(due, answer.sent, answer.arrivals, answer.ended, prompt_tokens, counted)
-
     @property
     def ttft_s(self) -> float:
         return self.arrivals[0] - self.sent
@@ -47,22 +40,31 @@ class Outcome:
 
 async def ask(endpoint: Endpoint, path: str, body: dict[str, Any], due: float, timeout: float) -> Outcome:
     """POST a streaming request and read it to its end. Never raises but for being cancelled."""
-    answer, kind, detail = Stream(), "", ""
+    answer, outcome = Stream(), Outcome(due)
     try:
         async with asyncio.timeout(timeout):
             await stream(endpoint, path, body, into=answer)
+        outcome.prompt_tokens, outcome.output_tokens = _counted(answer)
     except ServerError as error:
-        kind, detail = error.kind, error.detail
+        outcome.error, outcome.detail = error.kind, error.detail
     except TimeoutError:
-        kind = "timeout"
+        outcome.error = "timeout"
     except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
-        kind, detail = "connection", str(error) or type(error).__name__
+        outcome.error, outcome.detail = "connection", str(error) or type(error).__name__
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        kind, detail = "malformed", str(error)
-    outcome = Outcome.of(due, answer)
-    outcome.error = kind or ("" if answer.arrivals else "empty")
-    outcome.detail = detail[:MAX_DETAIL_CHARS]
+        outcome.error, outcome.detail = "malformed", str(error)
+    outcome.sent, outcome.arrivals, outcome.ended = answer.sent, answer.arrivals, answer.ended
+    if not outcome.error and not outcome.arrivals:
+        outcome.error = "empty"
+    outcome.detail = outcome.detail[:MAX_DETAIL_CHARS]
     return outcome
+
+
+def _counted(answer: Stream) -> tuple[int, int]:
+    """Prompt and output tokens. Raises KeyError or TypeError for a usage that is none."""
+    if answer.usage is None:  # a server without usage in streams
+        return 0, len(answer.arrivals)
+    return answer.usage["prompt_tokens"], answer.usage["completion_tokens"]
 
 
 async def first_model(endpoint: Endpoint, timeout: float) -> str:
