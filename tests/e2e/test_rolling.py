@@ -23,7 +23,7 @@ from stack import Stack
 
 from kvferry.bus.rights import BusUser
 from kvferry_local.bench.endpoint import Endpoint, Refused
-from kvferry_local.bench.stream import stream
+from kvferry_local.bench.stream import Stream, stream
 
 USER: Final = BusUser("stack", "a password of the test")
 PATIENCE_S: Final = 150.0
@@ -51,14 +51,17 @@ class Load:
         async with asyncio.timeout(PATIENCE_S):
             while True:
                 self._turn += 1
+                answer = Stream()
                 try:
                     port = self.ports[self._turn % len(self.ports)]
-                    answer = await stream(Endpoint(HOST, port), "/v1/completions", body)
+                    await stream(Endpoint(HOST, port), "/v1/completions", body, into=answer)
                 except Refused as refusal:
                     if refusal.status != 503:
                         raise
-                except ConnectionRefusedError:
-                    pass
+                except (ConnectionError, asyncio.IncompleteReadError):
+                    # A process that ends resets what waits to be accepted; only what has begun can't be asked again.
+                    if answer.arrivals:
+                        raise
                 else:
                     assert answer.usage is not None
                     assert answer.usage["completion_tokens"] == NUM_TOKENS
@@ -104,7 +107,7 @@ class Rolling:
         for port in self.load.ports:
             try:
                 document = await Endpoint(HOST, port).get_json("/v1/cluster")
-            except OSError:
+            except (OSError, asyncio.IncompleteReadError):
                 continue
             return {row["name"]: row for row in document["workers"]}
         return {}
