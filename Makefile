@@ -44,7 +44,7 @@ APART    := $(filter-out $(TOGETHER),$(wildcard tests/*/))
 
 test: check ## Everything: check, then unit, contract, integration and end-to-end tests
 	@model=$$($(BIN)/kvferry model fetch smollm2) && export KVFERRY_TEST_MODEL="$$model" || exit 1; \
-	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile $(APART:%=--ignore=%) $(PYTEST_ARGS); first=$$?; \
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup $(APART:%=--ignore=%) $(PYTEST_ARGS); first=$$?; \
 	$(BIN)/python -m pytest $(TOGETHER:%=--ignore=%) $(PYTEST_ARGS); \
 	case "$$first $$?" in "0 0" | "0 5" | "5 0") ;; *) exit 1 ;; esac  # 5: PYTEST_ARGS chose none of these
 

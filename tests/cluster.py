@@ -18,7 +18,8 @@ from virtual_loop import VirtualLoop
 
 from kvferry.bus.base import BusMessage, BusSettings
 from kvferry.bus.memory import MemoryBroker, MemoryBus
-from kvferry.engine.memory.runner import MemorySettings, continuation
+from kvferry.engine.memory.runner import MemoryRunner, MemorySettings, continuation
+from kvferry.engine.ranks.caches import Caches
 from kvferry.errors import BusUnavailable
 from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.lane import InlineLane, Lane
@@ -30,6 +31,7 @@ from kvferry.transport.memory import MemoryNetwork, MemoryTransport
 from kvferry.transport.slots import SlotPool
 from kvferry.wire.beats import GatewayHeartbeat
 from kvferry.wire.fields import pack_tokens, unpack_tokens
+from kvferry.wire.frame import HEADER_BYTES
 from kvferry.wire.logprobs import TokenLogprobs, unpack_logprobs
 from kvferry.wire.messages import Codecs, ToWorker
 from kvferry.wire.orders import Cancel, EndAck, Resend
@@ -38,7 +40,12 @@ from kvferry.wire.sampling import Sampling
 from kvferry.wire.subjects import beat_subject, inbox_prefix, mail_subject, process_subject
 from kvferry.wire.tokens import End, TokenBatch
 from kvferry.wire.work import Accepted, DecodeRequest, PrefillRequest, Rejected, Work
+from kvferry.worker.handoff.channel import DirectChannel
+from kvferry.worker.handoff.orders import Begin
+from kvferry.worker.handoff.plane import ShardPlane, open_plane
+from kvferry.worker.handoff.shards import RemoteShard
 from kvferry.worker.parts import Parts
+from kvferry.worker.report import address
 from kvferry.worker.settings import WorkerSettings
 from kvferry.worker.worker import Worker
 from kvferry_decode.settings import DecodeSettings
@@ -88,6 +95,9 @@ class Cluster:
 
     runtime: SimulationRuntime = field(default_factory=lambda: SimulationRuntime(1))
     workers: list[Worker[Any]] = field(default_factory=list)
+    # Of workers with ranks on other hosts.
+    planes: dict[str, dict[ShardPlane, asyncio.Task[None]]] = field(default_factory=dict)
+    shard_tasks: TaskSet = field(default_factory=lambda: TaskSet(_shard_failed))
     gateways: list[ScriptedGateway] = field(default_factory=list)
     tokenizer_path: Path | None = None  # with it, workers follow grammars
     spans: MemoryExporter | None = None  # of all processes; None: nothing is traced
@@ -123,6 +133,11 @@ class Cluster:
             await worker.stop()
         for worker in self.workers:
             check_clean(worker)
+        while len(self.shard_tasks):  # they hear that their leaders are gone
+            await asyncio.sleep(0.001)
+        for planes in self.planes.values():
+            for plane in planes:
+                check_plane(plane)
 
     async def kill(self, worker: Worker[Any]) -> None:
         """As SIGKILL does: no goodbye on either plane."""
@@ -131,6 +146,11 @@ class Cluster:
             worker._puller.close()  # the dead try nothing again
         self.broker.cut(worker.bus)  # type: ignore[arg-type]
         self.network.kill(worker.settings.name)
+        for plane, running in self.planes.pop(worker.settings.name, {}).items():
+            self.network.kill(plane.transport.address.rpartition("/")[2])
+            running.cancel()
+            await plane.tasks.cancel()
+            await plane.transport.close()
         await worker.tasks.cancel()
         await worker.transport.close()
         await worker.bus.close()
@@ -152,12 +172,14 @@ class Cluster:
         bus = self.bus(settings.name, role)
         await bus.start()
         transport_settings = TransportSettings(incarnation=incarnation, data_key=DATA_KEY)
+        runner = self._runner(settings, model)
         return Parts(
             runtime=self.runtime,
             bus=bus,
             transport=MemoryTransport(transport_settings, self.runtime, self.network, settings.name),
             slots=self._slots(),
-            runner=self._runner(settings, model),
+            runner=runner,
+            shards=await self._shards(settings, role, incarnation, runner),
             incarnation=incarnation,
             model_name=settings.source.served_name,
             pid=len(self.workers) + 1,
@@ -166,7 +188,33 @@ class Cluster:
         )
 
     def _runner(self, settings: WorkerSettings, model: MemorySettings) -> ModelRunner:
-        return ranked_memory(model, settings.tensor_parallel_size)
+        return ranked_memory(model, settings.tensor_parallel_size, num_remote=settings.remote_ranks)
+
+    async def _shards(
+        self, settings: WorkerSettings, role: str, incarnation: int, runner: ModelRunner
+    ) -> tuple[RemoteShard, ...]:
+        """The data planes of the ranks that are on other hosts, as far as this process can have such."""
+        assert isinstance(runner, MemoryRunner)
+        size, shards = settings.tensor_parallel_size, []
+        for rank in range(size - settings.remote_ranks, size):
+            own, theirs = DirectChannel.pair()
+            store = Caches([runner.caches[rank]], runner.limits)
+            name = f"{settings.name}-rank-{rank}"
+            transport_settings = TransportSettings(incarnation=incarnation, data_key=DATA_KEY)
+            transport = MemoryTransport(transport_settings, self.runtime, self.network, name)
+            shard = RemoteShard(rank, own)
+            slots = self._slots()
+            begun = asyncio.create_task(
+                shard.begin(
+                    Begin(role == "prefill", incarnation, "memory", slots.num_slots, slots.slot_bytes - HEADER_BYTES)
+                )
+            )
+            plane = await open_plane(theirs, store, lambda _, transport=transport: transport, self.runtime)
+            assert plane is not None
+            self.planes.setdefault(settings.name, {})[plane] = self.shard_tasks.spawn(plane.run(), name)
+            await begun
+            shards.append(shard)
+        return tuple(shards)
 
     def _slots(self) -> SlotPool:
         return SlotPool(8, 64 << 10)
@@ -379,7 +427,7 @@ def virtual(scenario: Callable[[Cluster], Awaitable[None]], limit: float = 300.0
 
 
 def address_of(worker: Worker[Any]) -> WorkerAddress:
-    return WorkerAddress(worker.incarnation, (worker.transport.address,))
+    return address(worker)
 
 
 async def settled(condition: Callable[[], bool], within: float) -> float:
@@ -414,6 +462,17 @@ def check_clean(worker: Worker[Any]) -> None:
     assert worker.slots.num_free == worker.slots.num_slots, worker.slots.snapshot()
     assert len(worker.outbox) == 0
     assert len(worker.tasks) == 0
+
+
+def check_plane(plane: ShardPlane) -> None:
+    """The same, of a rank on another host."""
+    plane.slots.check_integrity()
+    assert plane.slots.num_free == plane.slots.num_slots, plane.slots.snapshot()
+    assert len(plane.server) == len(plane.fetcher) == len(plane.tasks) == 0
+
+
+def _shard_failed(name: str, error: BaseException) -> None:
+    raise AssertionError(f"{name} has failed") from error
 
 
 def expected(prompt: list[int], sampling: Sampling, count: int, model: MemorySettings = MODEL) -> list[int]:

@@ -5,6 +5,7 @@
 - `nats`: a real nats-server of the test's own.
 - `model_dir`: the real default model, from KVFERRY_TEST_MODEL (`make test` sets it).
 - `setup_logging` configures a whole process: after each test it is undone.
+- With several processes (`--dist loadgroup`), the tests of a file share one, with its fixtures.
 - With KVFERRY_ALLOWED_SKIPS (CI sets it) a skip that the named list does not allow fails the run.
 """
 
@@ -58,6 +59,13 @@ def model_dir() -> Path:
     if not (path := os.environ.get(TEST_MODEL)):
         pytest.skip(f"{TEST_MODEL} is not set; `make test` sets it")
     return Path(path)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where processes share the tests, a file's go to one of them, unless it names groups of its own."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -12,9 +12,10 @@ from kvferry.engine.ranks.shared_memory import SharedMemory
 
 
 def ranked_memory(
-    settings: MemorySettings, size: int, channel: Callable[[int, Load], Channel] | None = None
+    settings: MemorySettings, size: int, channel: Callable[[int, Load], Channel] | None = None, num_remote: int = 0
 ) -> MemoryRunner:
-    """The leader of `size` ranks. `channel`: to one of the others, by its number; a `DirectChannel` unless given."""
+    """The leader of `size` ranks, of which the last `num_remote` hand their KV over by themselves. `channel`: to one of
+    the others, by its number; a `DirectChannel` unless given."""
     if size == 1:
         return MemoryRunner(settings)
     memory = SharedMemory.create(size)
@@ -22,6 +23,6 @@ def ranked_memory(
     channels = [
         connect(rank, lambda setup: memory_follower(settings, size, setup.rank, memory)) for rank in range(1, size)
     ]
-    runner = MemoryRunner(settings, Followers(memory, channels))
+    runner = MemoryRunner(settings, Followers(memory, channels), num_remote)
     memory.close()  # what is mapped stays
     return runner

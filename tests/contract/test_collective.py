@@ -13,7 +13,7 @@ from torch.distributed import FileStore
 
 from kvferry.engine.ranks.shared_memory import SharedMemory
 from kvferry.engine.torch import collective
-from kvferry.engine.torch.collective import Collective, GlooGather, SharedGather, joined_exchange, open_exchange
+from kvferry.engine.torch.collective import Collective, NetworkGather, SharedGather, joined_exchange, open_exchange
 
 SIZE = 3
 WIDTHS = (5, 1, 8)
@@ -24,11 +24,11 @@ Make = Callable[[int], Collective]
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
     if request.param == "gloo":
         path = str(tmp_path / "store")
-        yield lambda rank: GlooGather(lambda: FileStore(path, SIZE), "127.0.0.1", rank, SIZE)
+        yield lambda rank: NetworkGather(lambda: FileStore(path, SIZE), "127.0.0.1", rank, SIZE)
         return
     if request.param == "gloo over the network":
         exchange, store = open_exchange("127.0.0.1")
-        leader = GlooGather(lambda: store, "127.0.0.1", 0, SIZE)
+        leader = NetworkGather(lambda: store, "127.0.0.1", 0, SIZE)
         yield lambda rank: joined_exchange(exchange, "127.0.0.1", rank, SIZE) if rank else leader
         return
     library, memory = native_library(), SharedMemory.create(SIZE)

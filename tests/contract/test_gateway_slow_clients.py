@@ -7,6 +7,7 @@ whole request, not on the pause between two bytes, ends them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -38,11 +39,13 @@ class Client:
 
     async def rest(self) -> bytes:
         """All that comes until the gateway closes the connection."""
+        pieces = []
         async with asyncio.timeout(PATIENCE_S):
-            try:
-                return await self.reader.read()
-            except ConnectionResetError:
-                return b""
+            # Piece by piece: a reset that follows an answer takes nothing of it away.
+            with contextlib.suppress(ConnectionResetError):
+                while piece := await self.reader.read(1 << 16):
+                    pieces.append(piece)
+        return b"".join(pieces)
 
     async def until(self, mark: bytes) -> bytes:
         async with asyncio.timeout(PATIENCE_S):

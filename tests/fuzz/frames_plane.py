@@ -16,7 +16,7 @@ from kvferry.engine.memory.runner import MemoryRunner, MemorySettings
 from kvferry.errors import CorruptFrame
 from kvferry.wire.flow import Manifest
 from kvferry.wire.frame import HEADER_BYTES, Piece
-from kvferry_decode.incoming import Incoming, Tiling, land
+from kvferry.worker.handoff.incoming import Incoming, Tiling, land
 
 SETTINGS: Final = MemorySettings(num_blocks=16)
 TABLE: Final = np.array([9, 2, 14, 5], np.int32)  # of the pull; all other blocks are somebody else's
@@ -36,7 +36,7 @@ class Pull:
         self.source = Source(MemoryRunner(SETTINGS), prompt, self.from_token)
         self.runner = MemoryRunner(SETTINGS)
         self.kv = self.runner.kv_format
-        self.tiling = Tiling(self.kv, self.from_token, len(prompt))
+        self.tiling = Tiling(self.kv, self.kv.all_heads, self.from_token, len(prompt))
         self.incoming = Incoming(PULL_ID, self.from_token, self.tiling.missing_bytes)
         self.left: list[Piece] = self.source.pieces(chance)
         self.forged = False  # a frame with a good checksum and another content was taken: only the hashes tell

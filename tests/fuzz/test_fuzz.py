@@ -10,12 +10,12 @@ import structlog
 from fuzz.campaign import LEAST_VALID, Batch, Finding, campaign, run_batch
 from fuzz.planes import PLANES
 
-import kvferry_decode.incoming
+import kvferry.worker.handoff.incoming
 from kvferry.errors import HandshakeRefused
 from kvferry.transport.hello import Handshake
 from kvferry.wire.frame import check
+from kvferry.worker.handoff.landing import Landing
 from kvferry.worker.inbox import Inbox
-from kvferry_decode.landing import Landing
 from kvferry_gateway.admission import Admission
 from kvferry_gateway.answers.chat_answer import ChatAnswer
 from kvferry_gateway.app import GatewayApp
@@ -107,7 +107,7 @@ def test_a_handler_of_bus_messages_that_raises_is_found(monkeypatch: pytest.Monk
 
 def test_a_checksum_that_nobody_checks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvferry.wire.frame._checksum", lambda slot, end: 0)
-    monkeypatch.setattr(kvferry_decode.incoming, "check", check)
+    monkeypatch.setattr(kvferry.worker.handoff.incoming, "check", check)
     assert "a damaged frame was taken" in found("frames")
 
 

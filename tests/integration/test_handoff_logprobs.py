@@ -13,7 +13,7 @@ from kvferry.wire.fields import unpack_tokens
 from kvferry.wire.flow import Manifest
 from kvferry.wire.sampling import Sampling
 from kvferry.wire.work import Work
-from kvferry_prefill.pump import Pump
+from kvferry_prefill.source import SequenceSource
 
 SCORED = Sampling(temperature=0.0, max_tokens=8, num_logprobs=3)
 LIKELY = {True: "pair", False: "alone"}
@@ -85,12 +85,12 @@ def test_a_later_attempt_goes_on_with_the_same(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_manifest_that_lacks_them_is_no_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest_of = Pump._manifest
+    manifest_of = SequenceSource.manifest
 
-    def without(self: Pump, *rest: Any) -> Manifest:
+    def without(self: SequenceSource, *rest: Any) -> Manifest:
         return msgspec.structs.replace(manifest_of(self, *rest), logprobs=None)
 
-    monkeypatch.setattr(Pump, "_manifest", without)
+    monkeypatch.setattr(SequenceSource, "manifest", without)
 
     async def scenario(cluster: Cluster) -> None:
         prefill, decode, gateway = await cluster.prefill(), await cluster.decode(), await cluster.gateway()

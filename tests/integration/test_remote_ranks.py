@@ -26,6 +26,7 @@ from kvferry.wire.frame import Piece
 from kvferry.worker.rank_port import RankLink
 from kvferry.worker.ranks import EXIT_RANK_LOST
 from kvferry.worker.remote_rank import load
+from kvferry.worker.settings import RankSettings
 
 ROOT = Path(__file__).parents[2]
 KEY = "5a" * 32
@@ -163,6 +164,6 @@ def test_a_rank_that_has_another_model_than_its_leader_says_so(checkpoint: Path)
     setup = Setup("torch", 1, settings, Exchange(HOSTS[0], 1), format_id="of the leader")
     nowhere = RankLink.__new__(RankLink)  # it is not asked for
     with pytest.raises(CheckpointError, match="is not the leader's model"):
-        load(setup, nowhere, "")
+        load(setup, nowhere, RankSettings())
     with pytest.raises(CheckpointError, match="nowhere"):
-        load(setup, nowhere, "/nowhere")
+        load(setup, nowhere, RankSettings(model_dir="/nowhere"))

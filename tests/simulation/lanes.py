@@ -74,6 +74,7 @@ class SimulatedLane(Lane):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._outcome = None
         self._calls.clear()
 
     def _begin(self) -> None:

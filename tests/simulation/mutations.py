@@ -38,10 +38,10 @@ AREAS: dict[str, tuple[str, ...]] = {
     "services/gateway/kvferry_gateway/streams/attempt.py": ("tests/unit/gateway",),
     "services/gateway/kvferry_gateway/streams/told.py": ("tests/unit/gateway",),
     "services/gateway/kvferry_gateway/streams/dispatcher.py": ("tests/unit/gateway",),
-    "services/decode/kvferry_decode/incoming.py": ("tests/unit/decode",),
-    "services/decode/kvferry_decode/landing.py": ("tests/unit/decode",),
-    "services/prefill/kvferry_prefill/outgoing.py": ("tests/unit/prefill",),
-    "services/prefill/kvferry_prefill/pump.py": ("tests/unit/prefill",),
+    "shared/kvferry/worker/handoff/incoming.py": ("tests/unit/worker/handoff",),
+    "shared/kvferry/worker/handoff/landing.py": ("tests/unit/worker/handoff",),
+    "shared/kvferry/worker/handoff/outgoing.py": ("tests/unit/worker/handoff",),
+    "shared/kvferry/worker/handoff/pump.py": ("tests/unit/worker/handoff",),
 }
 
 FLIPS: dict[type[ast.cmpop], type[ast.cmpop]] = {

@@ -74,7 +74,7 @@ PLANTS: tuple[Plant, ...] = (
         "manifest not checked",
         (
             Edit(
-                "services/decode/kvferry_decode/incoming.py",
+                "shared/kvferry/worker/handoff/incoming.py",
                 "if manifest.kv_format_id != kv_format_id:",
                 "return None\n        if manifest.kv_format_id != kv_format_id:",
             ),
@@ -109,8 +109,9 @@ PLANTS: tuple[Plant, ...] = (
         (
             Edit(
                 "services/decode/kvferry_decode/worker.py",
-                "            self._puller.open(sequence, address)\n",
-                "            self._puller.open(sequence, address)\n            self.scheduler.due(sequence.key)\n",
+                "            self._puller.open(sequence, address, parts)\n",
+                "            self._puller.open(sequence, address, parts)\n"
+                "            self.scheduler.due(sequence.key)\n",
             ),
         ),
     ),

@@ -80,6 +80,7 @@ class Setting:
     decode: dict[str, Any]
     gateways: dict[str, Any]
     degrees: dict[str, int]  # ranks of each worker that has several
+    remote: dict[str, int]  # how many of these are on other hosts, where any is
 
     @property
     def max_prompt(self) -> int:
@@ -131,6 +132,7 @@ def drawn_setting(seed: int) -> Setting:
             "local_prefill_threshold": chance.choice((0, 32, 128)),
         },
         degrees=drawn_degrees(seed),
+        remote=drawn_remote(seed),
     )
 
 
@@ -142,6 +144,13 @@ def drawn_degrees(seed: int) -> dict[str, int]:
     names = [f"{role}-{number}" for role in ("prefill", "decode") for number in range(3)]
     drawn = {name: chance.choice((1, 2, 2, 3)) for name in names}
     return {name: ranks for name, ranks in drawn.items() if ranks > 1}
+
+
+def drawn_remote(seed: int) -> dict[str, int]:
+    """Of half the workers with ranks: some of them on other hosts, as shards with a data plane of their own."""
+    chance = random.Random(f"remote {seed}")
+    drawn = {name: chance.choice((0, chance.randrange(1, ranks))) for name, ranks in drawn_degrees(seed).items()}
+    return {name: ranks for name, ranks in drawn.items() if ranks}
 
 
 class Play:
@@ -231,7 +240,9 @@ class Play:
         start = world.prefill if role == "prefill" else world.decode
         own = self.setting.prefill if role == "prefill" else self.setting.decode
         degree = self.setting.degrees.get(name, 1)
-        return await start(name, model, tensor_parallel_size=degree, **self.setting.workers, **own)
+        remote = self.setting.remote.get(name, 0)
+        ranks = {"tensor_parallel_size": degree, "remote_ranks": remote}
+        return await start(name, model, **ranks, **self.setting.workers, **own)
 
     def _forced_checks(self, request: ClientRequest) -> list[Check]:
         models = [self.setting.model(number) for number in range(2)]

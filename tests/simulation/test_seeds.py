@@ -8,7 +8,10 @@ from seed import MIN_HITS, MIN_REQUESTS, MIN_STEPS, play
 NUM_SEEDS = 60
 
 
-@pytest.mark.parametrize("seed", range(NUM_SEEDS))
+# Groups: they are most of what the simulation's tests cost, so that all cores take part in them.
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=pytest.mark.xdist_group(f"seeds {seed % 4}")) for seed in range(NUM_SEEDS)]
+)
 def test_every_answer_is_right_and_every_rule_holds_whatever_befalls_the_cluster(seed: int) -> None:
     story = play(seed)
     # Otherwise the seed would not show what it is for.

@@ -133,7 +133,7 @@ class World(Cluster):
         if size == 1:
             return MemoryRunner(model)
         ranks = self.runtime.ranks[settings.name] = SimulatedRanks()
-        return ranked_memory(model, size, ranks.connect)
+        return ranked_memory(model, size, ranks.connect, settings.remote_ranks)
 
     def _slots(self) -> CheckedSlots:
         return CheckedSlots(self.num_slots, SLOT_PAYLOAD_BYTES, self.referee)

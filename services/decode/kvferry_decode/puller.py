@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from kvferry.errors import TransportError, WireError
+from kvferry.errors import TransportError
 from kvferry.lane import Lane
 from kvferry.log import get_logger
 from kvferry.runtime import TaskSet, now
@@ -26,19 +26,23 @@ from kvferry.transport.base import Connection
 from kvferry.transport.pool import ConnectionPool
 from kvferry.transport.slots import SlotPool
 from kvferry.wire.beats import MAX_RECENT_PULLS, PullTime
-from kvferry.wire.flow import Abort, Aborted, Ack, Flow, FlowCodec, Open, Progress, Unknown
+from kvferry.wire.flow import Abort, Aborted, Ack, Fetch, Flow, FlowCodec, Open, Progress, Unknown
 from kvferry.wire.logprobs import TokenLogprobs
 from kvferry.wire.record import WorkerAddress
 from kvferry.wire.tokens import EndReason
 from kvferry.worker.digests import Digests
+from kvferry.worker.handoff.fetching import ABORT_TIMEOUT, CONNECT_TIMEOUT, PartFetcher
+from kvferry.worker.handoff.hearing import Hearing
+from kvferry.worker.handoff.landing import Dock, Landing, Target
+from kvferry.worker.handoff.orders import Lost
+from kvferry.worker.handoff.pace import Pace
+from kvferry.worker.handoff.parts import Part, heads_of_shards, parts_of
+from kvferry.worker.handoff.shards import OwnShard, Shard
+from kvferry.worker.handoff.timing import TransferRate, is_due
 from kvferry.worker.metrics import WorkerMetrics
-from kvferry_decode.landing import Dock, Landing
-from kvferry_decode.pace import Pace
-from kvferry_decode.timing import TransferRate, is_due
+from kvferry_decode.others import OtherParts, Others, Watcher
 
 log = get_logger(__name__)
-ABORT_TIMEOUT: Final = 0.5
-CONNECT_TIMEOUT: Final = 2.0
 MAX_TRIES: Final = 2
 U32_MASK: Final = (1 << 32) - 1
 
@@ -58,11 +62,13 @@ _ABORTED: Final[dict[str, EndReason | None]] = {
 class _Pull:
     sequence: Sequence
     address: WorkerAddress
+    parts: tuple[Part, ...]
     tries: int = 0
     pull_id: int = 0
     link: _Link | None = None
     holds_memory: bool = False  # P, as it says on this link
-    landing: Landing | None = None  # from Fetch on
+    landing: Landing | None = None  # from Fetch on: of the part between the leaders
+    others: Others = field(default_factory=Others)  # the same, of the other parts
     began: float = 0.0
     computed_at: float | None = None  # when P said that nothing is left to compute
     heard: float = 0.0  # last sign of life of this pull, its frames apart
@@ -102,6 +108,7 @@ class Puller:
         digests: Digests,
         policy: PullPolicy,
         incarnation: int,
+        shards: tuple[Shard, ...],
         *,
         pin: Callable[[Sequence], None],
         unpin: Callable[[Sequence], None],
@@ -109,6 +116,7 @@ class Puller:
         fetched: Callable[[Sequence, int, TokenLogprobs | None, int], None],
         failed: Callable[[Key, EndReason | None, str], None],
     ) -> None:
+        """`shards`: ranks on other hosts."""
         self._connections = connections
         self._runner = runner
         self._copy_lane = copy_lane
@@ -122,9 +130,14 @@ class Puller:
         self._fetched = fetched
         self._failed = failed
         self._codec = FlowCodec()
+        self._hearing = Hearing(metrics)
         self.rate = TransferRate()
         self._pace = Pace(policy.share, slots.slot_bytes, self.rate)
-        self._dock = Dock(runner, slots, copy_lane, metrics, self._codec, self._pace, pin, unpin)
+        self._dock = Dock(runner.here, slots, copy_lane, metrics, self._codec, self._pace)
+        own = OwnShard(runner.here.heads)
+        self._fetcher = own.fetcher = PartFetcher(connections, self._dock, tasks, own.said)
+        self._shard_heads = (own.heads, *(shard.heads for shard in shards))
+        self._other_parts = OtherParts((own, *shards), metrics, pin, unpin)
         self._links: dict[Connection, _Link] = {}
         self._pulls: dict[Key, _Pull] = {}
         self._last_pull_id = incarnation & U32_MASK  # no two workers, nor two lives of one, use the same numbers
@@ -141,9 +154,14 @@ class Puller:
 
     # -- opening ---------------------------------------------------------------------------------------------
 
-    def open(self, sequence: Sequence, address: WorkerAddress) -> None:
+    def parts(self, address: WorkerAddress) -> tuple[Part, ...] | None:
+        """What this worker's shards pull from those of a P. None if the address can't be that of one with our heads."""
+        peers = heads_of_shards(address, self._runner.kv_format.all_heads)
+        return None if peers is None else parts_of(self._shard_heads, peers)
+
+    def open(self, sequence: Sequence, address: WorkerAddress, parts: tuple[Part, ...]) -> None:
         """Begin the hand-off of an accepted request."""
-        pull = self._pulls[sequence.key] = _Pull(sequence, address)
+        pull = self._pulls[sequence.key] = _Pull(sequence, address, parts)
         self._tasks.spawn(self._open(pull), "open")
 
     async def _open(self, pull: _Pull) -> None:
@@ -173,15 +191,11 @@ class Puller:
         link.connection.on_closed(lambda: self._on_closed(link))
 
     def _on_message(self, link: _Link, payload: memoryview) -> None:
-        try:
-            message = self._codec.decode(payload)
-        except WireError as error:
-            self._metrics.wire_errors.labels("data", error.kind).inc()
-            link.connection.abort()
+        message = self._hearing.understand(link.connection, payload)
+        if message is None:
             return
         if not isinstance(message, Progress | Unknown | Aborted):
-            self._metrics.wire_errors.labels("data", "unexpected").inc()
-            link.connection.abort()
+            self._hearing.distrust(link.connection, "unexpected")
             return
         pull = link.pulls.get(message.pull_id)
         if pull is None:
@@ -243,15 +257,40 @@ class Puller:
         if sequence.journal is not None:
             sequence.journal.end("queue", pull.began)
             sequence.journal.begin("KV fetch", pull.began, first_token=sequence.cached_tokens, tries=pull.tries)
+        heads = pull.parts[0].heads
+        target = Target(
+            pull.pull_id,
+            sequence.cached_tokens,
+            sequence.num_context,
+            heads,
+            sequence.block_table.copy(),
+            sequence.work.request_id,
+            pin=functools.partial(self._pin, sequence),
+            unpin=functools.partial(self._unpin, sequence),
+        )
         pull.landing = Landing(
             self._dock,
             pull.link.connection,
-            sequence,
-            pull.pull_id,
-            whole=functools.partial(self._judge, pull),
+            target,
+            fetch=functools.partial(
+                Fetch, target.pull_id, target.from_token, heads=(heads.start, heads.stop) if pull.parts[1:] else None
+            ),
+            whole=functools.partial(self._landed, pull),
             failed=functools.partial(self._spoiled, pull),
         )
-        self._tasks.spawn(pull.landing.start(), "fetch")
+        self._tasks.spawn(self._start(pull, pull.landing), "fetch")
+
+    async def _start(self, pull: _Pull, landing: Landing) -> None:
+        """The leaders' part has its first slot before any other: these wait for its Fetch, and would hold all slots."""
+        await landing.start()
+        if not pull.parts[1:] or landing.incoming.over or not landing.incoming.num_posted:
+            return
+        watcher = Watcher(
+            alive=functools.partial(self._alive, pull),
+            landed=functools.partial(self._landed, pull),
+            lost=functools.partial(self._part_lost, pull),
+        )
+        pull.others = self._other_parts.fetch(pull.pull_id, pull.sequence, pull.address, pull.parts[1:], watcher)
 
     def begin_step(self, step_s: float | None) -> None:
         """A step of about `step_s` begins that streams wait for; None: no stream does."""
@@ -259,20 +298,34 @@ class Puller:
         for pull in self._pulls.values():  # the oldest first
             if pull.landing is not None:
                 pull.landing.ask_for_more()
+        self._fetcher.ask_for_more()
 
-    def _judge(self, pull: _Pull) -> None:
-        """All has come: let the sequence run only if the manifest fits what D knows."""
-        link, landing, sequence = pull.link, pull.landing, pull.sequence
+    def _alive(self, pull: _Pull) -> None:
+        pull.heard = now()
+
+    def _landed(self, pull: _Pull) -> None:
+        """A part has come. The verdict is on all of them."""
+        if pull.landing is not None and pull.landing.incoming.whole and pull.others.whole:
+            self._judge(pull, pull.landing)
+
+    def _part_lost(self, pull: _Pull, word: Lost) -> None:
+        self._metrics.transfer_failures.labels("part").inc()
+        self._retry(pull, word.reason, word.detail)
+
+    def _judge(self, pull: _Pull, landing: Landing) -> None:
+        """All has come: let the sequence run only if the manifests fit what D knows."""
+        link, sequence = pull.link, pull.sequence
         assert link is not None
-        assert landing is not None
         incoming = landing.incoming
         manifest = incoming.manifest
         assert manifest is not None
-        fault = incoming.fault(
+        known = (
             self._runner.kv_format.format_id,
             sequence.chain_hash(incoming.from_token),
             sequence.chain_hash(sequence.num_context),
         )
+        faults = (part.fault(*known) for part in (incoming, *pull.others.incoming))
+        fault = next((found for found in faults if found is not None), None)
         work = sequence.work
         first = incoming.first(work.choice, with_logprobs=work.sampling.num_logprobs is not None)
         if fault is None and first is None:
@@ -283,6 +336,7 @@ class Puller:
             return
         assert first is not None
         landing.finish()
+        self._other_parts.settle(pull.others, right=True)
         self._send(link, Ack(pull.pull_id))
         seconds = now() - pull.began
         num_tokens = sequence.num_context - incoming.from_token
@@ -325,7 +379,7 @@ class Puller:
         """End all pulls without a word: their connections are closed next, and nothing may be tried again."""
         pulls, self._pulls = self._pulls, {}
         for pull in pulls.values():
-            _finish(pull)
+            self._finish(pull)
 
     def tick(self, moment: float) -> None:
         """Close connections on which a pull has stalled or an Abort was not answered; others are fetched again."""
@@ -335,6 +389,7 @@ class Puller:
                     self._metrics.transfer_failures.labels("stall").inc()
                     link.connection.abort()
                     break
+        self._fetcher.tick(moment)
 
     def _has_stalled(self, pull: _Pull, moment: float) -> bool:
         if pull.aborting_since is not None:
@@ -346,7 +401,7 @@ class Puller:
 
     def _abort(self, pull: _Pull) -> None:
         """Tell P to stop; the pull stays on its link until P has answered."""
-        _finish(pull)
+        self._finish(pull)
         if pull.link is not None and pull.pull_id in pull.link.pulls and pull.aborting_since is None:
             pull.aborting_since = now()
             self._send(pull.link, Abort(pull.pull_id))
@@ -359,12 +414,12 @@ class Puller:
         if pull.tries >= MAX_TRIES:
             self._give_up(pull, reason, detail)
             return
-        again = _Pull(pull.sequence, pull.address, tries=pull.tries)
+        again = _Pull(pull.sequence, pull.address, pull.parts, tries=pull.tries)
         self._pulls[pull.key] = again
         self._tasks.spawn(self._open(again), "open")
 
     def _give_up(self, pull: _Pull, reason: EndReason | None, detail: str) -> None:
-        _finish(pull)
+        self._finish(pull)
         if self._pulls.get(pull.key) is pull:
             del self._pulls[pull.key]
             self._failed(pull.key, reason, detail)
@@ -372,7 +427,7 @@ class Puller:
     def _send(self, link: _Link, message: Flow) -> None:
         link.connection.send_message(self._codec.encode(message))
 
-
-def _finish(pull: _Pull) -> None:
-    if pull.landing is not None:
-        pull.landing.finish()
+    def _finish(self, pull: _Pull) -> None:
+        if pull.landing is not None:
+            pull.landing.finish()
+        self._other_parts.settle(pull.others, right=False)

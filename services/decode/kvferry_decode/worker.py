@@ -45,6 +45,7 @@ class DecodeWorker(Worker[DecodeScheduler]):
             self.digests,
             settings.pull_policy,
             parts.incarnation,
+            parts.shards,
             pin=scheduler.memory.pin,
             unpin=self.unpin,
             due=self._due,
@@ -63,11 +64,12 @@ class DecodeWorker(Worker[DecodeScheduler]):
     def accept(self, request: PrefillRequest | DecodeRequest, sequence: Sequence) -> RejectReason | None:
         assert isinstance(request, DecodeRequest)
         address = request.prefill
-        if address is not None and len(address.shards) != 1:
+        parts = None if address is None else self._puller.parts(address)
+        if address is not None and parts is None:
             return "malformed"
         reason = self.scheduler.add(sequence, pull=address is not None)
-        if reason is None and address is not None:
-            self._puller.open(sequence, address)
+        if reason is None and address is not None and parts is not None:
+            self._puller.open(sequence, address, parts)
         return reason
 
     def decide(self, moment: float) -> DecodeDecision:

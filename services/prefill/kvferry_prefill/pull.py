@@ -6,8 +6,21 @@ import asyncio
 from dataclasses import dataclass, field
 
 from kvferry.schedule.sequence import Key, Sequence
-from kvferry.transport.base import Connection
-from kvferry_prefill.outgoing import Outgoing
+from kvferry.worker.handoff.outgoing import Outgoing
+from kvferry.worker.handoff.serving import PartLink
+from kvferry.worker.handoff.shards import Shard
+from kvferry_prefill.source import SequenceSource
+
+
+@dataclass(slots=True, eq=False)
+class Feed:
+    """A part of a pull that a shard sends."""
+
+    shard: Shard
+    number: int  # the shard's
+    from_token: int
+    source: SequenceSource | None = None  # while it is served
+    finished: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -21,18 +34,16 @@ class Pull:
     parked_until: float = 0.0
     outgoing: Outgoing | None = None  # from Fetch on
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    feeds: list[Feed] = field(default_factory=list)  # its other parts
     ended: bool = False  # P has said Aborted unasked; D's Abort or Ack confirms that no credit follows
 
     @property
     def listed(self) -> bool:
-        """Its connection still knows it: credits may come."""
         return self.link.pulls.get(self.pull_id) is self
 
 
 @dataclass(slots=True, eq=False)
-class Link:
-    """One connection, its pulls, and the sends under way with the time they began, oldest first."""
+class Link(PartLink):
+    """One connection and its pulls."""
 
-    connection: Connection
     pulls: dict[int, Pull] = field(default_factory=dict)
-    sends: dict[int, float] = field(default_factory=dict)  # by frame tag

@@ -4,15 +4,14 @@
                                                     │                └─ Abort, drop, connection lost ─> gone
                                                     └── Progress after each step of its sequence
 
-The frames themselves are the pump's (`pump.py`).
+The frames themselves are the pump's (`kvferry.worker.handoff.pump`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Literal
+from typing import Final
 
-from kvferry.errors import WireError
 from kvferry.lane import Lane
 from kvferry.log import get_logger
 from kvferry.runtime import TaskSet, now
@@ -20,24 +19,25 @@ from kvferry.schedule.sequence import Key, Sequence
 from kvferry.schedule.step import ModelRunner
 from kvferry.transport.base import Connection
 from kvferry.transport.slots import SlotPool
-from kvferry.wire.flow import Abort, Aborted, Ack, Credit, Fetch, Flow, FlowCodec, Open, Progress, Unknown
+from kvferry.wire.flow import Abort, Aborted, Ack, Credit, Fetch, FetchPart, Flow, FlowCodec, Open, Progress, Unknown
 from kvferry.wire.frame import HEADER_BYTES
 from kvferry.worker.digests import Digests
+from kvferry.worker.handoff.hearing import Hearing
+from kvferry.worker.handoff.orders import AbortReason
+from kvferry.worker.handoff.outgoing import Outgoing
+from kvferry.worker.handoff.pump import Pump
+from kvferry.worker.handoff.serving import MAX_CREDITS_HELD, MAX_PULLS, PartServer
+from kvferry.worker.handoff.shards import OwnShard, Shard
 from kvferry.worker.metrics import WorkerMetrics
-from kvferry_prefill.outgoing import Outgoing
+from kvferry_prefill.feeds import Feeds
 from kvferry_prefill.pull import Link, Pull
-from kvferry_prefill.pump import Pump
 from kvferry_prefill.scheduler import PrefillScheduler
+from kvferry_prefill.source import Sources
 
 log = get_logger(__name__)
 PARK_S: Final = 1.0
 MAX_PARKED: Final = 1024
-MAX_CREDITS_HELD: Final = 256  # of one pull
-MAX_PULLS: Final = 4096  # of one connection, those that wait for D's confirmation included
 MAX_GONE: Final = 4096  # attempts whose end an Open that comes too late still hears
-SEND_STALL: Final = 5.0  # D has a receive for every frame: one that does not leave shows that D is frozen
-
-AbortReason = Literal["asked", "expired", "cancelled", "reclaimed", "superseded", "draining", "ended", "refused"]
 
 
 class Sender:
@@ -52,20 +52,27 @@ class Sender:
         tasks: TaskSet,
         metrics: WorkerMetrics,
         digests: Digests,
+        shards: tuple[Shard, ...],
         unpin: Callable[[Sequence], None],
         acknowledged: Callable[[Sequence], None],
     ) -> None:
+        """`shards`: ranks on other hosts."""
         self._scheduler = scheduler
         self._runner = runner
         self._slots = slots
         self._copy_lane = copy_lane
-        self._pump = Pump(scheduler, runner, slots, copy_lane, metrics, unpin)
+        self._pump = Pump(runner.here, slots, copy_lane, metrics)
+        self._sources = Sources(scheduler, runner.kv_format.format_id, unpin)
+        own = OwnShard(runner.here.heads)
+        self._server = own.server = PartServer(runner.here, slots, copy_lane, tasks, metrics, own.said)
+        self._feeds = Feeds((own, *shards), self._sources, self._find, metrics)
         self._tasks = tasks
         self._metrics = metrics
         self._digests = digests
         self._unpin = unpin
         self._acknowledged = acknowledged
         self._codec = FlowCodec()
+        self._hearing = Hearing(metrics)
         self._links: dict[Link, None] = {}
         self._by_key: dict[Key, Pull] = {}
         self._parked: list[Pull] = []
@@ -85,13 +92,10 @@ class Sender:
         connection.on_closed(lambda: self._on_closed(link))
 
     def _on_message(self, link: Link, payload: memoryview) -> None:
-        try:
-            message = self._codec.decode(payload)
-        except WireError as error:
-            self._metrics.wire_errors.labels("data", error.kind).inc()
-            link.connection.abort()
-            return
+        message = self._hearing.understand(link.connection, payload)
         match message:
+            case None:
+                return
             case Open():
                 self._on_open(link, message)
             case Fetch() | Credit() | Abort() | Ack():
@@ -99,12 +103,16 @@ class Sender:
                 # A pull that P has ended meanwhile: its Aborted is on the way.
                 if pull is not None:
                     self._on_pull(pull, message)
+                elif not isinstance(message, Fetch):
+                    self._server.take(link, message)
+            case FetchPart():
+                self._server.take(link, message)
             case _:
-                self._metrics.wire_errors.labels("data", "unexpected").inc()
-                link.connection.abort()
+                self._hearing.distrust(link.connection, "unexpected")
 
     def _on_closed(self, link: Link) -> None:
         self._links.pop(link, None)
+        self._server.closed(link)
         for pull in list(link.pulls.values()):
             self._not_sent(pull, "connection lost")
             self._forget(pull)
@@ -115,8 +123,7 @@ class Sender:
     def _on_open(self, link: Link, message: Open) -> None:
         pull = Pull(link, message.pull_id, (message.ticket, message.attempt))
         if message.pull_id in link.pulls or len(link.pulls) >= MAX_PULLS:
-            self._metrics.wire_errors.labels("data", "reused_pull").inc()
-            link.connection.abort()
+            self._hearing.distrust(link.connection, "reused_pull")
             return
         sequence = self._scheduler.sequences.get(pull.key)
         if sequence is None:
@@ -133,6 +140,10 @@ class Sender:
         link.pulls[pull.pull_id] = pull
         self._bind(pull, sequence)
 
+    def _find(self, key: Key, pull_id: int) -> Pull | None:
+        pull = self._by_key.get(key)
+        return None if pull is None or pull.pull_id != pull_id else pull
+
     def arrived(self, sequence: Sequence) -> None:
         """A request was accepted: an Open may be parked for it."""
         for pull in self._parked:
@@ -148,7 +159,7 @@ class Sender:
         for pull in list(self._by_key.values()):
             self._progress(pull)
         for link in list(self._links):
-            if link.sends and moment - next(iter(link.sends.values())) > SEND_STALL:
+            if link.is_stalled(moment):
                 self._metrics.transfer_failures.labels("send_stall").inc()
                 link.connection.abort()
 
@@ -192,7 +203,9 @@ class Sender:
         match message:
             case Fetch(_, from_token, credits) if pull.outgoing is None:
                 credits = min(MAX_CREDITS_HELD, credits)
-                self._start_pump(pull, pull.sequence, Outgoing(pull.pull_id, from_token, credits, stopped=True))
+                self._start_pump(
+                    pull, pull.sequence, Outgoing(pull.pull_id, from_token, range(0), credits, stopped=True)
+                )
             case Credit(_, credits, _) if pull.outgoing is not None:
                 pull.outgoing.credits = min(MAX_CREDITS_HELD, pull.outgoing.credits + credits)
                 pull.wake.set()
@@ -203,18 +216,22 @@ class Sender:
         sequence, from_token = pull.sequence, message.from_token
         assert sequence is not None
         aligned = from_token % sequence.block_size == 0 or from_token == sequence.num_context
-        if pull.outgoing is not None or not aligned or from_token > sequence.num_context:
+        heads = self._runner.heads if message.heads is None else range(*message.heads)
+        inside = heads and heads.start in self._runner.here.heads and heads.stop - 1 in self._runner.here.heads
+        if pull.outgoing is not None or not aligned or from_token > sequence.num_context or not inside:
             self._refuse(pull, message)
             return
-        outgoing = Outgoing(pull.pull_id, from_token, message.credits)
+        outgoing = Outgoing(pull.pull_id, from_token, heads, message.credits)
         outgoing.computed(min(sequence.num_computed, sequence.num_context), self._runner.kv_format, self._room)
         if sequence.journal is not None:
             sequence.journal.begin("KV send", now(), first_token=from_token)
         self._start_pump(pull, sequence, outgoing)
+        self._feeds.fetched(pull)
 
     def _start_pump(self, pull: Pull, sequence: Sequence | None, outgoing: Outgoing) -> None:
         pull.outgoing = outgoing
-        self._tasks.spawn(self._pump.run(pull, outgoing, sequence), "pump")
+        source = None if sequence is None else self._sources.of(sequence)
+        self._tasks.spawn(self._pump.run(pull, outgoing, source), "pump")
 
     def _on_ack(self, pull: Pull, message: Ack) -> None:
         sequence = pull.sequence
@@ -225,7 +242,7 @@ class Sender:
         if sequence.journal is not None:
             sequence.journal.end("KV send", now(), num_frames=pull.outgoing.next_frame)
         self._forget(pull, padding=True)
-        if (computed_at := self._pump.computed_at.pop(pull.key, None)) is not None:
+        if (computed_at := self._sources.computed_at.pop(pull.key, None)) is not None:
             self._metrics.tail_seconds.observe(now() - computed_at)
         if self._digests.enabled:
             self._keep_digests(sequence, pull.outgoing.from_token)
@@ -242,7 +259,7 @@ class Sender:
         """A step of this sequence has ended."""
         pull = self._by_key.get(sequence.key)
         if sequence.state == "held":
-            self._pump.computed_at[sequence.key] = now()
+            self._sources.computed_at[sequence.key] = now()
         if pull is None:
             return
         if pull.outgoing is None:
@@ -250,10 +267,11 @@ class Sender:
             return
         pull.outgoing.computed(sequence.num_computed, self._runner.kv_format, self._room)
         pull.wake.set()
+        self._feeds.stepped(pull)
 
     def drop(self, key: Key, reason: AbortReason) -> None:
         """The scheduler gave the sequence up: end its pull."""
-        self._pump.computed_at.pop(key, None)
+        self._sources.computed_at.pop(key, None)
         self._gone[key] = reason
         if len(self._gone) > MAX_GONE:
             del self._gone[next(iter(self._gone))]
@@ -290,6 +308,7 @@ class Sender:
 
     def _abort(self, pull: Pull, reason: AbortReason) -> None:
         self._not_sent(pull, reason)
+        self._feeds.stop(pull, reason)
         self._forget(pull, padding=True)
         if reason != "asked":
             pull.ended = True
@@ -301,6 +320,7 @@ class Sender:
 
     def _forget(self, pull: Pull, padding: bool = False) -> None:
         """Take the pull off all tables. With `padding` its pump first uses up the credits that it has."""
+        self._feeds.stop(pull, "cancelled")
         pull.link.pulls.pop(pull.pull_id, None)
         if pull in self._parked:
             self._parked.remove(pull)

@@ -15,10 +15,11 @@ from kvferry.schedule.sequence import Emission, Sequence
 from kvferry.transport.base import Connection
 from kvferry.wire.fields import Role
 from kvferry.wire.work import DecodeRequest, PrefillRequest, RejectReason
+from kvferry.worker.handoff.orders import AbortReason
 from kvferry.worker.parts import Parts, kv_memory, model_limits
 from kvferry.worker.worker import Worker
 from kvferry_prefill.scheduler import PrefillDecision, PrefillScheduler
-from kvferry_prefill.sender import AbortReason, Sender
+from kvferry_prefill.sender import Sender
 from kvferry_prefill.settings import PrefillSettings
 
 _ABORT_REASONS: dict[str, AbortReason] = {
@@ -45,6 +46,7 @@ class PrefillWorker(Worker[PrefillScheduler]):
             self.tasks,
             self.metrics,
             self.digests,
+            parts.shards,
             unpin=self.unpin,
             acknowledged=self._acknowledged,
         )

@@ -42,6 +42,11 @@ class KVFormat:
         """KV bytes of one token over all layers."""
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
 
+    @property
+    def all_heads(self) -> range:
+        """KV heads of the whole model."""
+        return range(self.num_kv_heads)
+
 
 class TokenMask(Protocol):
     """What a grammar lets a sequence draw next. It may still be in the making, on another thread, while the step's
@@ -178,11 +183,29 @@ class StepResult:
         return self.scores[place] if self.scores else None
 
 
-class ModelRunner(Protocol):
-    """A model with its paged KV cache. Not thread-safe but where the module docstring says so."""
+class KVStore(Protocol):
+    """Blocks of KV, of all heads of a model or some, that are copied to frames and from them."""
 
     @property
     def kv_format(self) -> KVFormat: ...
+
+    @property
+    def heads(self) -> range:
+        """Those of the whole model that it has."""
+
+    def gather(self, piece: Piece, block_table: BlockTable, out: memoryview) -> None:
+        """Copy KV of a piece from blocks to `out` (exactly `piece.num_bytes(...)` long) in the frame's layout."""
+
+    def scatter(self, piece: Piece, block_table: BlockTable, payload: memoryview) -> None:
+        """The reverse of `gather`."""
+
+
+class ModelRunner(KVStore, Protocol):
+    """A model with its paged KV cache. Not thread-safe but where the module docstring says so."""
+
+    @property
+    def here(self) -> KVStore:
+        """The part of its KV that lies on this host: all of it, but where ranks are on other hosts."""
 
     @property
     def numerics_id(self) -> str:
@@ -207,12 +230,6 @@ class ModelRunner(Protocol):
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Raises RuntimeError for a plan outside the cache; the cache is then undefined only
         in the blocks that the plan names."""
-
-    def gather(self, piece: Piece, block_table: BlockTable, out: memoryview) -> None:
-        """Copy KV of a piece from blocks to `out` (exactly `piece.num_bytes(...)` long) in the frame's layout."""
-
-    def scatter(self, piece: Piece, block_table: BlockTable, payload: memoryview) -> None:
-        """The reverse of `gather`."""
 
     def warm_up(self) -> None:
         """Run what makes the first real step as fast as the later ones. Uses no block that is in use."""

@@ -26,6 +26,7 @@ Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
 Text = Annotated[str, Meta(max_length=1024)]
 Seconds = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=0, le=1 << 40)]
+Heads = tuple[U16, U16]  # KV heads of the whole model: the first, and the one after the last
 
 TokenArray: TypeAlias = npt.NDArray[np.uint32]
 Role = Literal["gateway", "prefill", "decode"]

@@ -13,6 +13,18 @@
 
 P uses up every credit it got, with pad frames at the end, so that every receive D posted completes.
 
+Where a worker has ranks on other hosts, these are shards of it, and the pull has parts: each shard of D asks the shard
+of P that has its heads for them, on a connection of their own. The above is said between the leaders, whose Fetch
+names the heads of their own part; between two other shards it is
+
+    FetchPart(heads, ticket, …)   ->        nothing is sent before P's leader knows the pull, and its Fetch
+                                  <-   frames, one per credit, tags (pull_id, frame)
+    Credit(credits, again)        ->
+                                  <-   last frame: `Manifest`
+    Ack                           ->        all parts are right
+    Abort                         ->
+                                  <-   Aborted: also unasked
+
 `pull_id` is D's, counted from the low half of its incarnation on, so that a frame that strays from one D's pull to
 another's is seen to be foreign; a new one for the same ticket ends the one before.
 """
@@ -24,7 +36,7 @@ from typing import Annotated, Final, Literal
 from msgspec import Meta
 
 from kvferry.wire.codec import Codec, Message
-from kvferry.wire.fields import U32, U64, Count, Name, Seconds, Ticket
+from kvferry.wire.fields import U32, U64, Count, Heads, Name, Seconds, Ticket
 from kvferry.wire.tokens import LogprobColumns
 
 MAX_FLOW_BYTES: Final = 4096  # of one flow message, encoded
@@ -71,6 +83,18 @@ class Fetch(Message, frozen=True, tag="fetch"):
     pull_id: U32
     from_token: Count  # a multiple of the block size, or the number of tokens
     credits: Annotated[int, Meta(ge=1, le=MAX_CREDITS)]
+    heads: Heads | None = None  # None: all
+
+
+class FetchPart(Message, frozen=True, tag="part"):
+    """A shard of D wants its part of the pull that its leader has opened at P's."""
+
+    pull_id: U32
+    ticket: Ticket
+    attempt: U32
+    from_token: Count
+    credits: Annotated[int, Meta(ge=1, le=MAX_CREDITS)]
+    heads: Heads
 
 
 class Credit(Message, frozen=True, tag="credit"):
@@ -98,7 +122,7 @@ class Ack(Message, frozen=True, tag="ack"):
 
 
 class Manifest(Message, frozen=True, tag="manifest"):
-    """Payload of a pull's last frame."""
+    """Payload of the last frame of a pull, or of a part of it."""
 
     num_frames: U32  # KV frames sent, repeats included, this one excluded
     kv_format_id: Name
@@ -110,7 +134,7 @@ class Manifest(Message, frozen=True, tag="manifest"):
     logprobs: LogprobColumns | None = None  # of `first_tokens`, where they are wanted
 
 
-Flow = Hello | Prove | Open | Unknown | Progress | Fetch | Credit | Abort | Aborted | Ack
+Flow = Hello | Prove | Open | Unknown | Progress | Fetch | FetchPart | Credit | Abort | Aborted | Ack
 
 
 class FlowCodec(Codec[Flow]):

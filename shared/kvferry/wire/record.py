@@ -7,7 +7,7 @@ from typing import Annotated, Final, Literal
 from msgspec import Meta
 
 from kvferry.wire.codec import Message
-from kvferry.wire.fields import U16, U32, U64, Count, Name, Role, Text
+from kvferry.wire.fields import U16, U32, U64, Count, Heads, Name, Role, Text
 
 MAX_SHARDS: Final = 64
 MAX_FEATURES: Final = 64  # of one worker
@@ -17,10 +17,12 @@ Feature = Literal["scoring", "tagged"]
 
 
 class WorkerAddress(Message, frozen=True):
-    """Where the shards of a worker listen on the data plane, rank by rank."""
+    """Where the shards of a worker listen on the data plane: the leader, which has the KV heads of all ranks on its
+    host, and then each rank on another host."""
 
     incarnation: U64
     shards: Annotated[tuple[Annotated[str, Meta(max_length=2048)], ...], Meta(max_length=MAX_SHARDS)]
+    heads: Annotated[tuple[Heads, ...], Meta(max_length=MAX_SHARDS)] = ()  # of each shard; none: the one has them all
 
 
 class WorkerRecord(Message, frozen=True):

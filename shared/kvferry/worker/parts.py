@@ -13,6 +13,7 @@ from kvferry.schedule.step import ModelRunner
 from kvferry.trace.span import SpanExporter
 from kvferry.transport.base import Transport
 from kvferry.transport.slots import SlotPool
+from kvferry.worker.handoff.shards import RemoteShard
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Parts:
     engine_reason: str = ""
     grammars: GrammarCompiler | None = None  # None: requests with a grammar end in an error
     spans: SpanExporter | None = None  # None: no traces
+    shards: tuple[RemoteShard, ...] = ()  # ranks on other hosts
     vocabulary_id: str = ""  # of the model's tokenizer, where it is known
 
 

@@ -2,12 +2,13 @@
 
     rank                                       leader
     the data plane's handshake (`transport/hello.py`), both ways, with the cluster's data key
-    Join(version, session, "steps")      ->      waits for both of a session
-    Join(version, session, "copies")     ->      (`engine/ranks/followers.py`, `engine/ranks/copies.py`)
-                                         <-      Refused(problem), on either, and the connection ends
+    Join(version, session, "steps")      ->      waits for all three of a session (`engine/ranks/followers.py`,
+    Join(version, session, "copies")     ->      `engine/ranks/copies.py`,
+    Join(version, session, "handoffs")   ->      `worker/handoff/orders.py`)
+                                         <-      Refused(problem), on any, and the connection ends
 
-Both connections stay for the worker's life. They are neither encrypted, nor is what the ranks exchange in a step: like
-the data plane they belong on a private network.
+The connections stay for the worker's life. They are not encrypted, nor is what the ranks exchange in a step: like the
+data plane they belong on a private network.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ RETRY_S: Final = 0.5  # of a rank whose leader is not there yet
 KEEP_IDLE_S: Final = 2
 KEEP_INTERVAL_S: Final = 1
 KEEP_COUNT: Final = 3
-ChannelName = Literal["steps", "copies"]
+ChannelName = Literal["steps", "copies", "handoffs"]
 CHANNELS: Final[tuple[ChannelName, ...]] = get_args(ChannelName)
 PURPOSE: Final = b"kvferry ranks"
 
@@ -54,7 +55,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 class Joined(msgspec.Struct, frozen=True, tag="joined"):
-    """The leader has both channels."""
+    """The leader has all channels."""
 
 
 _JOIN: Final = msgspec.msgpack.Decoder(Join)
@@ -67,6 +68,7 @@ class RankLink:
 
     steps: SocketChannel
     copies: SocketChannel
+    handoffs: SocketChannel
 
     @property
     def host(self) -> str:
@@ -74,8 +76,12 @@ class RankLink:
         return self.steps.host
 
     def close(self) -> None:
-        self.steps.close()
-        self.copies.close()
+        for channel in self.channels:
+            channel.close()
+
+    @property
+    def channels(self) -> tuple[SocketChannel, ...]:
+        return (self.steps, self.copies, self.handoffs)
 
 
 class RankPort:
@@ -89,7 +95,7 @@ class RankPort:
             raise SettingError("--rank-port", f"{host}:{port}: {error.strerror}") from None
         self._data_key = data_key
         self._runtime = runtime
-        self._halves: dict[bytes, dict[str, SocketChannel]] = {}  # by session: channels that wait for their other one
+        self._parts: dict[bytes, dict[str, SocketChannel]] = {}  # by session: channels that wait for the others
 
     @property
     def address(self) -> str:
@@ -117,7 +123,7 @@ class RankPort:
             links.clear()
             raise
         finally:
-            joined = {channel for link in links for channel in (link.steps, link.copies)}
+            joined = {channel for link in links for channel in link.channels}
             for channel in accepted:
                 if channel not in joined:
                     channel.close()
@@ -136,7 +142,7 @@ class RankPort:
             raise RankLost(rank, "no longer waited for") from None
 
     def _joined(self, channel: SocketChannel) -> RankLink | None:
-        """The rank that this channel makes complete, if it is one's second."""
+        """The rank that this channel makes complete, if it is one's last."""
         with deadline(channel):
             greet(channel, "acceptor", self._data_key, self._runtime)
             payload = channel.receive(MAX_GREETING_BYTES)
@@ -147,13 +153,13 @@ class RankPort:
                 problem = f"it runs kvferry {join.version}, its leader {__version__}"
                 channel.send(msgspec.msgpack.encode(Refused(problem)))
                 raise HandshakeRefused(problem)
-        half = self._halves.setdefault(join.session, {})
-        half[join.channel] = channel
-        if len(half) < len(CHANNELS):
+        parts = self._parts.setdefault(join.session, {})
+        parts[join.channel] = channel
+        if len(parts) < len(CHANNELS):
             return None
-        del self._halves[join.session]
-        half["steps"].send(msgspec.msgpack.encode(Joined()))
-        return RankLink(half["steps"], half["copies"])
+        del self._parts[join.session]
+        parts["steps"].send(msgspec.msgpack.encode(Joined()))
+        return RankLink(*(parts[name] for name in CHANNELS))
 
 
 def join_leader(host: str, port: int, data_key: bytes, runtime: Runtime) -> RankLink:

@@ -29,6 +29,8 @@ from kvferry.errors import SettingError
 from kvferry.log import get_logger
 from kvferry.runtime import Runtime
 from kvferry.worker.engine import engine_settings
+from kvferry.worker.handoff.channel import StreamChannel
+from kvferry.worker.handoff.shards import RemoteShard
 from kvferry.worker.rank_port import RankLink, RankPort
 from kvferry.worker.settings import WorkerSettings
 
@@ -104,6 +106,13 @@ class RankProcesses:
         self._followers = Followers(self._memory, self._channels, copies, host)
         return self._followers
 
+    async def shards(self) -> tuple[RemoteShard, ...]:
+        """The ranks on other hosts, to be told of hand-offs. To be called once, on the event loop, when all have
+        joined."""
+        channels = [await StreamChannel.open(link.handoffs.detach()) for link in self._links]
+        first = 1 + len(self._channels) - len(channels)
+        return tuple(RemoteShard(rank, channel) for rank, channel in enumerate(channels, first))
+
     def give_up(self) -> None:
         """Wait no longer for ranks to join. May be called by any thread."""
         if self._port is not None:
@@ -132,8 +141,10 @@ class RankProcesses:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for channel in (*self._channels, *(link.copies for link in self._links)):
+        for channel in self._channels:
             channel.close()
+        for link in self._links:
+            link.close()
         if self._memory is not None:
             self._memory.close()
 

@@ -9,26 +9,44 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from kvferry.command import EXIT_FAILED, one_line_errors, settings_from
+from kvferry.command import EXIT_FAILED, one_line_errors, run, settings_from
 from kvferry.config.flags import settings_options
 from kvferry.engine.config import ModelConfig
+from kvferry.engine.limits import Limits
+from kvferry.engine.ranks.caches import Caches
 from kvferry.engine.ranks.copies import serve_copies
 from kvferry.engine.ranks.followers import Setup
 from kvferry.engine.ranks.following import Follower, follow
-from kvferry.engine.settings import EngineSettings, kv_format_of, resolved_dtype
+from kvferry.engine.settings import (
+    EngineSettings,
+    kv_format_of,
+    resolved_dtype,
+    resolved_max_model_len,
+    resolved_num_blocks,
+)
 from kvferry.errors import CheckpointError, SettingError
 from kvferry.log import get_logger, setup_logging
 from kvferry.runtime import SystemRuntime
+from kvferry.transport.base import Transport, TransportSettings
+from kvferry.transport.factory import open_transport
+from kvferry.worker.handoff.channel import StreamChannel
+from kvferry.worker.handoff.orders import Begin
+from kvferry.worker.handoff.plane import open_plane
 from kvferry.worker.rank_port import RankLink, join_leader
 from kvferry.worker.settings import RankSettings
 
+if TYPE_CHECKING:
+    from kvferry.engine.torch.rank import TorchFollower
+
 log = get_logger(__name__)
+END_TIMEOUT_S: Final = 5.0  # for its data plane to close
 
 
 @click.command(
@@ -52,42 +70,94 @@ def main(config_file: Path | None, **flags: Any) -> None:
 
 def serve(link: RankLink, settings: RankSettings) -> None:
     """Until the leader ends. Raises what keeps it from loading."""
+    handing_over: list[threading.Thread] = []
+
+    def loaded(setup: Setup) -> Follower:
+        rank = load(setup, link, settings)
+        for serving in (lambda: rank.serve_copies(link), lambda: rank.serve_handoffs(link, settings)):
+            thread = threading.Thread(target=_or_exit, args=(serving, setup.rank), daemon=True)
+            handing_over.append(thread)
+            thread.start()
+        return rank.follower
+
     try:
-        follow(link.steps, lambda setup: load(setup, link, settings.model_dir))
+        follow(link.steps, loaded)
     except (SettingError, CheckpointError):
         raise
     except Exception:
         log.exception("rank failed")
         sys.exit(EXIT_FAILED)
     finally:
+        for channel in link.channels:
+            channel.end()
+        for thread in handing_over:
+            thread.join(END_TIMEOUT_S)
         link.close()
 
 
-def load(setup: Setup, link: RankLink, model_dir: str) -> Follower:
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """What has been loaded here: a part of the model, with its KV."""
+
+    follower: TorchFollower
+    limits: Limits
+
+    def serve_copies(self, link: RankLink) -> None:
+        serve_copies(link.copies, self.follower.cache, self.limits.kv_format)
+
+    def serve_handoffs(self, link: RankLink, settings: RankSettings) -> None:
+        run(self._hand_over(link, settings))
+
+    async def _hand_over(self, link: RankLink, settings: RankSettings) -> None:
+        runtime, host = SystemRuntime(), settings.host or link.host
+
+        def data_plane(begin: Begin) -> Transport:
+            wanted = TransportSettings(
+                incarnation=begin.incarnation,
+                data_key=settings.data_key_bytes,
+                host=host,
+                advertise_host=host,
+                port=settings.data_port,
+                net_devices=settings.ucx_net_devices,
+            )
+            return open_transport(begin.transport, wanted, runtime)
+
+        channel = await StreamChannel.open(link.handoffs.detach())
+        plane = await open_plane(channel, Caches([self.follower.cache], self.limits), data_plane, runtime)
+        if plane is not None:
+            await plane.run()
+
+
+def load(setup: Setup, link: RankLink, own: RankSettings) -> Rank:
     """Its part of the model. Raises `CheckpointError` if that is not the leader's model, and what a runner raises."""
     from kvferry.engine.torch.collective import joined_exchange
-    from kvferry.engine.torch.rank import TorchFollower
+    from kvferry.engine.torch.rank import TorchFollower, device_of
 
     settings = EngineSettings.of_fields(setup.settings)
-    if model_dir:
-        settings = replace(settings, model_dir=Path(model_dir).expanduser())
+    if own.model_dir:
+        settings = replace(settings, model_dir=Path(own.model_dir).expanduser())
+    if own.device:
+        settings = replace(settings, device=own.device)
     config = ModelConfig.read(settings.model_dir)
     kv_format = kv_format_of(settings, config, resolved_dtype(settings, config))
     if kv_format.format_id != setup.format_id:
         raise CheckpointError(str(settings.model_dir), "is not the leader's model: weights or shape differ")
     assert setup.exchange is not None, "the leader knows that this rank is on another host"
-    exchange = joined_exchange(setup.exchange, link.host, setup.rank, settings.tensor_parallel_size)
+    size, device = settings.tensor_parallel_size, device_of(settings)
+    exchange = joined_exchange(setup.exchange, link.host, setup.rank, size, device)
     follower = TorchFollower(settings, setup.rank, None, exchange)
+    num_blocks = resolved_num_blocks(settings, kv_format)
+    limits = Limits(kv_format, num_blocks, resolved_max_model_len(settings, config), config.vocab_size)
+    return Rank(follower, limits)
 
-    def copies() -> None:
-        try:
-            serve_copies(link.copies, follower.cache, kv_format)
-        except Exception:
-            log.exception("rank failed", rank=setup.rank)
-            os._exit(EXIT_FAILED)  # the other thread may wait in a step
 
-    threading.Thread(target=copies, daemon=True).start()
-    return follower
+def _or_exit(serving: Callable[[], None], rank: int) -> None:
+    """On a thread beside the one that computes, which may wait in a step."""
+    try:
+        serving()
+    except Exception:
+        log.exception("rank failed", rank=rank)
+        os._exit(EXIT_FAILED)
 
 
 if __name__ == "__main__":

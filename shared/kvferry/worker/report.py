@@ -28,7 +28,7 @@ def record(worker: Worker[Any]) -> WorkerRecord:
         subject=worker.subject,
         model=worker.model_name,
         transport=worker.transport.scheme,
-        address=WorkerAddress(worker.incarnation, (worker.transport.address,)),
+        address=address(worker),
         kv_format_id=kv_format.format_id,
         numerics_id=worker.runner.numerics_id,
         max_model_len=worker.runner.max_model_len,
@@ -45,6 +45,15 @@ def record(worker: Worker[Any]) -> WorkerRecord:
         features=FEATURES,
         ranks=worker.settings.tensor_parallel_size,
     )
+
+
+def address(worker: Worker[Any]) -> WorkerAddress:
+    """Where its shards are. The leader's own comes up first."""
+    addresses = (worker.transport.address, *(shard.address for shard in worker.shards))
+    if len(addresses) == 1:
+        return WorkerAddress(worker.incarnation, addresses)
+    heads = (worker.runner.here.heads, *(shard.heads for shard in worker.shards))
+    return WorkerAddress(worker.incarnation, addresses, tuple((part.start, part.stop) for part in heads))
 
 
 def load(worker: Worker[Any]) -> Load:

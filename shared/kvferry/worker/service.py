@@ -23,8 +23,9 @@ from kvferry.transport.factory import open_transport
 from kvferry.transport.slots import SlotPool
 from kvferry.worker.debug import DebugServer
 from kvferry.worker.engine import Loaded, load_engine, warm_up
+from kvferry.worker.handoff.orders import Begin
 from kvferry.worker.parts import Parts
-from kvferry.worker.ranks import ranks_of
+from kvferry.worker.ranks import RankProcesses, ranks_of
 from kvferry.worker.settings import WorkerSettings
 from kvferry.worker.worker import Worker
 
@@ -55,7 +56,7 @@ async def serve_worker(settings: WorkerSettings, make_worker: MakeWorker) -> Non
             return
         runner = loaded.runner
         log.info("model ready", seconds=round(now() - began, 2), blocks=runner.num_blocks, numerics=runner.numerics_id)
-        worker = make_worker(settings, await _parts(settings, runtime, incarnation, loaded, spans))
+        worker = make_worker(settings, await _parts(settings, runtime, incarnation, loaded, ranks, spans))
         worker.debug_port = debug.port
         await worker.transport.start(worker.attach)
         await worker.start()
@@ -74,7 +75,12 @@ async def serve_worker(settings: WorkerSettings, make_worker: MakeWorker) -> Non
 
 
 async def _parts(
-    settings: WorkerSettings, runtime: Runtime, incarnation: int, loaded: Loaded, spans: SpanExporter | None
+    settings: WorkerSettings,
+    runtime: Runtime,
+    incarnation: int,
+    loaded: Loaded,
+    ranks: RankProcesses,
+    spans: SpanExporter | None,
 ) -> Parts:
     transport = open_transport(
         settings.transport,
@@ -88,6 +94,9 @@ async def _parts(
         ),
         runtime,
     )
+    shards = await ranks.shards()
+    begin = Begin(settings.role == "prefill", incarnation, transport.scheme, settings.num_slots, settings.slot_kb << 10)
+    await asyncio.gather(*(shard.begin(begin) for shard in shards))
     min_payload = least_payload(loaded.runner.max_model_len)
     bus = NatsBus(bus_login(settings, settings.role, settings.name, min_payload), runtime)
     await bus.start()
@@ -97,6 +106,7 @@ async def _parts(
         transport=transport,
         slots=SlotPool(settings.num_slots, settings.slot_kb << 10),
         runner=loaded.runner,
+        shards=shards,
         incarnation=incarnation,
         model_name=settings.source.served_name,
         pid=os.getpid(),

@@ -91,3 +91,11 @@ class RankSettings(ProcessSettings):
     leader: str = Field("", description="HOST:PORT of its leader's --rank-port.")
     # Not `model`, which a run file tells: that is the leader's directory.
     model_dir: str = Field("", description="Directory of the same model here; where the leader has it unless given.")
+    device: str = Field("", description="Where it computes, as cuda:1; on the leader's device unless given.")
+    host: str = Field(
+        "",
+        description="Address that its data plane listens on and others connect to; the one from which it reaches its "
+        "leader unless given.",
+    )
+    data_port: Port = Field(0, description="Port of the data plane where the backend listens; 0: any free one.")
+    ucx_net_devices: str = Field("lo", description="UCX_NET_DEVICES of the data plane, unless that variable is set.")

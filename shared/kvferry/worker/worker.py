@@ -32,6 +32,7 @@ from kvferry.worker.digests import Digests
 from kvferry.worker.engine_loop import EngineLoop
 from kvferry.worker.fences import Fences
 from kvferry.worker.grammars import Grammars
+from kvferry.worker.handoff.shards import RemoteShard
 from kvferry.worker.inbox import Inbox
 from kvferry.worker.metrics import WorkerMetrics
 from kvferry.worker.outbox import Outbox
@@ -59,6 +60,7 @@ class Worker(ABC, Generic[S]):
         self.transport = parts.transport
         self.slots = parts.slots
         self.runner = parts.runner
+        self.shards = parts.shards
         self.incarnation = parts.incarnation
         self.model_name = parts.model_name
         self.scheduler = scheduler
@@ -102,7 +104,13 @@ class Worker(ABC, Generic[S]):
             self.tasks.spawn(self.engine_loop.run(), "engine"),
             self.tasks.spawn(self.post.run(), "publish"),
             self.tasks.spawn(self._pulse.run(), "beat"),
+            *(self.tasks.spawn(self._hear(shard), "shard") for shard in self.shards),
         ]
+
+    async def _hear(self, shard: RemoteShard) -> None:
+        await shard.run()
+        log.error("a rank on another host can no longer be told of hand-offs", rank=shard.rank)
+        self.wedge()
 
     async def drain(self) -> None:
         """Take no more; let what runs finish within the grace time, hand the rest back to the gateways."""
@@ -133,6 +141,8 @@ class Worker(ABC, Generic[S]):
         self.grammars.close()
         self.scheduler.abandon_step("stopped")  # whose result nobody takes any more
         await self.disconnect()
+        for shard in self.shards:
+            shard.close()
         await self.transport.close()
         await self.copy_lane.drain()  # what copies still run hold slots and pins
         await self.tasks.cancel()
@@ -275,6 +285,6 @@ class Worker(ABC, Generic[S]):
 
     def _task_failed(self, name: str, error: BaseException) -> None:
         log.error("task failed", task=name, exc_info=error)
-        if name in ("engine", "publish", "beat"):
+        if name in ("engine", "publish", "beat", "shard"):
             # Without one of these the worker would look alive and do nothing.
             self.wedge()

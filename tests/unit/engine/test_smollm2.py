@@ -153,7 +153,7 @@ def test_a_pair_of_two_engines_says_what_the_reference_pass_accepts(
     there.close()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)  # 8,192 positions in three dtypes, on whatever cores there are
 def test_rounding_and_int8_cost_on_real_text_what_is_promised(model_dir: Path) -> None:
     """Over 8,192 positions of the project's own documents, each figure against transformers in fp32."""
     native_library()  # or skip

@@ -76,7 +76,8 @@ PROMPT_LOGPROBS = pack_prompt_logprobs(
     ),
 )
 LOGPROBS = pack_logprobs([(1, TokenLogprobs(-0.5, (49151, 7), (-0.5, -1.25)))])
-ADDRESS = WorkerAddress(INCARNATION, ("ucx://00ff", "tcp://127.0.0.1:4000"))
+ADDRESS_BEFORE_SHARDS = WorkerAddress(INCARNATION, ("ucx://00ff", "tcp://127.0.0.1:4000"))
+ADDRESS = msgspec.structs.replace(ADDRESS_BEFORE_SHARDS, heads=((0, 2), (2, 3)))
 RECORD = WorkerRecord(
     role="decode",
     name="d0",
@@ -149,7 +150,8 @@ FLOW: list[Message] = [
     flow.Open(1, TICKET, 7),
     flow.Unknown(1),
     flow.Progress(1, True, 512, 2048, 0.25),
-    flow.Fetch(1, 16, 8),
+    flow.Fetch(1, 16, 8, (0, 2)),
+    flow.FetchPart(1, TICKET, 7, 16, 8, (2, 3)),
     flow.Credit(1, 2, (3, 4)),
     flow.Abort(1),
     flow.Aborted(1, 9, "expired"),
@@ -177,14 +179,21 @@ BEFORE_LOGPROBS = (
     msgspec.structs.replace(MANIFESTS[0], logprobs=None),
 )
 BEFORE_CACHE_NEWS = msgspec.structs.replace(LOAD, cache_seq=0, queued_tokens=(), pulls=())
-RECORD_BEFORE_RANKS = msgspec.structs.replace(RECORD, ranks=1)
+RECORD_BEFORE_SHARDS = msgspec.structs.replace(RECORD, address=ADDRESS_BEFORE_SHARDS)
+RECORD_BEFORE_RANKS = msgspec.structs.replace(RECORD_BEFORE_SHARDS, ranks=1)
 RECORD_BEFORE_SCORING = msgspec.structs.replace(RECORD_BEFORE_RANKS, kv_dtype="", vocabulary_id="", features=())
 RECORD_BEFORE_GRAMMARS = msgspec.structs.replace(RECORD_BEFORE_SCORING, grammars=False)
 HELD_BEFORE_SCORING = msgspec.structs.replace(HELD, next_scored=0)
 BEFORE_EXACT = msgspec.structs.replace(RECORD_BEFORE_GRAMMARS, exact=False, engine="", engine_reason="")
 OLDER: dict[str, tuple[Codec[Any], Message]] = {  # what senders of version 1 wrote before a field was appended
+    "DecodeRequest before shards": (Codecs().to_worker, DecodeRequest(WORK, ADDRESS_BEFORE_SHARDS)),
+    "Fetch before shards": (flow.FlowCodec(), flow.Fetch(1, 16, 8)),
+    "Heartbeat before shards": (
+        Codecs().beat,
+        Heartbeat(8, "ready", RECORD_BEFORE_SHARDS, LOAD, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD,)}),
+    ),
     "PrefillRequest before scoring": (Codecs().to_worker, PrefillRequest(BEFORE_SCORING)),
-    "DecodeRequest before scoring": (Codecs().to_worker, DecodeRequest(BEFORE_SCORING, ADDRESS)),
+    "DecodeRequest before scoring": (Codecs().to_worker, DecodeRequest(BEFORE_SCORING, ADDRESS_BEFORE_SHARDS)),
     "Resend before scoring": (Codecs().to_worker, Resend(0xAA, ((5, 17), (6, 0)))),
     "EndAck before scoring": (Codecs().to_worker, EndAck(0xAA, (5, 6))),
     "TokenBatch before scoring": (
@@ -202,11 +211,11 @@ OLDER: dict[str, tuple[Codec[Any], Message]] = {  # what senders of version 1 wr
         Heartbeat(8, "ready", RECORD_BEFORE_RANKS, LOAD, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD,)}),
     ),
     "PrefillRequest before penalties": (Codecs().to_worker, PrefillRequest(BEFORE_PENALTIES)),
-    "DecodeRequest before penalties": (Codecs().to_worker, DecodeRequest(BEFORE_PENALTIES, ADDRESS)),
+    "DecodeRequest before penalties": (Codecs().to_worker, DecodeRequest(BEFORE_PENALTIES, ADDRESS_BEFORE_SHARDS)),
     "PrefillRequest before logit_bias": (Codecs().to_worker, PrefillRequest(BEFORE_LOGIT_BIAS)),
     "DecodeRequest before logit_bias": (
         Codecs().to_worker,
-        DecodeRequest(BEFORE_LOGIT_BIAS, ADDRESS),
+        DecodeRequest(BEFORE_LOGIT_BIAS, ADDRESS_BEFORE_SHARDS),
     ),
     "TokenBatch before logprobs": (Codecs().to_gateway, BEFORE_LOGPROBS[0]),
     "Manifest before logprobs": (flow.ManifestCodec(), BEFORE_LOGPROBS[1]),
@@ -231,7 +240,7 @@ OLDER: dict[str, tuple[Codec[Any], Message]] = {  # what senders of version 1 wr
         ),
     ),
     "PrefillRequest before grammars": (Codecs().to_worker, PrefillRequest(BEFORE_GRAMMARS)),
-    "DecodeRequest before grammars": (Codecs().to_worker, DecodeRequest(BEFORE_GRAMMARS, ADDRESS)),
+    "DecodeRequest before grammars": (Codecs().to_worker, DecodeRequest(BEFORE_GRAMMARS, ADDRESS_BEFORE_SHARDS)),
     "Heartbeat before grammars": (
         Codecs().beat,
         Heartbeat(

@@ -47,15 +47,16 @@ def stranger(port: RankPort) -> socket.socket:
     return socket.create_connection(("127.0.0.1", number(port)))
 
 
-def test_two_ranks_join_each_with_two_channels_to_the_same_leader(pool: ThreadPoolExecutor, port: RankPort) -> None:
+def test_two_ranks_join_each_with_three_channels_to_the_same_leader(pool: ThreadPoolExecutor, port: RankPort) -> None:
     ranks = [joining(pool, port) for _ in range(2)]
     leader = port.accept(2)
     ends = [rank.result(30) for rank in ranks]
     for name in (b"first", b"second"):
         leader[name == b"second"].steps.send(name + b" steps")
         leader[name == b"second"].copies.send(name + b" copies")
-    heard = sorted((end.steps.receive(), end.copies.receive()) for end in ends)
-    assert heard == [(b"first steps", b"first copies"), (b"second steps", b"second copies")]
+        leader[name == b"second"].handoffs.send(name + b" handoffs")
+    heard = sorted([channel.receive() for channel in end.channels] for end in ends)
+    assert heard == [[name + what for what in (b" steps", b" copies", b" handoffs")] for name in (b"first", b"second")]
     assert {link.host for link in (*leader, *ends)} == {"127.0.0.1"}
     for link in (*leader, *ends):
         link.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -63,6 +63,9 @@ class MemoryCache:
             part = part_of(payload, piece, own, self._row)
             self._layers(piece, own)[:, :, self._slots(piece, block_table)] = part
 
+    def close(self) -> None:
+        """Its memory goes with it."""
+
     def _layers(self, piece: Piece, own: range) -> Lanes:
         heads = slice(own.start - self.heads.start, own.stop - self.heads.start)
         return self._blocks[piece.layer_start : piece.layer_end, :, :, heads]
@@ -96,12 +99,3 @@ class MemoryFollower:
 
     def close(self) -> None:
         """Its memory goes with it."""
-
-
-def apart(caches: Iterable[MemoryCache]) -> Iterator[MemoryCache]:
-    """Those of one KV head each: ranks that share a head have the same content."""
-    before: range | None = None
-    for cache in caches:
-        if cache.heads != before:
-            yield cache
-        before = cache.heads

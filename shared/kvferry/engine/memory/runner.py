@@ -29,7 +29,8 @@ import numpy.typing as npt
 from kvferry.engine.columns import Columns, Wanted
 from kvferry.engine.limits import Limits, slots_of
 from kvferry.engine.memory.kv import Lanes, chain, expand, lanes_shape, mix
-from kvferry.engine.memory.rank import MemoryCache, MemoryFollower, apart
+from kvferry.engine.memory.rank import MemoryCache, MemoryFollower
+from kvferry.engine.ranks.caches import Caches, apart
 from kvferry.engine.ranks.followers import Followers, Step
 from kvferry.engine.ranks.shard import heads_of
 from kvferry.engine.ranks.shared_memory import SharedMemory
@@ -41,6 +42,7 @@ from kvferry.schedule.step import (
     BlockTable,
     Draw,
     KVFormat,
+    KVStore,
     Logprobs,
     SequenceStep,
     StepPlan,
@@ -89,21 +91,32 @@ class MemoryRunner:
 
     exact = True
 
-    def __init__(self, settings: MemorySettings | None = None, followers: Followers | None = None) -> None:
+    def __init__(
+        self, settings: MemorySettings | None = None, followers: Followers | None = None, num_remote: int = 0
+    ) -> None:
+        """`num_remote`: how many of the ranks hand their KV over by themselves."""
         self._settings = settings = settings or MemorySettings()
         self._format = settings.kv_format
-        self._limits = Limits(self._format, settings.num_blocks, settings.max_model_len, settings.vocab_size)
+        self.limits = Limits(self._format, settings.num_blocks, settings.max_model_len, settings.vocab_size)
         self._followers = followers
         if followers is None:
-            self._caches = [MemoryCache(self._format, range(settings.num_kv_heads), settings.num_blocks)]
-            return
-        followers.set_up("memory", {})
-        self._caches = [open_cache(settings, followers.size, rank, followers.memory) for rank in range(followers.size)]
-        followers.ready()
+            self.caches = [MemoryCache(self._format, range(settings.num_kv_heads), settings.num_blocks)]
+        else:
+            followers.set_up("memory", {})
+            ranks = range(followers.size)
+            self.caches = [open_cache(settings, followers.size, rank, followers.memory) for rank in ranks]
+            followers.ready()
+        self._whole = Caches(self.caches, self.limits)
+        num_here = len(self.caches) - num_remote
+        self.here: KVStore = Caches(self.caches[:num_here], self.limits) if num_remote else self
 
     @property
     def kv_format(self) -> KVFormat:
         return self._format
+
+    @property
+    def heads(self) -> range:
+        return self._format.all_heads
 
     @property
     def numerics_id(self) -> str:
@@ -126,10 +139,10 @@ class MemoryRunner:
         return self._settings.eos_token_ids
 
     def execute(self, plan: StepPlan) -> StepResult:
-        self._limits.check_plan(plan)
+        self.limits.check_plan(plan)
         drawing = draws_of(plan)
         with self._told(plan, drawing):
-            self._caches[0].write(plan.steps, root_state(self._settings))
+            self.caches[0].write(plan.steps, root_state(self._settings))
         drawn = Drawn([], [])
         scored: dict[int, PromptLogprobs] = {}
         for index, step in enumerate(plan.steps):
@@ -150,20 +163,16 @@ class MemoryRunner:
         return result_of(plan, drawing, drawn, seconds, scored)
 
     def gather(self, piece: Piece, block_table: BlockTable, out: memoryview) -> None:
-        self._limits.check_piece(piece, block_table, out.nbytes)
-        for cache in apart(self._caches):
-            cache.gather(piece, block_table, out)
+        self._whole.gather(piece, block_table, out)
 
     def scatter(self, piece: Piece, block_table: BlockTable, payload: memoryview) -> None:
-        self._limits.check_piece(piece, block_table, payload.nbytes)
-        for cache in self._caches:
-            cache.scatter(piece, block_table, payload)
+        self._whole.scatter(piece, block_table, payload)
 
     def warm_up(self) -> None:
         """Nothing to warm."""
 
     def close(self) -> None:
-        self._caches.clear()
+        self.caches.clear()
 
     def _told(self, plan: StepPlan, drawing: Mapping[int, Draw]) -> AbstractContextManager[None]:
         """Inside, the other ranks know the step."""
@@ -175,7 +184,7 @@ class MemoryRunner:
     def _context(self, step: SequenceStep) -> Lanes:
         """KV of all heads up to the end of a sequence's chunk."""
         slots = slots_of(step.block_table, 0, step.start + len(step.tokens), self._format.block_size)
-        lanes = [cache.read(slots) for cache in apart(self._caches)]
+        lanes = [cache.read(slots) for cache in apart(self.caches)]
         return lanes[0] if len(lanes) == 1 else np.concatenate(lanes, 3)
 
 

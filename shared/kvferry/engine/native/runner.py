@@ -40,7 +40,7 @@ from kvferry.engine.settings import (
 )
 from kvferry.errors import SettingError
 from kvferry.runtime import blocking_clock
-from kvferry.schedule.step import BlockTable, KVFormat, Score, SequenceStep, StepPlan, StepResult
+from kvferry.schedule.step import BlockTable, KVFormat, KVStore, Score, SequenceStep, StepPlan, StepResult
 from kvferry.wire.frame import Piece
 from kvferry.wire.logprobs import PromptLogprobs
 
@@ -103,6 +103,14 @@ class NativeRunner:
     @property
     def kv_format(self) -> KVFormat:
         return self._kv_format
+
+    @property
+    def heads(self) -> range:
+        return self._kv_format.all_heads
+
+    @property
+    def here(self) -> KVStore:
+        return self  # its ranks share a host
 
     @property
     def numerics_id(self) -> str:

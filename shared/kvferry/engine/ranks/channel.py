@@ -65,8 +65,12 @@ class SocketChannel(Channel):
         except OSError:  # the other end is gone
             return
 
+    def detach(self) -> socket.socket:
+        """The socket, from here on the caller's."""
+        return socket.socket(fileno=self._socket.detach())
+
     def close(self) -> None:
-        """End it and free its descriptor. Nothing may be called afterwards."""
+        """End it and free its descriptor, unless it was detached. Nothing may be called afterwards."""
         self.end()
         self._socket.close()
 

@@ -11,12 +11,13 @@ The piece names heads that the rank has, and no others. What it names has been c
 
 from __future__ import annotations
 
-from typing import Final, Protocol, TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from kvferry.engine.ranks.caches import Cache
 from kvferry.engine.ranks.channel import Channel
 from kvferry.engine.ranks.followers import Followers
 from kvferry.schedule.step import BlockTable, KVFormat
@@ -38,20 +39,6 @@ class Scatter(msgspec.Struct, frozen=True, tag="scatter", array_like=True):
 
 
 _ORDERS: Final = msgspec.msgpack.Decoder(Gather | Scatter)
-
-
-class Cache(Protocol):
-    """KV of one rank's heads, here or there."""
-
-    heads: range
-
-    def gather(self, piece: Piece, block_table: BlockTable, out: memoryview) -> None:
-        """Copy what it has of a checked piece to its place in the frame."""
-
-    def scatter(self, piece: Piece, block_table: BlockTable, payload: memoryview) -> None:
-        """The reverse of `gather`."""
-
-    def close(self) -> None: ...
 
 
 class RemoteCache:

@@ -21,6 +21,7 @@ from kvferry.engine.ranks.shared_memory import SharedMemory
 
 distributed: Any = torch.distributed  # its stores and groups have no types
 Store: TypeAlias = Any
+CPU: Final = torch.device("cpu")
 STATE_BYTES: Final = 256  # KVF_BARRIER_BYTES
 # For all ranks to come to a step over the network. A worker whose step takes too long ends earlier, by `step_timeout`;
 # a rank whose leader is cut off ends by this.
@@ -80,24 +81,26 @@ class SharedGather(Collective):
 _OFFSETS: Final = (STATE_BYTES, STATE_BYTES + BUFFER_BYTES)
 
 
-class GlooGather(Collective):
-    """Through torch.distributed's gloo: where ranks share no memory, or there is no native library.
+class NetworkGather(Collective):
+    """Through torch.distributed, where ranks share no memory or have no native library: gloo on CPUs, NCCL on CUDA.
 
     The ranks find each other with the first exchange. Until then one that can't load is no reason for others to wait.
     """
 
-    def __init__(self, store: Callable[[], Store], host: str, rank: int, size: int) -> None:
-        """`store` opens the one where all ranks find each other; `host`: this rank's address, as the others see it."""
+    def __init__(self, store: Callable[[], Store], host: str, rank: int, size: int, device: torch.device = CPU) -> None:
+        """`store` opens the one where all ranks find each other; `host`: this rank's address, as the others see it;
+        `device`: what its tensors are on."""
         self._store = store
         self._host = host
         self._rank = rank
         self._size = size
+        self._device = device
         self._group: Any = None
 
     def gather(self, part: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
         if self._group is None:
             self._group = self._met()
-        # gloo wants equal shapes, and knows bytes whatever they stand for.
+        # Both want equal shapes, and know bytes whatever they stand for.
         padded = part.new_zeros(len(part), max(widths))
         padded[:, : part.shape[1]] = part
         content = padded.view(torch.uint8)
@@ -106,13 +109,24 @@ class GlooGather(Collective):
         return torch.cat([each.view(part.dtype)[:, :width] for each, width in zip(parts, widths, strict=True)], 1)
 
     def _met(self) -> Any:
-        """The group, once all ranks are there."""
-        gloo = distributed.ProcessGroupGloo  # a group of our own needs no global state
+        """The group, once all ranks are there. One of our own needs no global state."""
+        return self._nccl() if self._device.type == "cuda" else self._gloo()
+
+    def _gloo(self) -> Any:
+        gloo = distributed.ProcessGroupGloo
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname=self._host)]
         options._threads = 1
         options._timeout = EXCHANGE_TIMEOUT
         return gloo(self._store(), self._rank, self._size, options)
+
+    def _nccl(self) -> Any:
+        """Written to NCCL's interface, and never run: no machine with two GPUs was there."""
+        nccl = distributed.ProcessGroupNCCL
+        options = nccl.Options()
+        options._timeout = EXCHANGE_TIMEOUT
+        torch.cuda.set_device(self._device)
+        return nccl(self._store(), self._rank, self._size, options)
 
 
 def open_collective(memory: SharedMemory, rank: int, size: int) -> Collective:
@@ -121,7 +135,7 @@ def open_collective(memory: SharedMemory, rank: int, size: int) -> Collective:
         library = open_library()
     except LibraryUnavailable:
         path = f"/proc/self/fd/{memory.descriptors[0]}"  # of an empty file that all ranks see
-        return GlooGather(lambda: distributed.FileStore(path, size), "127.0.0.1", rank, size)
+        return NetworkGather(lambda: distributed.FileStore(path, size), "127.0.0.1", rank, size)
     return SharedGather(library, memory.exchange(SharedGather.num_bytes), rank, size)
 
 
@@ -135,10 +149,10 @@ def open_exchange(host: str) -> tuple[Exchange, Store]:
     return Exchange(host, port), store
 
 
-def joined_exchange(exchange: Exchange, host: str, rank: int, size: int) -> Collective:
+def joined_exchange(exchange: Exchange, host: str, rank: int, size: int, device: torch.device = CPU) -> Collective:
     """The side of any other rank. `host`: its own address."""
 
     def store() -> Store:
         return distributed.TCPStore(exchange.host, exchange.port, is_master=False, timeout=EXCHANGE_TIMEOUT)
 
-    return GlooGather(store, host, rank, size)
+    return NetworkGather(store, host, rank, size, device)

@@ -74,6 +74,7 @@ class KVCache:
         both = self.layers[layer].index_select(1, slots)
         return both[: self._num_heads], both[self._num_heads :]
 
+    @torch.inference_mode()
     def gather(self, piece: Piece, block_table: BlockTable, out: memoryview) -> None:
         """Copy what it has of a checked piece to its place in `out`, [layers, 2, tokens, kv_heads, head_dim]."""
         rows = self._rows(piece, block_table)
@@ -87,6 +88,7 @@ class KVCache:
                 picked = source.index_select(0, torch.from_numpy(rows.reshape(-1)).to(source.device))
                 frame[index] = _as_rows(picked.cpu(), self._row).reshape(rows.shape)
 
+    @torch.inference_mode()
     def scatter(self, piece: Piece, block_table: BlockTable, payload: memoryview) -> None:
         """The reverse of `gather`."""
         rows = self._rows(piece, block_table)

@@ -10,9 +10,9 @@ from kvferry.engine.ranks.copies import RemoteCache
 from kvferry.engine.ranks.followers import Followers
 from kvferry.engine.ranks.shard import Shard
 from kvferry.engine.settings import EngineSettings
-from kvferry.engine.torch.collective import Collective, GlooGather, open_collective, open_exchange
+from kvferry.engine.torch.collective import Collective, NetworkGather, open_collective, open_exchange
 from kvferry.engine.torch.kv_cache import KVCache
-from kvferry.engine.torch.rank import open_cache
+from kvferry.engine.torch.rank import device_of, open_cache
 from kvferry.schedule.step import KVFormat
 
 
@@ -25,7 +25,7 @@ def set_up(followers: Followers, settings: EngineSettings, num_blocks: int, kv_f
         return open_collective(followers.memory, 0, followers.size)
     exchange, store = open_exchange(followers.host)
     followers.set_up("torch", settled, exchange, kv_format.format_id)
-    return GlooGather(lambda: store, followers.host, 0, followers.size)
+    return NetworkGather(lambda: store, followers.host, 0, followers.size, device_of(settings))
 
 
 def other_caches(

@@ -23,6 +23,7 @@ from kvferry.engine.bf16 import Floats
 from kvferry.engine.columns import Columns, Wanted
 from kvferry.engine.config import ModelConfig
 from kvferry.engine.limits import Limits
+from kvferry.engine.ranks.caches import Caches
 from kvferry.engine.ranks.copies import RemoteCache
 from kvferry.engine.ranks.followers import Followers, Head, Step
 from kvferry.engine.ranks.shard import shards_of
@@ -45,7 +46,7 @@ from kvferry.engine.torch.rank import TorchRank, device_of, open_cache
 from kvferry.engine.torch.scoring import score
 from kvferry.errors import SettingError
 from kvferry.runtime import blocking_clock
-from kvferry.schedule.step import BlockTable, KVFormat, SequenceStep, StepPlan, StepResult
+from kvferry.schedule.step import BlockTable, KVFormat, KVStore, SequenceStep, StepPlan, StepResult
 from kvferry.wire.frame import Piece
 from kvferry.wire.logprobs import PromptLogprobs
 
@@ -76,9 +77,11 @@ class TorchRunner:
         self._max_model_len = resolved_max_model_len(settings, config)
         shards = shards_of(config, settings.tensor_parallel_size)
         assert len(shards) == (1 if followers is None else followers.size)
-        if len(shards) > 1 and self._device.type != "cpu":
+        if settings.remote_ranks < len(shards) - 1 and self._device.type != "cpu":
+            # Its ranks share no memory that the leader could map.
             raise SettingError(
-                "tensor_parallel_size", f"{len(shards)}, on {self._device.type} there is but one rank yet"
+                "remote_ranks",
+                f"{settings.remote_ranks}, on {self._device.type} all ranks but the first join by `kvferry rank`",
             )
         self._followers = followers
         self._kv_format = kv_format_of(settings, config, self._dtype_name)
@@ -92,6 +95,9 @@ class TorchRunner:
         self._caches: list[KVCache | RemoteCache] = [own]
         if followers is not None:
             self._caches += other_caches(followers, settings, config, shards, num_blocks, self._kv_format)
+        self._whole = Caches(self._caches, self._limits)
+        num_remote = settings.remote_ranks
+        self.here: KVStore = Caches(self._caches[: len(shards) - num_remote], self._limits) if num_remote else self
         self._num_blocks, self._scratch_block = num_blocks, own.scratch_block
         self._rank = TorchRank(settings, config, shards, 0, own, collective, progress or (lambda share: None))
         self.rank_weight_bytes = [self._rank.weight_bytes, *([] if followers is None else followers.ready())]
@@ -99,6 +105,10 @@ class TorchRunner:
     @property
     def kv_format(self) -> KVFormat:
         return self._kv_format
+
+    @property
+    def heads(self) -> range:
+        return self._kv_format.all_heads
 
     @property
     def numerics_id(self) -> str:
@@ -155,18 +165,10 @@ class TorchRunner:
             return [self._head(rows).float().cpu().numpy() for rows in batch.rows]
 
     def gather(self, piece: Piece, block_table: BlockTable, out: memoryview) -> None:
-        self._limits.check_piece(piece, block_table, out.nbytes)
-        with torch.inference_mode():
-            for index, cache in enumerate(self._caches):
-                # Ranks that share a KV head have the same content.
-                if index == 0 or cache.heads != self._caches[index - 1].heads:
-                    cache.gather(piece, block_table, out)
+        self._whole.gather(piece, block_table, out)
 
     def scatter(self, piece: Piece, block_table: BlockTable, payload: memoryview) -> None:
-        self._limits.check_piece(piece, block_table, payload.nbytes)
-        with torch.inference_mode():
-            for cache in self._caches:
-                cache.scatter(piece, block_table, payload)
+        self._whole.scatter(piece, block_table, payload)
 
     def warm_up(self) -> None:
         """Build the kernels of the common batch shapes. Writes into the scratch block alone."""

@@ -6,8 +6,8 @@
 
 The stages of different frames overlap: a frame that has come is given to the copy lane at once, and what the
 lane has finished by the time that the loop hears of it is answered by one message of credits, as far as the pace
-allows (`pace.py`); the rest follows with the next step. The sequence is pinned while a frame of it is in the lane,
-and only then.
+allows (`pace.py`); the rest follows with the next step. The target is pinned while a frame of it is in the lane, and
+only then.
 """
 
 from __future__ import annotations
@@ -21,36 +21,47 @@ from kvferry.errors import CorruptFrame
 from kvferry.lane import Lane
 from kvferry.log import get_logger
 from kvferry.runtime import now
-from kvferry.schedule.sequence import Sequence
-from kvferry.schedule.step import ModelRunner
+from kvferry.schedule.step import BlockTable, KVStore
 from kvferry.transport.base import Connection
 from kvferry.transport.slots import Slot, SlotPool
-from kvferry.wire.flow import Credit, Fetch, FlowCodec
+from kvferry.wire.flow import Credit, Flow, FlowCodec
 from kvferry.wire.frame import HEADER_BYTES, KIND_KV, frame_tag
+from kvferry.worker.handoff.incoming import Incoming, Landed, Tiling, land
+from kvferry.worker.handoff.pace import Pace
 from kvferry.worker.metrics import WorkerMetrics
-from kvferry_decode.incoming import Incoming, Landed, Tiling, land
-from kvferry_decode.pace import Pace
 
 log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Dock:
-    """What all landings of a worker share."""
+    """What all landings of a process share."""
 
-    runner: ModelRunner
+    store: KVStore
     slots: SlotPool
     copy_lane: Lane
     metrics: WorkerMetrics
     codec: FlowCodec
     pace: Pace
-    pin: Callable[[Sequence], None]
-    unpin: Callable[[Sequence], None]
 
     @property
     def frame_bytes(self) -> int:
         """The most KV that one slot takes."""
         return self.slots.slot_bytes - HEADER_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a pull lands: some KV heads of the tokens [from_token, num_context) of one sequence."""
+
+    pull_id: int
+    from_token: int
+    num_context: int
+    heads: range
+    block_table: BlockTable
+    request_id: str  # for logs
+    pin: Callable[[], None]
+    unpin: Callable[[], None]
 
 
 class Landing:
@@ -60,23 +71,23 @@ class Landing:
         self,
         dock: Dock,
         connection: Connection,
-        sequence: Sequence,
-        pull_id: int,
+        target: Target,
         *,
+        fetch: Callable[[int], Flow],
         whole: Callable[[], None],
         failed: Callable[[str], None],
     ) -> None:
-        """`whole` hears that all frames and the manifest have landed, `failed` why the pull is worth nothing."""
-        kv, from_token = dock.runner.kv_format, sequence.cached_tokens
+        """`fetch` makes the message that asks for the first frames, so many of them; `whole` hears that all frames and
+        the manifest have landed, `failed` why the pull is worth nothing."""
         self._dock = dock
         self._connection = connection
-        self._sequence = sequence
+        self._target = target
+        self._fetch = fetch
         self._whole = whole
         self._failed = failed
-        self._label = f"pull {pull_id}"
-        self._block_table = sequence.block_table.copy()
-        self._tiling = Tiling(kv, from_token, sequence.num_context)
-        self.incoming = Incoming(pull_id, from_token, self._tiling.missing_bytes)
+        self._label = f"pull {target.pull_id}"
+        self._tiling = Tiling(dock.store.kv_format, target.heads, target.from_token, target.num_context)
+        self.incoming = Incoming(target.pull_id, target.from_token, self._tiling.missing_bytes)
         self.heard = now()  # last frame
         self._posted: dict[int, Slot] = {}  # frame -> slot that the transport holds
         self._emptied: list[Slot] = []  # of good frames, to be posted again
@@ -93,8 +104,7 @@ class Landing:
             self._release(slots)
             return
         self._post(slots)
-        fetch = Fetch(self.incoming.pull_id, self.incoming.from_token, len(slots))
-        self._connection.send_message(self._dock.codec.encode(fetch))
+        self._connection.send_message(self._dock.codec.encode(self._fetch(len(slots))))
 
     def finish(self) -> None:
         """No more frames are wanted. Posted slots come back by themselves, when P's pads or the end complete them."""
@@ -131,12 +141,12 @@ class Landing:
             self._dock.slots.release(slot)  # the puller hears of the connection's end by itself
 
     def _land(self, slot: Slot, frame: int, received: int) -> None:
-        self._dock.pin(self._sequence)
+        self._target.pin()
         landing = self._dock.copy_lane.run(
             land,
-            self._dock.runner,
+            self._dock.store,
             self._tiling,
-            self._block_table,
+            self._target.block_table,
             slot.view,
             received,
             self.incoming.pull_id,
@@ -147,7 +157,7 @@ class Landing:
     # -- what the copy lane says -----------------------------------------------------------------------------
 
     def _landed(self, slot: Slot, frame: int, landing: asyncio.Future[Landed]) -> None:
-        self._dock.unpin(self._sequence)
+        self._target.unpin()
         if landing.cancelled():  # the lane was closed
             self._dock.slots.release(slot)
             return
@@ -191,9 +201,8 @@ class Landing:
         self._connection.send_message(self._dock.codec.encode(credit))
 
     def _bad(self, slot: Slot, frame: int, error: CorruptFrame) -> None:
-        request_id = self._sequence.work.request_id
         self._dock.metrics.transfer_failures.labels(error.reason).inc()
-        log.warning("bad KV frame", reason=error.reason, request_id=request_id, frame=frame)
+        log.warning("bad KV frame", reason=error.reason, request_id=self._target.request_id, frame=frame)
         if self.incoming.over:
             self._dock.slots.release(slot)
         elif self.incoming.bad():
@@ -206,7 +215,7 @@ class Landing:
 
     def _broken(self, slot: Slot, error: BaseException) -> None:
         """The runner could not scatter a good frame: a fault of this side, which costs the pull."""
-        log.error("cannot scatter KV", request_id=self._sequence.work.request_id, exc_info=error)
+        log.error("cannot scatter KV", request_id=self._target.request_id, exc_info=error)
         self._dock.metrics.transfer_failures.labels("scatter").inc()
         self._dock.slots.release(slot)
         if not self.incoming.over:
@@ -238,5 +247,5 @@ class Landing:
         header = landed.header
         if header.kind == KIND_KV:
             self._dock.metrics.kv_bytes.labels("received").inc(header.payload_bytes)
-            if header.piece.layer_start == 0:
+            if header.piece.layer_start == header.piece.head_start == 0:
                 self._dock.metrics.kv_tokens.labels("received").inc(header.piece.num_tokens)

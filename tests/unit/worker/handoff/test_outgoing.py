@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sequences import KV
 
 from kvferry.wire.frame import Piece
-from kvferry_prefill.outgoing import MANIFEST, MAX_AGAIN_QUEUED, PAD, Outgoing, cut
+from kvferry.worker.handoff.outgoing import MANIFEST, MAX_AGAIN_QUEUED, PAD, Outgoing, cut
 
 TOKEN_BYTES = 2 * KV.num_kv_heads * KV.head_dim * 2  # of one layer
 
@@ -21,7 +21,7 @@ def test_pieces_tile_a_range_exactly_and_fit_their_slot(
 ) -> None:
     kv = replace(KV, num_layers=num_layers)
     cells = np.zeros((num_layers, length), np.int32)
-    for piece in cut(kv, start, start + length, max_bytes):
+    for piece in cut(kv, kv.all_heads, start, start + length, max_bytes):
         assert 0 < piece.num_bytes(kv.head_dim, kv.dtype) <= max_bytes
         assert (piece.head_start, piece.head_end) == (0, kv.num_kv_heads)
         cells[piece.layer_start : piece.layer_end, piece.token_start - start : piece.token_end - start] += 1
@@ -29,8 +29,8 @@ def test_pieces_tile_a_range_exactly_and_fit_their_slot(
 
 
 def test_whole_layers_are_kept_together_where_they_fit() -> None:
-    assert cut(KV, 0, 10, 20 * TOKEN_BYTES) == [Piece(0, 2, 0, 10, 0, 2), Piece(2, 3, 0, 10, 0, 2)]
-    assert cut(KV, 4, 4, 100) == []
+    assert cut(KV, KV.all_heads, 0, 10, 20 * TOKEN_BYTES) == [Piece(0, 2, 0, 10, 0, 2), Piece(2, 3, 0, 10, 0, 2)]
+    assert cut(KV, KV.all_heads, 4, 4, 100) == []
 
 
 def drain(outgoing: Outgoing, finished: bool) -> list[tuple[int, object]]:
@@ -41,7 +41,7 @@ def drain(outgoing: Outgoing, finished: bool) -> list[tuple[int, object]]:
 
 
 def test_kv_is_sent_as_it_is_computed_and_the_manifest_last_and_pads_use_up_the_rest() -> None:
-    outgoing = Outgoing(1, from_token=4, credits=3)
+    outgoing = Outgoing(1, from_token=4, heads=KV.all_heads, credits=3)
     assert drain(outgoing, False) == []
     outgoing.computed(8, KV, 1 << 20)
     outgoing.computed(8, KV, 1 << 20)
@@ -53,13 +53,13 @@ def test_kv_is_sent_as_it_is_computed_and_the_manifest_last_and_pads_use_up_the_
 
 
 def test_a_pull_of_nothing_is_a_manifest_alone() -> None:
-    outgoing = Outgoing(1, from_token=12, credits=1)
+    outgoing = Outgoing(1, from_token=12, heads=KV.all_heads, credits=1)
     outgoing.computed(12, KV, 1 << 20)
     assert drain(outgoing, True) == [(0, MANIFEST)]
 
 
 def test_a_bad_frame_is_sent_again_under_a_new_number_before_anything_else() -> None:
-    outgoing = Outgoing(1, from_token=0, credits=1)
+    outgoing = Outgoing(1, from_token=0, heads=KV.all_heads, credits=1)
     outgoing.computed(4, KV, 1 << 20)
     [(number, piece)] = drain(outgoing, False)
     outgoing.computed(8, KV, 1 << 20)
@@ -73,7 +73,7 @@ def test_a_bad_frame_is_sent_again_under_a_new_number_before_anything_else() -> 
 
 
 def test_a_frame_that_was_never_sent_or_too_many_are_not_given_again() -> None:
-    outgoing = Outgoing(1, from_token=0, credits=1)
+    outgoing = Outgoing(1, from_token=0, heads=KV.all_heads, credits=1)
     outgoing.computed(4, KV, 1 << 20)
     drain(outgoing, False)
     assert not outgoing.ask_again((1,))
@@ -83,7 +83,7 @@ def test_a_frame_that_was_never_sent_or_too_many_are_not_given_again() -> None:
 
 
 def test_a_stopped_pull_sends_pads_alone_and_remembers_none() -> None:
-    outgoing = Outgoing(1, from_token=0, credits=2)
+    outgoing = Outgoing(1, from_token=0, heads=KV.all_heads, credits=2)
     outgoing.computed(8, KV, 1 << 20)
     outgoing.stopped = True
     assert [content for _, content in drain(outgoing, True)] == [PAD, PAD]
@@ -97,7 +97,7 @@ def test_a_stopped_pull_sends_pads_alone_and_remembers_none() -> None:
 def test_whatever_happens_all_kv_and_one_manifest_go_out_under_numbers_that_never_repeat(
     events: list[str], stop: bool
 ) -> None:
-    outgoing = Outgoing(1, from_token=0, credits=1)
+    outgoing = Outgoing(1, from_token=0, heads=KV.all_heads, credits=1)
     total, computed = 40, 0
     sent: list[tuple[int, object]] = []
     bad: set[int] = set()

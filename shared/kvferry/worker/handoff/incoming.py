@@ -11,9 +11,9 @@ from typing import Final
 import numpy as np
 
 from kvferry.errors import CorruptFrame, MalformedMessage, WireError
-from kvferry.schedule.step import BlockTable, KVFormat, ModelRunner
+from kvferry.schedule.step import BlockTable, KVFormat, KVStore
 from kvferry.wire.flow import Manifest, ManifestCodec
-from kvferry.wire.frame import HEADER_BYTES, KIND_KV, KIND_MANIFEST, FrameHeader, check
+from kvferry.wire.frame import DTYPE_BYTES, HEADER_BYTES, KIND_KV, KIND_MANIFEST, FrameHeader, check
 from kvferry.wire.logprobs import TokenLogprobs, unpack_logprobs
 
 WINDOW: Final = 4  # receives posted at once by one pull
@@ -21,10 +21,12 @@ MAX_AGAIN: Final = 3  # bad frames of one pull before it counts as failed
 
 
 class Tiling:
-    """Which (layer, token) cells of a range have come. A cell that comes twice is an error, never a rewrite."""
+    """Which (layer, token) cells of a range have come, of some KV heads. A cell that comes twice is an error, never a
+    rewrite."""
 
-    def __init__(self, kv: KVFormat, token_start: int, token_end: int) -> None:
+    def __init__(self, kv: KVFormat, heads: range, token_start: int, token_end: int) -> None:
         self._kv = kv
+        self._heads = heads
         self._start = token_start
         self._end = token_end
         self._come = np.zeros((kv.num_layers, token_end - token_start), dtype=np.bool_)
@@ -33,7 +35,8 @@ class Tiling:
     @property
     def missing_bytes(self) -> int:
         """KV of the range that has not come."""
-        return self._num_missing * (self._kv.token_bytes // self._kv.num_layers)
+        kv = self._kv
+        return self._num_missing * 2 * len(self._heads) * kv.head_dim * DTYPE_BYTES[kv.dtype]
 
     def claim(self, header: FrameHeader) -> None:
         """Raises `CorruptFrame` if the frame's piece is not a new part of the range in this KV format."""
@@ -41,7 +44,7 @@ class Tiling:
         inside = (
             0 <= piece.layer_start < piece.layer_end <= kv.num_layers
             and self._start <= piece.token_start < piece.token_end <= self._end
-            and (piece.head_start, piece.head_end) == (0, kv.num_kv_heads)
+            and (piece.head_start, piece.head_end) == (self._heads.start, self._heads.stop)
         )
         if not inside or header.dtype != kv.dtype:
             raise CorruptFrame("range", str(piece))
@@ -66,7 +69,7 @@ class Landed:
 
 
 def land(
-    runner: ModelRunner,
+    cache: KVStore,
     tiling: Tiling,
     block_table: BlockTable,
     view: memoryview,
@@ -82,7 +85,7 @@ def land(
     payload = view[HEADER_BYTES:received]
     if header.kind == KIND_KV:
         tiling.claim(header)
-        runner.scatter(header.piece, block_table, payload)
+        cache.scatter(header.piece, block_table, payload)
     elif header.kind == KIND_MANIFEST:
         try:
             manifest = ManifestCodec().decode(payload)
@@ -100,6 +103,7 @@ class Incoming:
     missing_bytes: int  # KV of the range that has not come
     num_posted: int = 0
     num_bad: int = 0
+    num_bytes: int = 0  # KV of good frames
     manifest: Manifest | None = None
     manifest_frame: int = 0
     over: bool = False  # verified, aborted or failed: no more credits
@@ -121,6 +125,7 @@ class Incoming:
     def good(self, landed: Landed) -> None:
         """Take a good frame."""
         self.missing_bytes = min(self.missing_bytes, landed.missing_bytes)
+        self.num_bytes += landed.header.payload_bytes if landed.header.kind == KIND_KV else 0
         if landed.manifest is not None:
             self.manifest = landed.manifest
             self.manifest_frame = landed.header.frame

@@ -20,7 +20,7 @@ from kvferry.wire.frame import (
     Piece,
     seal,
 )
-from kvferry_decode.incoming import MAX_AGAIN, WINDOW, Incoming, Landed, Tiling, land
+from kvferry.worker.handoff.incoming import MAX_AGAIN, WINDOW, Incoming, Landed, Tiling, land
 
 SETTINGS = MemorySettings(num_blocks=4)
 KV = SETTINGS.kv_format
@@ -35,7 +35,7 @@ class Landing:
 
     def __init__(self) -> None:
         self.runner = MemoryRunner(SETTINGS)
-        self.tiling = Tiling(KV, START, END)
+        self.tiling = Tiling(KV, KV.all_heads, START, END)
         self.slot = memoryview(bytearray(1 << 16))
 
     def frame(self, piece: Piece = WHOLE, frame: int = 0, **header: object) -> int:
@@ -65,8 +65,8 @@ def test_a_good_frame_is_scattered_and_a_range_is_complete_when_all_its_cells_ha
 
 
 def test_a_range_of_no_tokens_is_complete_from_the_start() -> None:
-    assert Tiling(KV, 16, 16).missing_bytes == 0
-    assert Tiling(KV, 16, 17).missing_bytes == KV.token_bytes
+    assert Tiling(KV, KV.all_heads, 16, 16).missing_bytes == 0
+    assert Tiling(KV, KV.all_heads, 16, 17).missing_bytes == KV.token_bytes
 
 
 def _flip(landing: Landing, received: int) -> int:

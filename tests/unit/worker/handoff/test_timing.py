@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvferry.wire.flow import Progress
-from kvferry_decode.timing import FIRST_GUESS_BYTES_PER_S, MIN_BYTES, TransferRate, is_due
+from kvferry.worker.handoff.timing import FIRST_GUESS_BYTES_PER_S, MIN_BYTES, TransferRate, is_due
 
 
 @pytest.mark.parametrize(

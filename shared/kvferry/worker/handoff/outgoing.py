@@ -15,19 +15,20 @@ MAX_AGAIN_QUEUED: Final = 256  # repeats that one pull may be owed at once
 Content = Piece | Literal["manifest", "pad"]
 
 
-def cut(kv: KVFormat, token_start: int, token_end: int, max_bytes: int) -> list[Piece]:
-    """Pieces of at most `max_bytes` that tile all layers of [token_start, token_end): by layers, then by tokens.
+def cut(kv: KVFormat, heads: range, token_start: int, token_end: int, max_bytes: int) -> list[Piece]:
+    """Pieces of at most `max_bytes` that tile all layers of some heads of [token_start, token_end): by layers, then by
+    tokens.
 
     Whole layers of a chunk keep the copies long; only a chunk whose single layer is too big is cut by tokens.
     """
-    layer_token_bytes = 2 * kv.num_kv_heads * kv.head_dim * DTYPE_BYTES[kv.dtype]
+    layer_token_bytes = 2 * len(heads) * kv.head_dim * DTYPE_BYTES[kv.dtype]
     tokens_at_once = min(token_end - token_start, max_bytes // layer_token_bytes)
     pieces: list[Piece] = []
     for first in range(token_start, token_end, max(1, tokens_at_once)):
         last = min(token_end, first + tokens_at_once)
         layers_at_once = max(1, max_bytes // (layer_token_bytes * (last - first)))
         pieces += [
-            Piece(layer, min(kv.num_layers, layer + layers_at_once), first, last, 0, kv.num_kv_heads)
+            Piece(layer, min(kv.num_layers, layer + layers_at_once), first, last, heads.start, heads.stop)
             for layer in range(0, kv.num_layers, layers_at_once)
         ]
     return pieces
@@ -43,8 +44,10 @@ class Outgoing:
 
     pull_id: int
     from_token: int
+    heads: range  # KV heads of the whole model
     credits: int
     next_frame: int = 0
+    num_bytes: int = 0  # KV that has been packed
     manifest_sent: bool = False
     stopped: bool = False  # aborted or superseded: pads only
     _cursor: int = 0
@@ -58,7 +61,7 @@ class Outgoing:
     def computed(self, num_tokens: int, kv: KVFormat, max_bytes: int) -> None:
         """KV of the first `num_tokens` tokens is in the blocks."""
         if num_tokens > self._cursor:
-            self._queue.extend(cut(kv, self._cursor, num_tokens, max_bytes))
+            self._queue.extend(cut(kv, self.heads, self._cursor, num_tokens, max_bytes))
             self._cursor = num_tokens
 
     def ask_again(self, frames: tuple[int, ...]) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 
-from kvferry_decode.timing import TransferRate
+from kvferry.worker.handoff.timing import TransferRate
 
 
 class Pace:

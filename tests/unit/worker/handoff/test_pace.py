@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvferry_decode.pace import Pace
-from kvferry_decode.timing import TransferRate
+from kvferry.worker.handoff.pace import Pace
+from kvferry.worker.handoff.timing import TransferRate
 
 FRAME = 4 << 20
 LONG = 100 * FRAME
