@@ -30,11 +30,13 @@ from bench.contention import Contention
 from bench.prompts import Prompts
 from bench.tap import Attempt, Heard, bus_of
 from books import HOST, Books, Row, books_of, cluster, port_of, seconds_until_clean, violations, whole
-from runners import native_library
+from runners import Runner, native_library
 from stack import Stack
 from tokenizers import Tokenizer
 from watch import Watch
 
+from kvferry.engine.native.library import LibraryUnavailable, open_library
+from kvferry.engine.native.runner import NativeRunner
 from kvferry.engine.reference import ReferencePass
 from kvferry.engine.settings import EngineSettings
 from kvferry.engine.torch.runner import TorchRunner
@@ -194,9 +196,15 @@ def fleet(flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture(scope="module")
 def judge(model_dir: Path) -> Iterator[ReferencePass]:
-    runner = TorchRunner(
-        EngineSettings(model_dir, num_blocks=MAX_MODEL_LEN // 16, block_size=16, max_model_len=MAX_MODEL_LEN, threads=1)
+    """On the workers' engine: another one's rounding is within ε on processors with bf16, and not on all others."""
+    settings = EngineSettings(
+        model_dir, num_blocks=MAX_MODEL_LEN // 16, block_size=16, max_model_len=MAX_MODEL_LEN, threads=1
     )
+    runner: Runner
+    try:
+        runner = NativeRunner(settings, library=open_library())
+    except LibraryUnavailable:
+        runner = TorchRunner(settings)
     yield ReferencePass(runner)
     runner.close()
 
