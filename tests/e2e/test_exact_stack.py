@@ -22,7 +22,7 @@ def held(report: Report) -> dict[str, float]:
     return {figure.name: figure.value for figure in report.figures}
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 async def test_a_pair_of_workers_says_what_one_worker_says_whatever_is_killed(model_dir: Path) -> None:
     """One of two decode workers is killed in the middle of its streams."""
     native_library()  # or skip: the torch engine is not exact
