@@ -30,8 +30,7 @@ class _Other:
     shard: Shard
     sequence: Sequence
     watcher: Watcher
-    incoming: Incoming
-    landed: bool = False
+    incoming: Incoming  # whole once it has landed
     settled: bool = False
 
 
@@ -52,7 +51,7 @@ class Others:
 
     @property
     def whole(self) -> bool:
-        return all(other.landed for other in self.parts.values())
+        return all(other.incoming.whole for other in self.parts.values())
 
     @property
     def incoming(self) -> list[Incoming]:
@@ -77,9 +76,6 @@ class OtherParts:
         self._others: dict[int, _Other] = {}  # those that are not settled
         for shard in shards:
             shard.on_word(self._hear)
-
-    def __len__(self) -> int:
-        return len(self._others)
 
     def fetch(
         self, pull_id: int, sequence: Sequence, address: WorkerAddress, parts: tuple[Part, ...], watcher: Watcher
@@ -120,7 +116,6 @@ class OtherParts:
                 if other.shard.is_remote:
                     self._metrics.kv_bytes.labels("received").inc(num_bytes)
                 other.incoming.manifest, other.incoming.manifest_frame = manifest, manifest_frame
-                other.landed = True
                 if not other.settled:
                     other.watcher.alive()
                     other.watcher.landed()

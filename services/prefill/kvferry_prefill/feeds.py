@@ -38,9 +38,6 @@ class Feeds:
         for place, shard in enumerate(shards):
             shard.on_word(functools.partial(self._hear, place, shard))
 
-    def __len__(self) -> int:
-        return len(self._feeds)
-
     def _hear(self, place: int, shard: Shard, word: ServeWord | LandWord) -> None:
         match word:
             case Asked():

@@ -40,7 +40,11 @@ class KVFormat:
     @property
     def token_bytes(self) -> int:
         """KV bytes of one token over all layers."""
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        return self.num_layers * self.layer_token_bytes(self.all_heads)
+
+    def layer_token_bytes(self, heads: range) -> int:
+        """KV bytes of some heads of one token, in one layer."""
+        return 2 * len(heads) * self.head_dim * DTYPE_BYTES[self.dtype]
 
     @property
     def all_heads(self) -> range:

@@ -13,7 +13,7 @@ import numpy as np
 from kvferry.errors import CorruptFrame, MalformedMessage, WireError
 from kvferry.schedule.step import BlockTable, KVFormat, KVStore
 from kvferry.wire.flow import Manifest, ManifestCodec
-from kvferry.wire.frame import DTYPE_BYTES, HEADER_BYTES, KIND_KV, KIND_MANIFEST, FrameHeader, check
+from kvferry.wire.frame import HEADER_BYTES, KIND_KV, KIND_MANIFEST, FrameHeader, check
 from kvferry.wire.logprobs import TokenLogprobs, unpack_logprobs
 
 WINDOW: Final = 4  # receives posted at once by one pull
@@ -35,8 +35,7 @@ class Tiling:
     @property
     def missing_bytes(self) -> int:
         """KV of the range that has not come."""
-        kv = self._kv
-        return self._num_missing * 2 * len(self._heads) * kv.head_dim * DTYPE_BYTES[kv.dtype]
+        return self._num_missing * self._kv.layer_token_bytes(self._heads)
 
     def claim(self, header: FrameHeader) -> None:
         """Raises `CorruptFrame` if the frame's piece is not a new part of the range in this KV format."""
@@ -69,7 +68,7 @@ class Landed:
 
 
 def land(
-    cache: KVStore,
+    store: KVStore,
     tiling: Tiling,
     block_table: BlockTable,
     view: memoryview,
@@ -85,7 +84,7 @@ def land(
     payload = view[HEADER_BYTES:received]
     if header.kind == KIND_KV:
         tiling.claim(header)
-        cache.scatter(header.piece, block_table, payload)
+        store.scatter(header.piece, block_table, payload)
     elif header.kind == KIND_MANIFEST:
         try:
             manifest = ManifestCodec().decode(payload)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from kvferry.schedule.step import KVFormat
-from kvferry.wire.frame import DTYPE_BYTES, Piece
+from kvferry.wire.frame import Piece
 
 MANIFEST: Final = "manifest"
 PAD: Final = "pad"
@@ -21,7 +21,7 @@ def cut(kv: KVFormat, heads: range, token_start: int, token_end: int, max_bytes:
 
     Whole layers of a chunk keep the copies long; only a chunk whose single layer is too big is cut by tokens.
     """
-    layer_token_bytes = 2 * len(heads) * kv.head_dim * DTYPE_BYTES[kv.dtype]
+    layer_token_bytes = kv.layer_token_bytes(heads)
     tokens_at_once = min(token_end - token_start, max_bytes // layer_token_bytes)
     pieces: list[Piece] = []
     for first in range(token_start, token_end, max(1, tokens_at_once)):
