@@ -404,6 +404,18 @@ async def test_closing_while_the_server_is_down_leaves_nothing_behind(harness: H
     assert other_tasks() <= before
 
 
+async def test_closing_in_the_turn_of_a_loss_leaves_nothing_behind(harness: Harness) -> None:
+    before = other_tasks()
+    bus = await harness.started("a")
+    stopping = asyncio.create_task(harness.stop_server())
+    async with asyncio.timeout(PATIENCE):
+        while bus.connected:  # each turn, so that the bus's own task has not seen the loss either
+            await asyncio.sleep(0)
+    await bus.close()
+    assert other_tasks() - {stopping} <= before
+    await stopping
+
+
 async def test_a_first_connect_without_a_server_fails_and_names_the_setting(harness: Harness) -> None:
     await harness.stop_server()
     before = other_tasks()

@@ -94,7 +94,8 @@ async def test_a_peer_killed_while_it_sends_is_noticed_and_its_buffers_are_ours(
         killed = time.monotonic()
         await ended(connection)
         assert time.monotonic() - killed < NOTICE_S
-        assert all(isinstance(future.exception(), ConnectionClosed) for future in received)
+        assert received[0].done()  # the kernel may end a call of `sendmsg`, and this whole frame with it
+        assert all(isinstance(future.exception(), ConnectionClosed) for future in received[1:])
         for buffer in buffers:
             buffer[:] = b"\xee" * LARGE
     async with running_peer(kind) as (_, address):  # another transfer gives a late write its time

@@ -32,6 +32,7 @@ class NatsBus(BusClient):
     def __init__(self, settings: BusSettings, runtime: Runtime, *, max_pending: int = MAX_PENDING_MESSAGES) -> None:
         super().__init__(settings, runtime, max_pending=max_pending)
         self._link: NatsLink | None = None
+        self._links: set[NatsLink] = set()  # opened and not yet disposed of: ours, and one that was lost
         self._urls = [url for part in settings.url.split(",") if (url := part.strip())]
         self._next_url = 0  # the servers of a cluster take turns: the one that was lost comes last
         self._max_payload = 0
@@ -56,11 +57,11 @@ class NatsBus(BusClient):
         self._closed = True
         await self._tasks.cancel()
         link, self._link = self._link, None
-        if link is not None:
-            if not link.lost.is_set():
-                await self._echo(link)  # all that we published is at the server when it comes back
-            self._connected = False
-            await link.dispose()
+        if link is not None and not link.lost.is_set():
+            await self._echo(link)  # all that we published is at the server when it comes back
+        self._connected = False
+        for left in list(self._links):
+            await self._dispose(left)
         self._close_subscriptions()
         self._answers.fail_all("the bus is closed")
 
@@ -79,6 +80,7 @@ class NatsBus(BusClient):
     async def _open_at(self, url: str) -> NatsLink:
         """A connection with all subscriptions in place. Raises `BusUnavailable` or `SettingError`."""
         link = NatsLink(self._lost, self._report)
+        self._links.add(link)
         try:
             await link.connect(self._settings, url)
             self._check_server(link.max_payload)
@@ -93,17 +95,21 @@ class NatsBus(BusClient):
             for subscription_id in [held for held in link.subscriptions if held not in self._subscriptions]:
                 await link.unsubscribe(subscription_id)  # closed by its owner while we connected
         except BaseException:
-            await link.dispose()
+            await self._dispose(link)
             raise
         self._max_payload = link.max_payload
         return link
+
+    async def _dispose(self, link: NatsLink) -> None:
+        await link.dispose()
+        self._links.discard(link)  # only now: whoever is cancelled before leaves it to `close`
 
     async def _supervise(self, link: NatsLink) -> None:
         while True:
             await self._watch(link)
             if link is self._link:
                 self._lost(link)
-            await link.dispose()
+            await self._dispose(link)
             link = await self._reopen()
             self._link = link
             self.counters.reconnects += 1

@@ -165,6 +165,17 @@ class NatsLink:
         with contextlib.suppress(*_BROKEN):  # the farewell of a dead connection may fail
             async with asyncio.timeout(DISPOSE_TIMEOUT):
                 await self.client.close()
+        await self._end_tasks()
+
+    async def _end_tasks(self) -> None:
+        """nats-py's close gives its tasks one turn of the loop, and none where it was cancelled the first time."""
+        client = self.client
+        made = (client._reading_task, client._flusher_task, client._ping_interval_task, client._reconnection_task)
+        tasks = [task for task in made if task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=DISPOSE_TIMEOUT)
 
     async def _on_error(self, error: Exception) -> None:
         if self._connecting:
