@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench import rivals, traces
+from bench.contenders import Server, as_server, frozen
 from bench.options import MODEL_NAME, Options
 from bench.report import Report
 from bench.stack import HOST, running
-from bench.versus import Server, as_server, frozen
 
 REQUESTS: Final = 100
 QUICK_REQUESTS: Final = 8

@@ -17,13 +17,13 @@ import statistics
 import time
 from typing import Final
 
+from bench.contenders import Server, decode_rate
 from bench.engine import MAX_MODEL_LEN, NUM_BLOCKS, decode_seconds
 from bench.machine import decode_bytes, read_bandwidth
 from bench.options import Options
 from bench.prompts import Prompts
 from bench.report import Report
 from bench.stack import Stack, metric, running
-from bench.versus import Server, decode_rate
 from kvferry.engine.config import ModelConfig
 from kvferry.engine.native.library import Library, open_library
 from kvferry.engine.native.runner import NativeRunner
