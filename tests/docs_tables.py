@@ -147,7 +147,8 @@ def metrics_table() -> str:
                 described = collector.describe() if isinstance(collector, MetricWrapperBase) else collector.collect()
                 family = next(iter(described))
                 name = family.name + ("_total" if family.type == "counter" else "")
-                labels = ", ".join(f"`{label}`" for label in getattr(collector, "_labelnames", ()))
+                names = collector.labels if isinstance(collector, HotHistogram) else collector._labelnames
+                labels = ", ".join(f"`{label}`" for label in names)
                 rows.append(f"| `{name}` | {labels} | {owner} | {family.documentation} |")
     return "\n".join(rows)
 

@@ -22,6 +22,8 @@ class HotHistogram(Collector):
     Only the event loop observes it.
     """
 
+    labels: Final = MODEL
+
     def __init__(self, name: str, description: str, bounds: Sequence[float]) -> None:
         self._name = name
         self._description = description
@@ -40,7 +42,7 @@ class HotHistogram(Collector):
         self._sums[model] += value * times
 
     def collect(self) -> Iterable[Metric]:
-        family = HistogramMetricFamily(self._name, self._description, labels=MODEL)
+        family = HistogramMetricFamily(self._name, self._description, labels=self.labels)
         bounds = (*map(str, self._bounds), "+Inf")
         for model, counts in self._counts.items():
             totals = zip(bounds, accumulate(counts), strict=True)
