@@ -55,13 +55,15 @@ def promtool(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 class Prometheus:
-    """One server with the shipped configuration and rules, but fixed targets, a scrape a second, and a free port."""
+    """One server with the shipped configuration and rules, but fixed targets, short intervals, and a free port."""
 
-    def __init__(self, folder: Path, targets: Mapping[str, Sequence[str]]) -> None:
-        """`targets`: addresses by job."""
+    def __init__(
+        self, folder: Path, targets: Mapping[str, Sequence[str]], *, rules: Path | None = None, interval: str = "1s"
+    ) -> None:
+        """`targets`: addresses by job. `rules`: others than those shipped."""
         config = yaml.safe_load(CONFIG.read_text())
-        config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
-        config["rule_files"] = [str(CONFIG.parent / name) for name in config["rule_files"]]
+        config["global"] = {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval}
+        config["rule_files"] = [str(rules or CONFIG.parent / name) for name in config["rule_files"]]
         for job in config["scrape_configs"]:
             del job["dns_sd_configs"]
             job["static_configs"] = [{"targets": list(targets[job["job_name"]])}]
@@ -115,6 +117,11 @@ class Prometheus:
         """The rules that it has loaded, each with its health after the last evaluation."""
         answer = httpx.get(f"{self.url}/api/v1/rules", timeout=30, trust_env=False).raise_for_status().json()
         return [rule for group in answer["data"]["groups"] for rule in group["rules"]]
+
+    def firing(self) -> set[str]:
+        """The names of the alerts that fire now."""
+        answer = httpx.get(f"{self.url}/api/v1/alerts", timeout=30, trust_env=False).raise_for_status().json()
+        return {alert["labels"]["alertname"] for alert in answer["data"]["alerts"] if alert["state"] == "firing"}
 
     def close(self) -> None:
         self._process.terminate()
