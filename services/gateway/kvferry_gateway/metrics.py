@@ -12,6 +12,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from kvferry.metrics import STEP_BUCKETS, Metrics
+from kvferry_gateway.streams.attempt import LOST_REASONS
 
 MODEL: Final = ("model",)  # empty where a request named none that is served
 
@@ -88,3 +89,5 @@ class GatewayMetrics(Metrics):
             self.live.labels(model)
             for metric in (self.ttft, self.e2e, self.prompt_tokens, self.generated_tokens, self.cached_tokens):
                 metric.labels(model)
+            for reason in LOST_REASONS:
+                self.replacements.labels(model, reason)

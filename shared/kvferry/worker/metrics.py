@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from kvferry.metrics import STEP_BUCKETS, Metrics
+
+TRANSFER_FAILURES: Final = (
+    "connect", "connection_lost", "stall", "send_stall", "unknown_ticket",  # the way, or who is at its other end
+    "short", "long", "header", "checksum", "identity", "range", "size", "content", "twice", "manifest",  # a frame
+    "part", "kv_format", "frame_count", "chain_hash", "first_token",  # all of them together
+    "gather", "scatter",  # this side's own copies
+)  # fmt: skip
 
 
 class WorkerMetrics(Metrics):
@@ -41,5 +50,7 @@ class WorkerMetrics(Metrics):
         self.cancels = self.counter("kvferry_cancel", "Sequences cancelled by their gateway")
         self.cancel_seconds = self.histogram("kvferry_cancel_to_free_seconds", "From cancel to free blocks")
         self.lease_expiries = self.counter("kvferry_lease_expiry", "Held KV whose lease ran out")
+        for kind in TRANSFER_FAILURES:
+            self.transfer_failures.labels(kind)  # from 0 on, so that a first failure is seen as one
         self.wire_errors = self.counter("kvferry_wire_error", "Messages dropped by kind", ("plane", "kind"))
         self.spans = self.counter("kvferry_span", "Spans of traces by outcome: sent, failed, dropped", ("outcome",))

@@ -6,7 +6,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from kvferry.trace.open_span import OpenSpan
 from kvferry.wire.beats import Held, SequenceState
@@ -23,7 +23,10 @@ MISSING_BEATS: Final = 2
 # Ends that are nobody's fault: the rest of the request is placed anew and no failure is counted.
 HARMLESS_ENDS: Final[frozenset[EndReason]] = frozenset({"preempted", "draining", "expired"})
 
-LostReason = EndReason | Literal["decode_gone", "prefill_gone", "wedged", "forgotten", "token_mismatch"]
+GatewayReason = Literal["decode_gone", "prefill_gone", "wedged", "forgotten", "token_mismatch"]
+LostReason = EndReason | GatewayReason
+WHOLE_ENDS: Final = ("stop", "length")
+LOST_REASONS: Final = (*(end for end in get_args(EndReason) if end not in WHOLE_ENDS), *get_args(GatewayReason))
 
 
 @dataclass(frozen=True, slots=True)
