@@ -56,6 +56,7 @@ from kvferry_prefill.worker import PrefillWorker
 P = ParamSpec("P")
 T = TypeVar("T")
 DATA_KEY = b"k" * 32
+ACCEPT_S = 0.3  # as gateways wait for the answer to a placement
 GREEDY = Sampling(temperature=0.0, max_tokens=8)
 MODEL = MemorySettings(num_blocks=64, seconds_per_step=0.004, seconds_per_token=0.001)
 
@@ -323,8 +324,8 @@ class ScriptedGateway:
         """Name a stream in the heartbeats as one that this worker shall serve."""
         self._live.setdefault(worker.incarnation, set()).add(work.stream_id)
 
-    async def ask(self, worker: Worker[Any], message: ToWorker) -> Any:
-        answer = await self._bus.request(worker.subject, self._codecs.to_worker.encode(message), 0.3)
+    async def ask(self, worker: Worker[Any], message: ToWorker, limit: float = ACCEPT_S) -> Any:
+        answer = await self._bus.request(worker.subject, self._codecs.to_worker.encode(message), limit)
         return self._codecs.answer.decode(answer)
 
     async def tell(self, worker: Worker[Any], message: ToWorker) -> None:

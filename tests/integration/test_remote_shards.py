@@ -148,7 +148,7 @@ async def ask(here: Here, gateway: ScriptedGateway, workers: dict[str, WorkerRec
         (workers["prefill"], PrefillRequest(work)), (workers["decode"], DecodeRequest(work, address)),
     ):  # fmt: skip
         gateway.expect(work, record)  # type: ignore[arg-type]
-        answer = await gateway.ask(record, message)  # type: ignore[arg-type]
+        answer = await gateway.ask(record, message, PATIENCE_S)  # type: ignore[arg-type]
         assert isinstance(answer, Accepted), answer
     await gateway.until(lambda: work.stream_id in gateway.ends, limit=PATIENCE_S)
     assert gateway.ends[work.stream_id].reason == "length", gateway.ends[work.stream_id]

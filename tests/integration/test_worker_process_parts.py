@@ -181,7 +181,8 @@ async def test_an_address_that_leads_nowhere_ends_the_attempt() -> None:
         for address in ("", "nonsense", "tcp://127.0.0.1:1", "tcp://[::1", "ucx://127.0.0.1:5"):
             work = gateway.work(prompt_of(20))
             gateway.expect(work, decode)
-            await gateway.ask(decode, DecodeRequest(work, WorkerAddress(prefill.incarnation, (address,))))
-            assert (await gateway.ended(work, limit=5)).reason == "prefill_lost"
+            asked = DecodeRequest(work, WorkerAddress(prefill.incarnation, (address,)))
+            await gateway.ask(decode, asked, PATIENCE_S)
+            assert (await gateway.ended(work, limit=PATIENCE_S)).reason == "prefill_lost"
         assert not decode.scheduler.sequences
-        await gateway.until(lambda: len(decode.outbox) == 0, limit=5)
+        await gateway.until(lambda: len(decode.outbox) == 0, limit=PATIENCE_S)
