@@ -7,18 +7,18 @@ import os
 from pathlib import Path
 
 import pytest
-from pages import PAGES, Block, blocks, fault
+from pages import PAGES, Block, blocks, fault, parts, put, written
 from terminal import Terminal, shown_pattern
 
 PAGE = Path(__file__).parents[2] / "README.md"
 
 
 def faults(found: list[Block]) -> list[str]:
-    return [f"{block.place}: {wrong}" for block in found if block.is_shell and (wrong := fault(block))]
+    return [f"{block.place}: {wrong}" for block in found if (wrong := fault(block))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_every_shell_block_is_tested_or_says_why_not(page: Path) -> None:
+def test_every_block_of_commands_is_tested_or_says_why_not(page: Path) -> None:
     assert faults(blocks(page)) == []
 
 
@@ -31,12 +31,30 @@ def test_every_shell_block_is_tested_or_says_why_not(page: Path) -> None:
         ("sh untested", "without a reason"),
         ("sh tested-by=tests/nothing.py", "does not exist"),
         ("sh tested-by=tests/docs/test_doc_blocks.py::test_nothing", "has no test_nothing"),
+        ("sh tested-by=tests/docs/test_doc_blocks.py", "has no function without a name"),
+        ("sh tested-by=tests/docs/test_doc_blocks.py::faults", 'has no written("README.md", "faults")'),
         ("sh tested-by=docs/tutorial.md", "runs no block with the same commands"),
+        ("yaml untested", "without a reason"),
+        ("", "names no language"),
     ],
 )
 def test_a_block_without_a_tag_or_with_an_unfounded_one_is_found(info: str, wrong: str) -> None:
     (found,) = faults(blocks(PAGE, f"```{info}\nmake nothing\n```\n"))
     assert wrong in found
+
+
+def test_a_test_gets_the_commands_of_the_blocks_that_name_it_as_they_stand() -> None:
+    (curl,) = written("README.md", "test_the_line_that_is_printed_works_when_it_is_pasted")
+    assert curl.startswith("curl -N http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json'")
+    assert "\\" not in curl
+    up, models, down = written("docs/deployment.md", "compose")
+    assert (up, down) == ("docker compose up --build --wait", "docker compose down")
+    with pytest.raises(LookupError, match="no block that is tested by test_nothing"):
+        written("README.md", "test_nothing")
+    assert put(models, {"8000": 1234}) == "curl http://127.0.0.1:1234/v1/models"
+    with pytest.raises(AssertionError, match="has no '9000'"):
+        put(models, {"9000": 1234})
+    assert parts("A=1 B='x y' kvferry up --flag C=3") == ({"A": "1", "B": "x y"}, ["kvferry", "up", "--flag", "C=3"])
 
 
 @pytest.mark.parametrize("text", ["```sh tets\nmake\n```", "```sh test\nmake\n"])

@@ -6,6 +6,7 @@ import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+from pages import parts, put, written
 from stack import Stack
 
 
@@ -24,10 +25,12 @@ def test_the_doctor_finds_a_running_stack_healthy(stack: Stack) -> None:
 
 def test_a_load_is_measured_on_a_running_stack(stack: Stack, tmp_path: Path) -> None:
     result, drawn = tmp_path / "out.json", tmp_path / "out.svg"
-    done = stack.command(
-        "bench", "--requests", "6", "--rate", "4", "--prompt-tokens", "60", "--output-tokens", "8", "--ignore-eos",
-        "--json", str(result), "--svg", str(drawn),
-    )  # fmt: skip
+    (command,) = written("docs/when-not-to-disaggregate.md", "test_a_load_is_measured_on_a_running_stack")
+    smaller = {"rate 2": "rate 4", "requests 200": "requests 6", "prompt-tokens 1500": "prompt-tokens 60"}
+    line = put(command, smaller | {"output-tokens 200": "output-tokens 8", "apart.json": result})
+    _, (program, *words) = parts(line)
+    assert program == "kvferry"
+    done = stack.command(*words, "--ignore-eos", "--svg", str(drawn))
     assert done.returncode == 0, done.stderr
     assert "6 of 6 requests whole" in done.stdout
     document = json.loads(result.read_text())

@@ -21,6 +21,7 @@ from typing import Final
 import httpx
 import pytest
 from certificates import Authority
+from pages import parts, put, written
 from stack import Stack, kvferry
 
 from kvferry.bus.rights import users_of
@@ -46,6 +47,8 @@ class Place:
     http: httpx.AsyncClient
     environ: dict[str, str]
     secrets: dict[str, str]
+    nats_url: str
+    chat: list[str]  # the page's command from elsewhere, which has no run file
 
     async def workers(self) -> dict[str, dict[str, object]]:
         return {row["name"]: row for row in (await self.http.get("/v1/cluster", headers=KEY)).json()["workers"]}
@@ -59,21 +62,25 @@ async def place(flags: tuple[str, ...], tmp_path: Path) -> AsyncIterator[Place]:
     keys.write_text(f"{API_KEY} requests_per_minute=1000\n")
     keys.chmod(0o600)
     credentials = tmp_path / "credentials"
-    write_credentials(credentials, "dev", SystemRuntime())
+    write_credentials(credentials, "prod", SystemRuntime())
     passwords = {role: (credentials / f"nats-password-{role}").read_text() for role in ROLES}
     tls = {"cert_file": str(nats.certificate), "key_file": str(nats.key)}
-    server = EmbeddedNats(users_of("dev", passwords), options={"tls": tls})
+    server = EmbeddedNats(users_of("prod", passwords), options={"tls": tls})
     await server.start()
+    joining, serving, chat = written("docs/security.md", "place")
+    host_and_port = server.url.partition("://")[2]
+    own = {"nats.example:4222": host_and_port, "/etc/kvferry": credentials}
+    files = {"chain.pem": gateway.certificate, "key.pem": gateway.key}
+    page = [parts(put(joining, own))[1], parts(put(serving, files))[1]]
+    assert [words[:2] for words in page] == [["kvferry", "up"]] * 2  # of one stack, whose flags add up
     environ = {
-        "KVFERRY_NATS_URL": server.url,
-        "KVFERRY_NATS_CREDENTIALS": str(credentials),
         "KVFERRY_NATS_TLS_CA": str(authority.certificate),
         "KVFERRY_DATA_KEY": DATA_KEY,
         "KVFERRY_TLS_KEY_PASSWORD": TLS_PASSWORD,
         "KVFERRY_API_KEY": API_KEY,  # a client's, set in the same shell
     }
-    own = ("--tls-cert", gateway.certificate, "--tls-key", gateway.key, "--api-key-file", keys, "--log-level", "debug")
-    stack = Stack(tmp_path, *flags, *map(str, own), environ=environ)
+    up = [*page[0][2:], *page[1][2:], "--api-key-file", str(keys), "--log-level", "debug"]
+    stack = Stack(tmp_path, *flags, *up, environ=environ)
     secrets = {
         **{f"NATS password of {role}": password for role, password in passwords.items()},
         "data key": DATA_KEY, "API key": API_KEY, "guessed key": GUESSED_KEY,
@@ -82,8 +89,9 @@ async def place(flags: tuple[str, ...], tmp_path: Path) -> AsyncIterator[Place]:
     try:
         await asyncio.to_thread(stack.start)
         right = trust(stack.url, authority.certificate)
+        _, asking = parts(put(chat, {"https://llm.example": stack.url, "authority.pem": authority.certificate}))
         async with httpx.AsyncClient(base_url=stack.url, verify=right, timeout=PATIENCE_S, trust_env=False) as http:
-            yield Place(stack, http, environ, secrets)
+            yield Place(stack, http, environ, secrets, f"tls://{host_and_port}", asking)
     finally:
         await asyncio.to_thread(stack.close)
         await server.stop()
@@ -112,7 +120,7 @@ async def test_no_secret_is_in_a_log_a_command_line_an_environment_or_an_answer(
     shown["the log"] = log = stack.log.read_text()
     found = [(name, where) for where, text in shown.items() for name, secret in place.secrets.items() if secret in text]
     assert found == []
-    assert place.environ["KVFERRY_NATS_URL"] in "".join(shown.values()), "what is no secret is found"
+    assert place.nats_url in "".join(shown.values()), "what is no secret is found"
     assert '"level": "debug"' in log
     assert "ermissions violation" not in log.lower()
 
@@ -156,7 +164,18 @@ async def exercised(place: Place) -> dict[str, str]:
         done = await asyncio.to_thread(stack.command, *command)
         assert done.returncode == (2 if command[0] == "drain" else 0), done.stderr + done.stdout
         told[" ".join(command)] = done.stdout + done.stderr
-    wrong = {**os.environ, **place.environ, "KVFERRY_RUN_FILE": str(stack.run_file), "KVFERRY_API_KEY": GUESSED_KEY}
+    environ = {**os.environ, **place.environ}
+    elsewhere = environ | {"KVFERRY_RUN_FILE": str(stack.run_file.with_name("none.json"))}
+    program, *words = place.chat
+    assert program == "kvferry"
+    done = await asyncio.to_thread(lambda: kvferry(*words, environ=elsewhere))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    told["a chat from elsewhere"] = done.stdout + done.stderr
+    distrusting = [word for word in words if word not in ("--tls-ca", words[words.index("--tls-ca") + 1])]
+    done = await asyncio.to_thread(lambda: kvferry(*distrusting, environ=elsewhere))
+    assert (done.returncode, "ertificate" in done.stderr) == (1, True), done.stderr + done.stdout
+    wrong = environ | {"KVFERRY_RUN_FILE": str(stack.run_file), "KVFERRY_API_KEY": GUESSED_KEY}
     done = await asyncio.to_thread(lambda: kvferry("chat", "Hello", environ=wrong))
     assert done.returncode == 1
     told["a guessed key"] = done.stdout + done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 from openai import OpenAI
 from openai.types.chat import ChatCompletion
+from pages import put, written
 from stack import Stack, eventually
 
 QUESTION = [{"role": "user", "content": "Name three rivers."}]
@@ -23,7 +25,11 @@ def client(stack: Stack) -> Iterator[OpenAI]:
 
 
 def test_the_line_that_is_printed_works_when_it_is_pasted(stack: Stack) -> None:
-    pasted = subprocess.run(["sh", "-c", stack.curl_command()], capture_output=True, text=True, timeout=120, check=True)
+    """And it is the one that the page shows."""
+    (shown,) = written("README.md", "test_the_line_that_is_printed_works_when_it_is_pasted")
+    line = put(shown, {"http://127.0.0.1:8000": stack.url})
+    assert shlex.split(line) == shlex.split(stack.curl_command().replace("\\\n", ""))
+    pasted = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=120, check=True)
     events = [line.removeprefix("data: ") for line in pasted.stdout.splitlines() if line.startswith("data: ")]
     assert events[-1] == "[DONE]"
     text = "".join(json.loads(event)["choices"][0]["delta"].get("content") or "" for event in events[:-1])

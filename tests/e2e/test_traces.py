@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from otlp_receiver import OtlpReceiver
+from pages import parts, put, written
 from span_tree import Tree
 from stack import Stack, eventually
 
@@ -35,8 +36,10 @@ def receiver() -> Iterator[OtlpReceiver]:
 
 @pytest.fixture(scope="module")
 def traced(receiver: OtlpReceiver, flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Named by the variable that OpenTelemetry's own programs know."""
-    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url}
+    """Named by the variable that OpenTelemetry's own programs know, as the page does."""
+    (command,) = written("docs/tracing.md", "traced")
+    environ, words = parts(put(command, {"http://127.0.0.1:4318": receiver.url}))
+    assert words == ["kvferry", "up"]
     stack = Stack(tmp_path_factory.mktemp("traced"), *flags, "--decode", "2", environ=environ)
     try:
         yield stack.start()

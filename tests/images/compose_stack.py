@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 from dataclasses import dataclass
@@ -23,13 +24,15 @@ SERVICE_LABEL: Final = "com.docker.compose.service"
 
 def docker(*arguments: str, timeout: float = COMMAND_TIMEOUT_S, **options: Any) -> str:
     """Run one docker command; its stdout. Raises AssertionError with the end of its stderr."""
+    return _run(["docker", *arguments], timeout, **options)
+
+
+def _run(words: list[str], timeout: float, **options: Any) -> str:
     done = subprocess.run(
-        ["docker", *arguments],
+        words,
         cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, check=False, **options,
     )  # fmt: skip
-    assert done.returncode == 0, (
-        f"docker {' '.join(arguments)}: {done.returncode}\n{(done.stderr + done.stdout)[-4000:]}"
-    )
+    assert done.returncode == 0, f"{' '.join(words)}: {done.returncode}\n{(done.stderr + done.stdout)[-4000:]}"
     return done.stdout
 
 
@@ -47,6 +50,15 @@ def require_docker() -> None:
 def free_port() -> int:
     with socket.create_server((HOST, 0)) as probe:
         return int(probe.getsockname()[1])
+
+
+def without_observers(command: str) -> str:
+    """A line of the page without Prometheus and Grafana, whose images no registry here has: what would start all
+    services starts the gateway and what it needs. This is all that the tests change of how a stack is started; its
+    name, port and tag are in the environment."""
+    if re.search(r"\bdocker compose\b.* up\b", command):
+        return f"{command} gateway"
+    return f"{command} ARGS=gateway" if "make compose-up" in command else command
 
 
 @dataclass(frozen=True)
@@ -82,33 +94,29 @@ class Container:
 
 
 class ComposeStack:
-    """One project: `build`, `up`, look, `down`."""
+    """One project: `run` a page's commands in it, look, `remove`."""
 
     def __init__(self) -> None:
         self.project = f"kvferry-test-{os.urandom(4).hex()}"
         self.port = free_port()
         self.environ = {"KVFERRY_PORT": str(self.port), "KVFERRY_TAG": "test", "COMPOSE_PROFILES": ""}
-        self.environ["COMPOSE_PROJECT_NAME"] = self.project
+        self.environ |= {"COMPOSE_PROJECT_NAME": self.project, "COMPOSE_ANSI": "never"}
 
     def compose(self, *arguments: str, timeout: float = COMMAND_TIMEOUT_S) -> str:
-        command = ("compose", "--ansi", "never", *arguments)
-        return docker(*command, timeout=timeout, env={**os.environ, **self.environ})
+        return docker("compose", *arguments, timeout=timeout, env={**os.environ, **self.environ})
 
-    def build(self) -> None:
-        self.compose("build", timeout=BUILD_TIMEOUT_S)
-
-    def up(self, **replicas: int) -> None:
-        """The gateway and what it needs: no registry here has the images of those who look on. Returns when every
-        container is healthy; with more replicas than run, those that run are left alone."""
-        scale = [part for service, count in replicas.items() for part in ("--scale", f"{service}={count}")]
+    def run(self, *commands: str, **environ: str) -> str:
+        """Commands of a page, in one shell; what they write. Such as start containers return when all are healthy."""
+        script = "\n".join(("set -e", *map(without_observers, commands)))
         try:
-            self.compose("up", "--detach", "--no-build", "--no-recreate", "--wait", *scale, "gateway")
+            return _run(["sh", "-c", script], BUILD_TIMEOUT_S, env={**os.environ, **self.environ, **environ})
         except AssertionError as error:
             with contextlib.suppress(AssertionError):
                 error.add_note(self.compose("logs", "--tail", "20"))
             raise
 
-    def down(self) -> None:
+    def remove(self) -> None:
+        """The project with its volumes and images."""
         self.compose("down", "--volumes", "--remove-orphans", "--timeout", "60", "--rmi", "all")
 
     def containers(self, *services: str, stopped: bool = False) -> list[Container]:
@@ -134,10 +142,11 @@ class ComposeStack:
         address = row["address"][0].rpartition("://")[2].rpartition(":")[0]
         return next(container for container in self.containers(row["role"]) if address in container.addresses)
 
-    def left(self) -> list[str]:
-        """Containers, volumes and networks of this project."""
-        lists = (("ps", "--all"), ("volume", "ls"), ("network", "ls"))
-        return [name for words in lists for name in docker(*words, "--quiet", "--filter", self._mine).split()]
+    def left(self) -> dict[str, list[str]]:
+        """What there is of this project."""
+        lists = {"containers": ("ps", "--all"), "volumes": ("volume", "ls"), "networks": ("network", "ls")}
+        found = {kind: docker(*words, "--quiet", "--filter", self._mine).split() for kind, words in lists.items()}
+        return {kind: names for kind, names in found.items() if names}
 
     @property
     def _mine(self) -> str:

@@ -1,6 +1,7 @@
 """docker-compose.yml for real: built, started, used, a worker killed under a stream, scaled, taken down.
 
-The tests share one stack and run in the order of the file; the last one takes it down.
+What docs/deployment.md tells its reader to type is taken from there. The tests share one stack and run in the order of
+the file; the last one takes it down.
 """
 
 from __future__ import annotations
@@ -9,13 +10,17 @@ import asyncio
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from itertools import product
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
+import httpx
 import pytest
 import yaml
 from compose_stack import HOST, ROOT, ComposeStack, Container, docker, require_docker
+from pages import put, written
 
 from kvferry.runtime import blocking_clock
 from kvferry_local.autoscale.target import ComposeTarget
@@ -28,6 +33,9 @@ ROLES = ("prefill", "decode")
 SERVICES = ("gateway", "nats", *ROLES)
 COMPILERS = ("cc", "gcc", "g++", "c++", "clang")
 PATIENCE_S = 60.0
+PAGE: Final = ROOT / "docs" / "deployment.md"
+UP, MODELS, DOWN = written("docs/deployment.md", "compose")
+SIZE_SHARE = 0.15  # by which an image may differ from what the page says
 CHAT = {
     "model": "smollm2", "temperature": 0.0, "max_tokens": 600, "ignore_eos": True,
     "messages": [{"role": "user", "content": "Explain at length how ferries carried trains across rivers. " * 6}],
@@ -39,11 +47,10 @@ def compose() -> Iterator[ComposeStack]:
     require_docker()
     stack = ComposeStack()
     try:
-        stack.build()
-        stack.up()
+        stack.run(UP)
         yield stack
     finally:
-        stack.down()
+        stack.remove()
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +59,12 @@ def undisturbed(compose: ComposeStack) -> Stream:
     return asyncio.run(chat(compose))
 
 
-async def chat(compose: ComposeStack, so_far: Stream | None = None, given: asyncio.Event | None = None) -> Stream:
+async def chat(
+    compose: ComposeStack,
+    so_far: Stream | None = None,
+    given: asyncio.Event | None = None,
+    model: str = "smollm2",
+) -> Stream:
     """Stream the one question to its end. `given` is set once a part of the answer is there."""
     so_far = so_far if so_far is not None else Stream()
 
@@ -61,7 +73,8 @@ async def chat(compose: ComposeStack, so_far: Stream | None = None, given: async
             given.set()
 
     async with asyncio.timeout(PATIENCE_S * 2):
-        return await stream(Endpoint(HOST, compose.port), "/v1/chat/completions", CHAT, into=so_far, on_text=on_text)
+        body = CHAT | {"model": model}
+        return await stream(Endpoint(HOST, compose.port), "/v1/chat/completions", body, into=so_far, on_text=on_text)
 
 
 async def metric(compose: ComposeStack, name: str) -> float:
@@ -70,7 +83,16 @@ async def metric(compose: ComposeStack, name: str) -> float:
     return sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
 
 
+def listed(compose: ComposeStack) -> list[str]:
+    """The models, as the page asks for them."""
+    return [model["id"] for model in json.loads(compose.run(put(MODELS, {"8000": compose.port})))["data"]]
+
+
 # -- as it starts ----------------------------------------------------------------------------------------------------
+
+
+def test_the_started_stack_serves_its_model(compose: ComposeStack) -> None:
+    assert listed(compose) == ["smollm2"]
 
 
 def test_a_chat_streams_through_both_workers_over_ucx(compose: ComposeStack, undisturbed: Stream) -> None:
@@ -149,6 +171,26 @@ def test_only_the_workers_images_have_torch(compose: ComposeStack) -> None:
 
 
 WHICH = "import shutil, sys; print(shutil.which(sys.argv[1]))"
+
+
+def stated_sizes() -> dict[str, float]:
+    """Bytes of each image above its base, by the page."""
+    rows = re.findall(r"^\| ([a-z, ]+) \| ([\d.]+) (MB|GB) \|", PAGE.read_text(), re.MULTILINE)
+    unit = {"MB": 1e6, "GB": 1e9}
+    return {name: float(number) * unit[of] for names, number, of in rows for name in names.split(", ")}
+
+
+def size_of(image: str) -> int:
+    return int(docker("image", "inspect", "--format", "{{.Size}}", image))
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_an_image_is_as_large_as_the_page_says(compose: ComposeStack, service: str) -> None:
+    base = os.environ.get("PYTHON_IMAGE", "python:3.11-slim-bookworm")
+    if not docker("image", "ls", "--quiet", base):
+        docker("pull", "--quiet", base)  # the build has its layers, perhaps under no name
+    above = size_of(compose.one(service).facts["Image"]) - size_of(base)
+    assert above == pytest.approx(stated_sizes()[service], rel=SIZE_SHARE)
 
 
 RUN_FILE = "print(open('/run/kvferry/run.json').read())"
@@ -233,33 +275,41 @@ def crash(container: Container) -> None:
     )
 
 
+async def test_scaled_as_the_page_says_a_drained_worker_ends_and_its_container_starts_afresh(
+    compose: ComposeStack,
+) -> None:
+    scale, status, drain = written(
+        "docs/deployment.md", "test_scaled_as_the_page_says_a_drained_worker_ends_and_its_container_starts_afresh"
+    )
+    compose.run(scale)
+    before = await all_ready(compose, 5)
+    assert sorted(row["role"] for row in before) == ["decode", "decode", "decode", "prefill", "prefill"]
+    assert len({row["name"] for row in before}) == 5
+    shown = compose.run(status)
+    assert all(re.search(rf"^{row['name']} .* ready ", shown, re.MULTILINE) for row in before), shown
+    row = next(row for row in before if row["role"] == "decode")
+    container = compose.worker_of(row)
+    compose.run(put(drain, {"decode-3f2a90": row["name"]}))
+    async with asyncio.timeout(PATIENCE_S):
+        while row["incarnation"] in {other["incarnation"] for other in await asyncio.to_thread(compose.cluster)}:
+            pass
+    after = await all_ready(compose, 5)
+    again = compose.worker_of(next(other for other in after if other["name"] == row["name"]))
+    assert again.id == container.id
+    assert again.facts["RestartCount"] == container.facts["RestartCount"] + 1
+    assert again.facts["State"]["ExitCode"] == 0
+
+
 async def test_scaled_up_a_stream_goes_on_when_its_decode_container_is_killed(
     compose: ComposeStack, undisturbed: Stream
 ) -> None:
-    compose.up(prefill=2, decode=2)
-    rows = await all_ready(compose, 4)
-    assert sorted(row["role"] for row in rows) == ["decode", "decode", "prefill", "prefill"]
-    assert len({row["name"] for row in rows}) == 4
+    rows = await all_ready(compose, 5)
     assert all(row["exact"] for row in rows)  # so the texts must be equal, whoever computes
     answer, replaced = await chat_while(compose, lambda: docker("kill", busy_decoder(compose).id))
     assert answer.text == undisturbed.text
     assert replaced >= 1
-    assert len(compose.containers("decode")) == 1  # a container that an operator killed stays so
-
-
-async def test_a_drained_worker_ends_and_its_container_starts_afresh(compose: ComposeStack) -> None:
-    before = await all_ready(compose, 3)
-    row = next(row for row in before if row["role"] == "prefill")
-    container = compose.worker_of(row)
-    docker("exec", compose.one("gateway").id, "kvferry", "drain", row["name"])
-    async with asyncio.timeout(PATIENCE_S):
-        while row["incarnation"] in {other["incarnation"] for other in await asyncio.to_thread(compose.cluster)}:
-            pass
-    after = await all_ready(compose, 3)
-    again = next(other for other in after if other["name"] == row["name"])
-    assert compose.worker_of(again).id == container.id
-    assert compose.worker_of(again).facts["RestartCount"] == 1
-    assert compose.worker_of(again).facts["State"]["ExitCode"] == 0
+    assert len(compose.containers("decode")) == 2  # a container that an operator killed stays so
+    await all_ready(compose, 4)
 
 
 async def test_autoscale_orders_replicas_through_compose_and_they_drain(
@@ -316,17 +366,77 @@ async def chat_while(compose: ComposeStack, disturb: Any) -> tuple[Stream, float
     return answer, await metric(compose, "kvferry_replacement_total") - before
 
 
+# -- as it is told -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_model_of_ones_own_is_served_from_the_volume(
+    compose: ComposeStack, undisturbed: Stream, model_dir: Path, tmp_path: Path
+) -> None:
+    """It is a copy of the default one, so the answer is known."""
+    copy, serve = written("docs/deployment.md", "test_a_model_of_ones_own_is_served_from_the_volume")
+    own = shutil.copytree(model_dir, tmp_path / "own")
+    for path in (own, *own.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    compose.run(put(copy, {"/srv/llama": own}))
+    compose.run(serve)
+    rows = await all_ready(compose, 2)
+    assert {(row["role"], row["model"]) for row in rows} == {(role, "llama") for role in ROLES}
+    assert listed(compose) == ["llama"]
+    assert (await chat(compose, model="llama")).text == undisturbed.text
+
+
+async def test_a_second_model_has_workers_of_its_own(compose: ComposeStack, undisturbed: Stream) -> None:
+    """The one that the volume holds from the test above, beside the default one."""
+    compose.run(*written("docs/deployment.md", "test_a_second_model_has_workers_of_its_own"))
+    rows = await all_ready(compose, 4)
+    both = ("smollm2", "llama")
+    assert sorted((row["model"], row["role"]) for row in rows) == sorted(product(both, ROLES))
+    assert listed(compose) == list(both)
+    for model in both:
+        assert (await chat(compose, model=model)).text == undisturbed.text
+
+
+async def test_with_the_override_of_the_page_the_gateway_wants_a_key(compose: ComposeStack, tmp_path: Path) -> None:
+    (text,) = written("docs/deployment.md", "test_with_the_override_of_the_page_the_gateway_wants_a_key")
+    keys, override = tmp_path / "api_keys", tmp_path / "docker-compose.override.yml"
+    keys.write_text("sk-of-the-test requests_per_minute=60 tokens_per_minute=100000\n")
+    keys.chmod(0o644)
+    override.write_text(put(text, {"./api_keys": keys}))
+    files = os.pathsep.join(("docker-compose.yml", str(override)))  # as if it lay beside the first
+    compose.run(UP, COMPOSE_FILE=files, COMPOSE_REMOVE_ORPHANS="1")
+    key = {"authorization": "Bearer sk-of-the-test"}
+    async with httpx.AsyncClient(base_url=f"http://{HOST}:{compose.port}", trust_env=False, timeout=PATIENCE_S) as http:
+        for headers, status in (({}, 401), ({"authorization": "Bearer sk-guessed"}, 401), (key, 200)):
+            assert (await http.get("/v1/models", headers=headers)).status_code == status
+        answer = await http.post("/v1/chat/completions", json=CHAT | {"max_tokens": 4}, headers=key)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["x-ratelimit-limit-requests"] == "60"
+
+
 # -- as it stops -----------------------------------------------------------------------------------------------------
 
 
-def test_a_stop_drains_and_down_leaves_nothing(compose: ComposeStack) -> None:
+async def test_what_was_stopped_and_taken_down_is_there_again_with_make(
+    compose: ComposeStack, undisturbed: Stream
+) -> None:
+    up, down = written("docs/deployment.md", "test_what_was_stopped_and_taken_down_is_there_again_with_make")
     running = {container.id for container in compose.containers()}
     compose.compose("stop")
     ends = {c.id: (c.service, c.facts["State"]["ExitCode"]) for c in compose.containers(stopped=True)}
     assert {ends[id] for id in running} == {("gateway", 0), ("prefill", 0), ("decode", 0), ("nats", 0)}
-    assert compose.left()  # what `down` is to remove would be seen
-    compose.down()
-    assert compose.left() == []
+    assert set(compose.left()) == {"containers", "networks", "volumes"}
+    compose.run(down)
+    assert set(compose.left()) == {"volumes"}
+    compose.run(up)
+    await all_ready(compose, 2)
+    assert (await chat(compose)).text == undisturbed.text
+
+
+def test_down_leaves_the_volumes_which_go_when_they_are_asked_to(compose: ComposeStack) -> None:
+    compose.run(DOWN)
+    assert set(compose.left()) == {"volumes"}
+    compose.run("make compose-down ARGS=--volumes")
+    assert compose.left() == {}
 
 
 # -- what cannot run here --------------------------------------------------------------------------------------------

@@ -117,6 +117,39 @@ def with_defaults(document: Any) -> Any:
     return yaml.safe_load(re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", yaml.safe_dump(document)))
 
 
+def all_services() -> dict[str, dict[str, Any]]:
+    """Those of every profile, with the variables at their defaults."""
+    document = with_defaults(yaml.safe_load((ROOT / "docker-compose.yml").read_text()))
+    return dict(document["services"])
+
+
+@pytest.mark.parametrize("name", all_services())
+def test_every_service_is_confined_bounded_and_looked_after(name: str) -> None:
+    """Also those that no test can start: from a registry, on a GPU."""
+    service = all_services()[name]
+    assert service["init"]
+    assert service["read_only"]
+    assert any(place.startswith("/tmp:size=") for place in service["tmpfs"])
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["logging"] == {"driver": "json-file", "options": {"max-size": "10m", "max-file": "3"}}
+    limits = service["deploy"]["resources"]["limits"]
+    assert {"memory", "pids"} <= set(limits)
+    assert "cpus" in limits or "devices" in service["deploy"]["resources"]["reservations"]
+    assert ("user" in service) == ("build" in service), "its own images' user, a registry's images have theirs"
+    if service["restart"] == "no":
+        assert service["healthcheck"] == {"disable": True}
+        return
+    assert service["restart"] == "unless-stopped"
+    if "build" in service:
+        assert "\nHEALTHCHECK " in (ROOT / service["build"]["dockerfile"]).read_text()
+        assert "healthcheck" not in service
+    else:
+        assert ":" in service["image"], "a version"
+        assert service["healthcheck"]["test"][:2] == ["CMD", "wget"]
+        assert {"interval", "timeout", "start_period", "retries"} < set(service["healthcheck"])
+
+
 def unknown_metrics(expression: str) -> set[str]:
     return {name.removesuffix("_bucket") for name in re.findall(r"kvferry_\w+", expression)} - documented_metrics()
 

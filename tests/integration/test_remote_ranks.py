@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -15,8 +16,11 @@ import numpy as np
 import pytest
 from checkpoints import SHAPES, build
 from namespaces import HOSTS, two_networks
+from pages import parts, put, written
 from ranked import ranked
+from stack import KVFERRY
 
+from kvferry.bus.server import find_nats_server
 from kvferry.engine.ranks.followers import Exchange, Setup
 from kvferry.engine.settings import EngineSettings
 from kvferry.engine.torch.runner import TorchRunner
@@ -100,10 +104,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Process:
-    def __init__(self, host: Sequence[str], *command: str) -> None:
-        environ = {**os.environ, "KVFERRY_DATA_KEY": KEY, "OMP_NUM_THREADS": "1"}
+    def __init__(self, host: Sequence[str], *command: str, environ: Mapping[str, str] | None = None) -> None:
+        own = {"KVFERRY_DATA_KEY": KEY, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [*host, sys.executable, *command], env=environ, text=True,
+            [*host, sys.executable, *command], env={**os.environ, **own, **(environ or {})}, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
@@ -116,6 +120,16 @@ class Process:
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
 
+    def logged(self, event: str) -> None:
+        """Returns once it has logged it."""
+        assert self.process.stderr is not None
+        lines = []
+        for line in self.process.stderr:
+            lines.append(line)
+            if f'"event": "{event}"' in line:
+                return
+        raise AssertionError("".join(lines))
+
     def end(self) -> tuple[int, str]:
         """Its code and what it logged, once it has ended by itself."""
         _, logged = self.process.communicate(timeout=60)
@@ -123,8 +137,8 @@ class Process:
 
 
 @contextmanager
-def running(host: Sequence[str], *command: str) -> Iterator[Process]:
-    process = Process(host, *command)
+def running(host: Sequence[str], *command: str, environ: Mapping[str, str] | None = None) -> Iterator[Process]:
+    process = Process(host, *command, environ=environ)
     try:
         yield process
     finally:
@@ -157,6 +171,32 @@ def test_ranks_in_another_network_compute_and_hand_over_the_same_bits_and_all_en
         assert code == EXIT_RANK_LOST, logged
         assert '"event": "a rank has ended: exiting"' in logged
         remote[1].end()
+
+
+def test_the_pages_two_commands_are_one_worker_on_two_machines(checkpoint: Path, tmp_path: Path) -> None:
+    """A decode worker that serves, on a NATS server of its network, and a rank elsewhere that ends with it."""
+    decode, rank = written("docs/tuning.md", "test_the_pages_two_commands_are_one_worker_on_two_machines")
+    copy = shutil.copytree(checkpoint, tmp_path / "qwen")  # the other machine's
+    config = tmp_path / "nats.conf"
+    leading = parts(put(decode, {"10.0.0.1": HOSTS[0]}))[1]
+    following = parts(put(rank, {"10.0.0.1": HOSTS[0], "/models/qwen": copy}))[1]
+    assert [leading[:2], following[:2]] == [["kvferry", "decode"], ["kvferry", "rank"]]
+    told = {"KVFERRY_MODEL": str(checkpoint), "KVFERRY_NATS_URL": f"nats://{HOSTS[0]}:4222", "KVFERRY_NUM_BLOCKS": "12"}
+    with ExitStack() as stack:
+        here, there = stack.enter_context(two_networks(ROOT))
+        config.write_text(f'listen: "{HOSTS[0]}:4222"\nmax_payload: 8MB\n')
+        server = [*here, find_nats_server(), "--config", str(config)]
+        nats = stack.enter_context(subprocess.Popen(server, stderr=subprocess.PIPE, text=True))
+        stack.callback(nats.kill)
+        assert nats.stderr is not None
+        assert any("Server is ready" in line for line in nats.stderr)
+        leader = stack.enter_context(running(here, KVFERRY, *leading[1:], environ=told))
+        follower = stack.enter_context(running(there, KVFERRY, *following[1:]))
+        leader.logged("serving")
+        follower.logged("joined")
+        leader.process.send_signal(signal.SIGTERM)
+        assert leader.end()[0] == 0
+        assert follower.end()[0] == 0
 
 
 def test_a_rank_that_has_another_model_than_its_leader_says_so(checkpoint: Path) -> None:

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
+from pages import parts, put, written
 from pydantic import SecretStr
 
 from kvferry.bus.base import BusSettings
@@ -84,7 +85,10 @@ async def joins(settings: BusSettings, pattern: str) -> None:
 
 async def test_what_the_command_writes_lets_each_role_in_within_its_rights(tmp_path: Path) -> None:
     folder = tmp_path / "secrets"
-    made = CliRunner().invoke(main, ["credentials", str(folder), "--cluster", "lake"])
+    (command,) = written("docs/security.md", "test_what_the_command_writes_lets_each_role_in_within_its_rights")
+    _, (program, *words) = parts(put(command, {"/etc/kvferry": folder}))
+    assert program == "kvferry"
+    made = CliRunner().invoke(main, words)
     assert made.exit_code == 0, made.output
     files = {path.name: path for path in folder.iterdir()}
     assert set(files) == {"authorization.conf", "data-key", *(f"nats-password-{role}" for role in ROLES)}
@@ -92,15 +96,15 @@ async def test_what_the_command_writes_lets_each_role_in_within_its_rights(tmp_p
     secrets = {path.read_text() for name, path in files.items() if name != "authorization.conf"}
     assert len(secrets) == 5
     assert not any(secret in made.output for secret in secrets)
-    again = CliRunner().invoke(main, ["credentials", str(folder), "--cluster", "lake"])
+    again = CliRunner().invoke(main, words)
     assert (again.exit_code, "there already" in again.output) == (2, True)
     async with Server(tmp_path, files["authorization.conf"]) as url:
         for role, hears, not_hears in (("gateway", "decode", "gateway"), ("decode", "gateway", "decode")):
             password = files[f"nats-password-{role}"].read_text()
-            settings = BusSettings(url, "x", inbox_prefix("lake", role), user_name("lake", role), password)  # type: ignore[arg-type]
-            await joins(settings, role_beats("lake", hears))
+            settings = BusSettings(url, "x", inbox_prefix("prod", role), user_name("prod", role), password)  # type: ignore[arg-type]
+            await joins(settings, role_beats("prod", hears))
             with pytest.raises(BusUnavailable, match="KVFERRY_NATS_USER"):
-                await joins(settings, role_beats("lake", not_hears))
+                await joins(settings, role_beats("prod", not_hears))
 
 
 async def test_a_stack_on_a_server_of_its_operators_own_has_a_user_for_each_role(tmp_path: Path) -> None:

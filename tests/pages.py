@@ -3,7 +3,8 @@
 Every shell block is tagged, behind its language, with exactly one of
 
     test                    it is run, in the order of its page (`test_tutorial.py`)
-    tested-by=WHERE         a test that runs these commands (FILE or FILE::NAME), or a page with the same block
+    tested-by=WHERE         a test that takes these commands out of the page with `written` (FILE::NAME), or a page
+                            with the same block
     untested="REASON"       it is not run, and why
 
 A block that is run may also say
@@ -13,24 +14,27 @@ A block that is run may also say
     stays                   its last command goes on, once it has written what the page shows
     ctrl-c=NAME             before it, that terminal's program is stopped with Ctrl-C
 
-and a block of the language `text` with the tag `output`, right below it, shows what it writes.
+and a block of the language `text` with the tag `output`, right below it, shows what it writes. Blocks of other
+languages may have a verdict, too. So that what is typed can be told from what is shown, every fence names a language.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-ROOT: Final = Path(__file__).parents[2]
+ROOT: Final = Path(__file__).parents[1]
 PAGES: Final = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 SHELLS: Final = frozenset({"sh", "bash", "shell", "console", "zsh"})
 VERDICTS: Final = ("test", "tested-by", "untested")
 OPTIONS: Final = frozenset({*VERDICTS, "on", "terminal", "stays", "ctrl-c", "output"})
 
+_ASSIGNMENT: Final = re.compile(r"\w+=")
 _FENCE: Final = re.compile(r"^(`{3,}|~{3,})(.*)$")
 _HEADING: Final = re.compile(r"^#{1,6} (.+?)\s*$")
 _LINK: Final = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
@@ -89,10 +93,43 @@ def _tags(text: str, place: str) -> dict[str, str]:
     return found
 
 
+def written(page: str, name: str) -> list[str]:
+    """The commands of the blocks of a page that say to be tested by NAME, one entry each, as they stand.
+
+    What is to run elsewhere than the page says is told to `put`. A test that unpacks the list fails once the page has
+    another number of commands. Raises LookupError where no block names it.
+    """
+    found = [block for block in blocks(ROOT / page) if _tester(block)[1] == name]
+    if not found:
+        raise LookupError(f"{page} has no block that is tested by {name}")
+    lines = "\n".join(block.commands for block in found if block.is_shell).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip()] + [block.text for block in found if not block.is_shell]
+
+
+def put(command: str, instead: Mapping[str, object]) -> str:
+    """The command with some of its words replaced, each of which it must have."""
+    for word, other in instead.items():
+        assert word in command, f"{command!r} has no {word!r}"
+        command = command.replace(word, str(other))
+    return command
+
+
+def parts(command: str) -> tuple[dict[str, str], list[str]]:
+    """The variables that a command is given, and its words, for a test that starts the program by itself."""
+    words = shlex.split(command)
+    given = 0
+    while _ASSIGNMENT.match(words[given]):
+        given += 1
+    pairs = (word.partition("=") for word in words[:given])
+    return {name: value for name, _, value in pairs}, words[given:]
+
+
 def fault(block: Block) -> str | None:
-    """What is wrong with the tags of a shell block."""
+    """What is wrong with the tags of a block."""
+    if not block.language:
+        return "names no language"
     given = [name for name in VERDICTS if name in block.tags]
-    if len(given) != 1:
+    if len(given) != 1 and (block.is_shell or given):
         return f"needs one of {', '.join(VERDICTS)}, has {', '.join(given) or 'none'}"
     if given == ["untested"] and len(block.tags["untested"].split()) < 2:
         return "untested without a reason"
@@ -101,18 +138,36 @@ def fault(block: Block) -> str | None:
     return None
 
 
+def _tester(block: Block) -> tuple[str, str]:
+    """FILE and NAME of `tested-by`."""
+    where, _, name = block.tags.get("tested-by", "").partition("::")
+    return where, name
+
+
 def _unfounded(block: Block) -> str | None:
     """Why `tested-by` is not true of a block."""
-    where, _, name = block.tags["tested-by"].partition("::")
+    where, name = _tester(block)
     path = ROOT / where
     if not path.is_file():
         return f"{where} does not exist"
     if path.suffix == ".md":
         same = [other for other in blocks(path) if other.commands == block.commands and "test" in other.tags]
         return None if same else f"{where} runs no block with the same commands"
-    if name and not re.search(rf"^(async )?def {re.escape(name)}\(", path.read_text(), re.MULTILINE):
-        return f"{where} has no {name}"
+    tree = ast.parse(path.read_text())
+    if not any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name for node in tree.body):
+        return f"{where} has no {name or 'function without a name: FILE::NAME'}"
+    if (str(block.page.relative_to(ROOT)), name) not in _taken(tree):
+        return f'{where} does not run it: it has no written("{block.page.relative_to(ROOT)}", "{name}")'
     return None
+
+
+def _taken(tree: ast.AST) -> set[tuple[object, ...]]:
+    """Pages and names with which a test's file calls `written`. Only literals count."""
+    return {
+        tuple(argument.value for argument in node.args if isinstance(argument, ast.Constant))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "written"
+    }
 
 
 def prose(text: str) -> Iterator[str]:
