@@ -16,6 +16,7 @@ from nats_server import NatsServer, running_nats
 from kvferry.bus.base import BusSettings
 from kvferry.bus.client import ReceivedMessage
 from kvferry.bus.nats import NatsBus
+from kvferry.bus.nats_link import NatsLink
 from kvferry.bus.rights import BusUser
 from kvferry.errors import BusUnavailable, SettingError
 from kvferry.runtime import SystemRuntime
@@ -224,6 +225,26 @@ async def test_of_several_servers_the_next_one_is_taken_when_one_is_down_or_goes
     with pytest.raises(BusUnavailable, match=r"127\.0\.0\.1:1"):
         await bus.start()
     await bus.close()
+
+
+async def test_whoever_disposes_of_a_connection_that_is_being_closed_lives_on(server: NatsServer) -> None:
+    """nats-py's own reconnect waits for the end of its transport, and its close cancels that very future."""
+    reported: list[Exception] = []
+    link = NatsLink(lambda link: None, reported.append)
+    await link.connect(server.settings("p"), server.settings("p").url)
+
+    async def lose_and_dispose() -> None:
+        """As a bus whose echo finds the connection broken before it is told so."""
+        await link.client._process_op_err(ConnectionResetError())
+        await asyncio.sleep(0)  # the reconnect begins
+        await link.dispose()
+
+    disposing = asyncio.create_task(lose_and_dispose())
+    await asyncio.wait((disposing,), timeout=PATIENCE)
+    assert disposing.done()
+    assert not disposing.cancelled(), "nobody has cancelled it"
+    assert disposing.result() is None
+    assert reported == []
 
 
 async def test_an_idle_connection_costs_next_to_nothing(server: NatsServer) -> None:
