@@ -21,6 +21,7 @@ GATEWAY, PREFILL, DECODE = (f'job="{job}",instance="{job}-1:80"' for job in ("ga
 OK = f'kvferry_request_total{{{GATEWAY},route="/v1/chat/completions",outcome="ok"}}'
 REFUSED = OK.replace('"ok"', '"rate_limit_exceeded"')
 NO_WORKER = OK.replace('"ok"', '"no_worker"')
+NO_FAULTS = (*HARMLESS_ENDS, "deadline", "grammar")  # the last two end the request, by its own doing
 CRASHED = f'kvferry_replacement_total{{{GATEWAY},reason="decode_gone"}}'
 WEDGED = f'kvferry_replacement_total{{{GATEWAY},reason="wedged"}}'
 GONE = f"kvferry_worker_gone_total{{{GATEWAY}}}"
@@ -40,7 +41,7 @@ HEALTHY: Final[dict[str, str]] = {
     **{f"up{{{target}}}": "1x80" for target in (GATEWAY, PREFILL, DECODE)},
     OK: "0+100x80",
     REFUSED: "0+1x80",  # 1 %
-    **{f'kvferry_replacement_total{{{GATEWAY},reason="{end}"}}': "0+10x80" for end in HARMLESS_ENDS},
+    **{f'kvferry_replacement_total{{{GATEWAY},reason="{end}"}}': "0+10x80" for end in NO_FAULTS},
     CRASHED: "1x80",
     f'kvferry_placement_total{{{GATEWAY},kind="pair"}}': "0+100x80",
     **histogram("kvferry_ttft_seconds", "1.0", "2.5"),

@@ -25,7 +25,7 @@ from kvferry.worker.metrics import WorkerMetrics
 from kvferry_gateway.metrics import GatewayMetrics
 
 MODEL: Final = "smollm2"
-ROUTE: Final = "/v1/chat/completions"
+ROUTE: Final = "chat"
 INTERVAL: Final = "500ms"  # of scrapes and evaluations
 TURN_S: Final = 0.1  # between two movements of the counters
 QUICKER: Final = 60

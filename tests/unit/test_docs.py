@@ -8,10 +8,11 @@ import re
 from pathlib import Path
 
 import pytest
-from docs_tables import DOCUMENTS, ROOT, with_tables
+from docs_tables import DOCUMENTS, ROOT, metrics_table, with_tables
 
 import kvferry.wire
 from kvferry.wire.codec import Message
+from kvferry_gateway.metrics import GatewayMetrics
 
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
@@ -77,6 +78,20 @@ def test_a_changed_table_is_noticed() -> None:
     changed = text.replace("`KVFERRY_PORT`", "`KVFERRY_PROT`")
     assert changed != text
     assert with_tables(changed) == text
+
+
+def test_the_table_of_metrics_has_the_labels_that_samples_have() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| gateway \|", metrics_table(), re.MULTILINE)
+    labels = {name: quoted(cell) for name, cell in rows}
+    shown = {
+        sample.name.removesuffix("_bucket"): sample.labels.keys() - {"le"}
+        for family in GatewayMetrics(["m"]).registry.collect()
+        for sample in family.samples
+    }
+    assert {name: shown[name] for name in labels.keys() & shown.keys()} == {
+        name: labels[name] for name in labels.keys() & shown.keys()
+    }
+    assert shown["kvferry_itl_seconds"] == {"model"}
 
 
 @pytest.mark.parametrize("target", ["run", "setup", "check", "test", "bench"])

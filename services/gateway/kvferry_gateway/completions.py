@@ -26,6 +26,7 @@ from kvferry_gateway.flights.offer import Unit
 from kvferry_gateway.http.asgi import EVENT_STREAM, Caller, Exchange, connection_of, respond
 from kvferry_gateway.http.connection import ClientConnection, Send
 from kvferry_gateway.http.rate_limit import Charge
+from kvferry_gateway.metrics import Route
 from kvferry_gateway.models import Models, ServedModel
 from kvferry_gateway.parsing.forms import PLAIN_TEXT
 from kvferry_gateway.requests.openai import ChatRequest, CompletionRequest
@@ -90,7 +91,7 @@ class Completions:
 
     # -- one request -----------------------------------------------------------------------------------------
 
-    async def serve(self, route: str, read: Callable[[], Asked], exchange: Exchange) -> None:
+    async def serve(self, route: Route, read: Callable[[], Asked], exchange: Exchange) -> None:
         """`read` makes sense of the body. Raises `ApiError` for whatever ends the request before its answer begins."""
         caller, send = exchange.caller, exchange.send
         outcome = "error"

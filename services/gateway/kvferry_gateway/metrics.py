@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
-from typing import Final
+from itertools import accumulate, product
+from typing import Final, Literal, get_args
 
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from kvferry.metrics import STEP_BUCKETS, Metrics
-from kvferry_gateway.streams.attempt import LOST_REASONS
+from kvferry_gateway.reasons import LOST_REASONS, REFUSAL_REASONS
 
 MODEL: Final = ("model",)  # empty where a request named none that is served
+
+Route = Literal["chat", "text", "responses"]
+ALERTING: Final = ("no_worker", "rate_limit_exceeded")  # outcomes of which alerts must see the first one
 
 
 class HotHistogram(Collector):
@@ -89,5 +92,11 @@ class GatewayMetrics(Metrics):
             self.live.labels(model)
             for metric in (self.ttft, self.e2e, self.prompt_tokens, self.generated_tokens, self.cached_tokens):
                 metric.labels(model)
+            for kind in ("pair", "local"):
+                self.placements.labels(model, kind)
             for reason in LOST_REASONS:
                 self.replacements.labels(model, reason)
+            for reason in REFUSAL_REASONS:
+                self.refusals.labels(model, reason)
+            for route, outcome in product(get_args(Route), ALERTING):
+                self.requests.labels(model, route, outcome)

@@ -32,8 +32,9 @@ from kvferry_gateway.metrics import GatewayMetrics
 from kvferry_gateway.models import ServedModel
 from kvferry_gateway.placement.placer import Placer
 from kvferry_gateway.placement.targets import Targets
+from kvferry_gateway.reasons import LostReason
 from kvferry_gateway.settings import GatewaySettings
-from kvferry_gateway.streams.attempt import Attempt, AttemptTable, Lost, LostReason, audit
+from kvferry_gateway.streams.attempt import Attempt, AttemptTable, Lost, audit
 from kvferry_gateway.streams.dispatcher import Dispatcher
 from kvferry_gateway.streams.stream import TokenStream
 from kvferry_gateway.streams.timeline import Timelines

@@ -20,6 +20,7 @@ from kvferry_gateway.fleet.mail import Reply, Unreachable
 from kvferry_gateway.fleet.news import Order
 from kvferry_gateway.placement.decision import Decision, Hopeless, Placed, Request
 from kvferry_gateway.placement.pairing import NoWorker, OtherNumerics, TooLong
+from kvferry_gateway.reasons import RefusalReason
 from kvferry_gateway.streams.attempt import Attempt, Finished
 
 log = get_logger(__name__)
@@ -59,7 +60,7 @@ class Refusals:
     too_long: bool = False
     bus_down: bool = False
 
-    def note(self, worker: WorkerRecord, reply: Reply) -> str | None:
+    def note(self, worker: WorkerRecord, reply: Reply) -> RefusalReason | None:
         """Remember an answer for this round. Why it is a refusal; None: it is none."""
         match reply:
             case Accepted():

@@ -6,7 +6,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal, get_args
+from typing import Final
 
 from kvferry.trace.open_span import OpenSpan
 from kvferry.wire.beats import Held, SequenceState
@@ -14,6 +14,7 @@ from kvferry.wire.record import WorkerRecord
 from kvferry.wire.tokens import End, EndReason
 from kvferry_gateway.answers.answer import FinishReason
 from kvferry_gateway.placement.forecast import Forecast
+from kvferry_gateway.reasons import LostReason
 from kvferry_gateway.streams.stream import TokenStream
 
 MAX_REMEMBERED: Final = 4096  # attempts that are over, kept to cancel them where they live on
@@ -22,11 +23,6 @@ MISSING_BEATS: Final = 2
 
 # Ends that are nobody's fault: the rest of the request is placed anew and no failure is counted.
 HARMLESS_ENDS: Final[frozenset[EndReason]] = frozenset({"preempted", "draining", "expired"})
-
-GatewayReason = Literal["decode_gone", "prefill_gone", "wedged", "forgotten", "token_mismatch"]
-LostReason = EndReason | GatewayReason
-WHOLE_ENDS: Final = ("stop", "length")
-LOST_REASONS: Final = (*(end for end in get_args(EndReason) if end not in WHOLE_ENDS), *get_args(GatewayReason))
 
 
 @dataclass(frozen=True, slots=True)

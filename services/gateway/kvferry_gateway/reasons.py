@@ -1,0 +1,16 @@
+"""Why a worker does not take a placement, and why one that was taken ends before its request is complete."""
+
+from __future__ import annotations
+
+from typing import Final, Literal, get_args
+
+from kvferry.wire.tokens import EndReason
+from kvferry.wire.work import RejectReason
+
+RefusalReason = RejectReason | Literal["unreachable"]
+REFUSAL_REASONS: Final = (*get_args(RejectReason), "unreachable")
+
+GatewayReason = Literal["decode_gone", "prefill_gone", "wedged", "forgotten", "token_mismatch"]
+LostReason = EndReason | GatewayReason
+WHOLE_ENDS: Final = ("stop", "length")
+LOST_REASONS: Final = (*(end for end in get_args(EndReason) if end not in WHOLE_ENDS), *get_args(GatewayReason))
