@@ -18,10 +18,8 @@ PROMPT_TOKENS: Final = 320  # above local_prefill_threshold, so that KV moves
 SOMETHING_HAPPENED: Final = (
     "sum(increase(kvferry_ttft_seconds_count[1m])) > 0 and sum(increase(kvferry_handoff_tail_seconds_count[1m])) > 0"
 )
-
 BOUND: Final = re.compile(r" (>|==) [0-9.]+(?= or |$)", re.MULTILINE)
-# These ask for what is missing, and for requests that were refused.
-SILENT_WHILE_WELL: Final = {"KvferryNoUsableWorker", "KvferryNoPrefillWorker", "KvferryRequestsRefused"}
+SILENT_WHILE_WELL: Final = {"KvferryNoPrefillWorker"}  # asks for what is missing
 
 
 def answered(stack: Stack, turn: int) -> None:

@@ -88,9 +88,8 @@ def test_the_table_of_metrics_has_the_labels_that_samples_have() -> None:
         for family in GatewayMetrics(["m"]).registry.collect()
         for sample in family.samples
     }
-    assert {name: shown[name] for name in labels.keys() & shown.keys()} == {
-        name: labels[name] for name in labels.keys() & shown.keys()
-    }
+    both = labels.keys() & shown.keys()
+    assert {name: shown[name] for name in both} == {name: labels[name] for name in both}
     assert shown["kvferry_itl_seconds"] == {"model"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, Literal, get_args
 
-from kvferry.wire.tokens import EndReason
+from kvferry.wire.tokens import EndReason, FinalReason
 from kvferry.wire.work import RejectReason
 
 RefusalReason = RejectReason | Literal["unreachable"]
@@ -12,5 +12,6 @@ REFUSAL_REASONS: Final = (*get_args(RejectReason), "unreachable")
 
 GatewayReason = Literal["decode_gone", "prefill_gone", "wedged", "forgotten", "token_mismatch"]
 LostReason = EndReason | GatewayReason
-WHOLE_ENDS: Final = ("stop", "length")
-LOST_REASONS: Final = (*(end for end in get_args(EndReason) if end not in WHOLE_ENDS), *get_args(GatewayReason))
+LOST_REASONS: Final = tuple(
+    reason for reason in (*get_args(EndReason), *get_args(GatewayReason)) if reason not in get_args(FinalReason)
+)

@@ -95,7 +95,6 @@ class NatsLink:
         self._report = report
         self._connecting = True
         self._disposed = asyncio.Event()
-        self._closing: asyncio.Task[None] | None = None
 
     @property
     def max_payload(self) -> int:
@@ -165,26 +164,24 @@ class NatsLink:
             transport._io_writer.transport.abort()
         # In a task of its own: nats-py's close shares a future with the reconnect that it cancels, and may end as if
         # it had been cancelled itself. Whoever disposes would end with it, and nobody would connect again.
-        closing = self._closing = asyncio.get_running_loop().create_task(self.client.close(), name="nats close")
+        closing = asyncio.get_running_loop().create_task(self.client.close(), name="nats close")
         try:
             await asyncio.wait((closing,), timeout=DISPOSE_TIMEOUT)
         finally:
             closing.cancel()
-        await self._end_tasks()
+        await self._end_tasks(closing)
         if closing.done() and not closing.cancelled():
             with contextlib.suppress(*_BROKEN):  # the farewell of a dead connection may fail
                 closing.result()
 
-    async def _end_tasks(self) -> None:
+    async def _end_tasks(self, closing: asyncio.Task[None]) -> None:
         """nats-py's close gives its tasks one turn of the loop, and none where it was cancelled the first time."""
         client = self.client
         own = (client._reading_task, client._flusher_task, client._ping_interval_task, client._reconnection_task)
-        made = (self._closing, *own)
-        tasks = [task for task in made if task is not None]
+        tasks = [closing, *(task for task in own if task is not None)]
         for task in tasks:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=DISPOSE_TIMEOUT)
+        await asyncio.wait(tasks, timeout=DISPOSE_TIMEOUT)
 
     async def _on_error(self, error: Exception) -> None:
         if self._connecting:

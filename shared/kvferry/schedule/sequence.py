@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +14,10 @@ from kvferry.trace.journal import Journal
 from kvferry.wire.beats import SequenceState
 from kvferry.wire.fields import unpack_tokens
 from kvferry.wire.logprobs import PromptLogprobs, TokenLogprobs
-from kvferry.wire.tokens import EndReason
+from kvferry.wire.tokens import EndReason, FinalReason
 from kvferry.wire.work import Work
 
 Key = tuple[bytes, int]  # (ticket, attempt)
-FinalReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)

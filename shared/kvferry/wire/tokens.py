@@ -11,6 +11,7 @@ from kvferry.wire.fields import MAX_ROWS, U32, U64, Text, Tokens
 
 MAX_SCORED_ROWS: Final = 512  # tokens of prompts whose log-probabilities are in one message, up to 168 bytes each
 
+FinalReason = Literal["stop", "length"]  # of a stream that is whole
 EndReason = Literal[
     "stop",  # EOS
     "length",  # max_tokens or the context length

@@ -44,13 +44,13 @@ class WorkerMetrics(Metrics):
             buckets=STEP_BUCKETS,
         )
         self.transfer_failures = self.counter("kvferry_transfer_failure", "Transfer failures by kind", ("kind",))
+        for kind in TRANSFER_FAILURES:
+            self.transfer_failures.labels(kind)  # from 0 on, so that a first failure is seen as one
         self.prefix_hits = self.counter("kvferry_prefix_cache_hit_token", "Prompt tokens found in the prefix cache")
         self.prefix_queries = self.counter("kvferry_prefix_cache_query_token", "Prompt tokens looked up")
         self.preemptions = self.counter("kvferry_preemption", "Sequences that lost their memory to an older one")
         self.cancels = self.counter("kvferry_cancel", "Sequences cancelled by their gateway")
         self.cancel_seconds = self.histogram("kvferry_cancel_to_free_seconds", "From cancel to free blocks")
         self.lease_expiries = self.counter("kvferry_lease_expiry", "Held KV whose lease ran out")
-        for kind in TRANSFER_FAILURES:
-            self.transfer_failures.labels(kind)  # from 0 on, so that a first failure is seen as one
         self.wire_errors = self.counter("kvferry_wire_error", "Messages dropped by kind", ("plane", "kind"))
         self.spans = self.counter("kvferry_span", "Spans of traces by outcome: sent, failed, dropped", ("outcome",))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from kvferry.worker.handoff.incoming import Incoming
 from kvferry.worker.metrics import TRANSFER_FAILURES, WorkerMetrics
 
 SOURCES = Path(__file__).parents[3]
 COUNTED = re.compile(r'(?:transfer_failures\.labels|CorruptFrame)\(\s*"(\w+)"|fault = "(\w+)"')
-FAULT = re.compile(r"def fault\(.*?\n    def ", re.DOTALL)
 
 
 def counted() -> Iterator[str]:
@@ -18,9 +19,7 @@ def counted() -> Iterator[str]:
     for part in ("shared", "services"):
         for file in (SOURCES / part).rglob("*.py"):
             yield from (one or other for one, other in COUNTED.findall(file.read_text()))
-    faults = FAULT.search((SOURCES / "shared/kvferry/worker/handoff/incoming.py").read_text() + "    def ")
-    assert faults is not None
-    yield from re.findall(r'return "(\w+)"', faults[0])
+    yield from re.findall(r'return "(\w+)"', inspect.getsource(Incoming.fault))
 
 
 def test_every_kind_that_is_counted_is_shown_from_zero_on() -> None:
