@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "linear_check.h"
+#include "tile.h"
 
 #ifdef NDEBUG
 #error "asserts must stay in"
@@ -19,6 +20,7 @@ int main(int count, char** arguments) {
   } tests[] = {{"vectors", test_vectors}, {"quantizing", test_quantizing}, {"reference", test_reference},
                {"rows", test_rows},       {"threads", test_threads},       {"integers", print_integers},
                {"peaks", test_peaks},     {"overrun", overrun}};
+  if (!kvferry::may_use_tiles()) return 2;
   small = count > 2 && std::strcmp(arguments[2], "small") == 0;
   for (const auto& test : tests) {
     if (count > 1 && std::strcmp(arguments[1], test.name) == 0) {

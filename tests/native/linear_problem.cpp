@@ -4,7 +4,7 @@ namespace linear_test {
 
 Problem::Problem(Shape wanted, int row_count, uint64_t seed) : shape(wanted), rows(row_count) {
   Random random(seed);
-  const int padded = (shape.k + 1) / 2 * 2;
+  const int padded = padded_k(shape.k);
   const bool gated = shape.epilogue == Epilogue::SiluMul;
   ldx = padded + random.below(5);
   ldy = (gated ? shape.n / 2 : shape.n) + random.below(5);

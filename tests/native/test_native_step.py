@@ -244,8 +244,11 @@ def test_what_lies_before_every_window_does_not_matter(model: Callable[..., Nati
     assert np.isnan(rest).all()
 
 
-def test_a_later_token_that_is_not_finite_leaves_earlier_rows_alone(model: Callable[..., NativeModel]) -> None:
-    config = Config(tied=0)
+@pytest.mark.parametrize("head_dim", [20, 64, 96])
+def test_a_later_token_that_is_not_finite_leaves_earlier_rows_alone(
+    model: Callable[..., NativeModel], head_dim: int
+) -> None:
+    config = Config(tied=0, head_dim=head_dim)
     weights = random_weights(config, 1)
     tokens = np.arange(48, dtype=np.uint32)
     native = model(config)

@@ -33,7 +33,7 @@ class WorkerSettings(ServiceSettings):
     quantization: Literal["none", "int8"] = Field(
         "none", description="int8: weights in 8 bits, activations too while they are multiplied; native engine only."
     )
-    isa: Literal["auto", "avx512", "avx2", "portable"] = Field(
+    isa: Literal["auto", "amx", "avx512", "avx2", "portable"] = Field(
         "auto", description="Instruction set of the native engine; auto: the best that this processor has."
     )
     device: str = Field("cpu", description="Where the model runs: cpu, or a torch device as cuda or cuda:1.")

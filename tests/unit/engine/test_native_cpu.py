@@ -10,17 +10,18 @@ from kvferry.engine.native.build import ISA_FLAGS
 from kvferry.engine.native.cpu import NEEDED_FLAGS, cpu_flags, isas_to_try, usable_isas
 from kvferry.errors import SettingError
 
-FULL = NEEDED_FLAGS["avx512"]
+FULL = NEEDED_FLAGS["amx"]
 
 
 def test_a_full_processor_has_all_best_first() -> None:
-    assert usable_isas(FULL) == ("avx512", "avx2", "portable")
+    assert usable_isas(FULL) == ("amx", "avx512", "avx2", "portable")
     assert isas_to_try("auto", FULL) == usable_isas(FULL)
 
 
 @pytest.mark.parametrize("flag", sorted(FULL))
 def test_every_flag_counts(flag: str) -> None:
-    expected = ("portable",) if flag in NEEDED_FLAGS["avx2"] else ("avx2", "portable")
+    expected = tuple(isa for isa, needed in NEEDED_FLAGS.items() if flag not in needed)
+    assert expected[-1] == "portable"
     assert usable_isas(FULL - {flag}) == expected
 
 
@@ -33,7 +34,7 @@ def test_a_named_instruction_set_that_the_processor_lacks_is_refused_by_name() -
     with pytest.raises(SettingError, match="avx512_bf16") as error:
         isas_to_try("avx512", FULL - {"avx512_bf16"})
     assert error.value.setting == "isa"
-    with pytest.raises(SettingError, match="there are: auto, avx512, avx2, portable"):
+    with pytest.raises(SettingError, match="there are: auto, amx, avx512, avx2, portable"):
         isas_to_try("sse9", FULL)
 
 

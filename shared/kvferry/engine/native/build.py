@@ -31,8 +31,10 @@ FLAGS: Final = (
     "-std=c++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden",
     "-Wall", "-Wextra",
 )  # fmt: skip
+_AVX512: Final = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")
 ISA_FLAGS: Final[Mapping[str, tuple[str, ...]]] = {
-    "avx512": ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
+    "amx": (*_AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+    "avx512": _AVX512,
     "avx2": ("-march=x86-64-v3",),
     "portable": (),
 }

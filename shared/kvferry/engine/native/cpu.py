@@ -21,8 +21,10 @@ _V3: Final = frozenset(  # x86-64-v3 and what it contains, as Linux spells it
 )  # fmt: skip
 _V4: Final = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 # Best first. Each name is what `kvf_isa()` of that build says.
+_AVX512: Final = _V4 | {"avx512_bf16", "avx512_vnni"}
 NEEDED_FLAGS: Final[Mapping[str, frozenset[str]]] = {
-    "avx512": _V4 | {"avx512_bf16", "avx512_vnni"},
+    "amx": _AVX512 | {"amx_tile", "amx_bf16", "amx_int8"},
+    "avx512": _AVX512,
     "avx2": _V3,
     "portable": frozenset(),
 }

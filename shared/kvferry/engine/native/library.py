@@ -18,7 +18,7 @@ from kvferry.engine.columns import Wanted as Wanted
 from kvferry.engine.native.build import PACKAGED, BuildError, build_cached, packaged_name
 from kvferry.engine.native.cpu import cpu_flags, isas_to_try
 
-ABI: Final = 5  # KVF_ABI
+ABI: Final = 6  # KVF_ABI
 PAGE_TOKENS: Final = 16  # KVF_PAGE_TOKENS: block sizes are multiples of it
 OUT_OF_MEMORY: Final = -5  # KVF_E_MEMORY
 
@@ -103,6 +103,7 @@ SEQUENCE: Final = [
 _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "kvf_isa": (c_char_p, ()),
     "kvf_abi": (c_uint32, ()),
+    "kvf_may_run": (c_int32, ()),
     "kvf_error_text": (c_char_p, (c_int32,)),
     "kvf_model_create": (c_void_p, (POINTER(Shape), c_void_p, c_void_p, c_void_p, POINTER(c_int32))),
     "kvf_model_load": (c_int32, (c_void_p, c_int32, c_int32, c_void_p, c_int32, c_int32, c_int32)),
@@ -125,7 +126,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
 
 
 class Library:
-    """One loaded library. Raises `LibraryUnavailable` for a file that is none, or of another interface."""
+    """One loaded library. Raises `LibraryUnavailable` for a file that is none, of another interface, or that the kernel does not let run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -139,6 +140,8 @@ class Library:
         if (abi := self.c.kvf_abi()) != ABI:
             raise LibraryUnavailable(f"{path}: interface {abi}, {ABI} is needed")
         self.isa: str = self.c.kvf_isa().decode()
+        if not self.c.kvf_may_run():
+            raise LibraryUnavailable(f"{self.isa}: the kernel does not let this process use its registers")
 
     def call(self, function: Callable[..., int], *arguments: Any) -> None:
         """Call one of `c`'s functions that return an error code. Raises RuntimeError, MemoryError."""

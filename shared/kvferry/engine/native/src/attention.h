@@ -1,6 +1,6 @@
 // Causal attention of new rows over the paged KV cache.
 //
-// A tile is up to kMaxRows rows of (token, query head of one KV head's group). It walks the context in steps of
+// A tile is up to attention_rows(head_dim) rows of (token, query head of one KV head's group). It walks the context in steps of
 // kStepPositions from absolute position 0, with an online softmax in fp32; probabilities are rounded to bf16 before
 // they weigh the values.
 //

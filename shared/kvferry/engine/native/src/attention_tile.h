@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "attention.h"
+#include "isa.h"
 
 namespace kvferry {
 
@@ -18,9 +19,14 @@ struct AttentionTile {
   bf16* mixed;
 };
 
-using AttendTile = void (*)(const AttentionTile& tile, std::byte* scratch);
+// Rows of the largest tile, for any head and for heads of one size: which products it takes, and so its bits, follow from
+// the model alone.
+constexpr int kMaxAttentionRows = Isa::kTiles ? 16 : Isa::kMaxRows;
+constexpr bool attends_on_tiles(int head_dim) { return Isa::kTiles && head_dim % 32 == 0; }
+constexpr int attention_rows(int head_dim) { return attends_on_tiles(head_dim) ? kMaxAttentionRows : Isa::kMaxRows; }
 
-// For 1 .. Isa::kMaxRows rows.
-AttendTile attend_tile(int rows);
+// 1 .. attention_rows(head_dim) rows. `scratch`: attention_scratch_bytes.
+void attend(const AttentionTile& tile, int rows, TileRegisters& registers, std::byte* scratch);
+void attend_on_tiles(const AttentionTile& tile, int rows, TileRegisters& registers, std::byte* scratch);
 
 }  // namespace kvferry

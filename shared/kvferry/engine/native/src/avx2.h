@@ -12,6 +12,7 @@ namespace kvferry {
 
 struct Isa {
   static constexpr const char* kName = "avx2";
+  static constexpr bool kTiles = false;
   static constexpr int kLanes = 8;
   static constexpr int kPanelVectors = 4;
   // 5 x 2 accumulators, 2 weight vectors, a broadcast and a mask: 14 of 16 registers. GCC 12 spills with a sixth row.

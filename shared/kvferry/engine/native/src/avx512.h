@@ -19,8 +19,9 @@
 
 namespace kvferry {
 
-struct Isa {
+struct Avx512 {
   static constexpr const char* kName = "avx512";
+  static constexpr bool kTiles = false;
   static constexpr int kLanes = 16;
   static constexpr int kPanelVectors = 3;
   // 8 x 3 accumulators, 3 weight vectors and a broadcast: 28 of 32 registers.
@@ -91,6 +92,7 @@ struct Isa {
   }
   static F dot2(F acc, P a, P b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
 
+  static I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
   static I set1_int(int32_t value) { return _mm512_set1_epi32(value); }
   static I load_bytes(const void* from) { return _mm512_loadu_si512(from); }
   static I broadcast_bytes(const void* from) {

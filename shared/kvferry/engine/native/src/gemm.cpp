@@ -10,7 +10,7 @@ namespace {
 
 // Rows of x that are worked on together stay in the second cache beside a panel.
 constexpr size_t kBlockBytes = size_t{384} << 10;
-constexpr int kTileFloats = Isa::kMaxRows * kPanelColumns;
+constexpr int kTileFloats = std::max(kTileRows, kTileRowsInt8) * kPanelColumns;
 
 // A row's codes, scales and offsets.
 constexpr size_t quantized_bytes(int groups) {
@@ -28,7 +28,7 @@ struct Product {
   ptrdiff_t ldy;
   Epilogue epilogue;
 
-  int k_pairs() const { return (weights.k + 1) / 2; }
+  int k_pairs() const { return padded_k(weights.k) / 2; }
   int k_groups() const { return (weights.k + kGroup - 1) / kGroup; }
   // Panels that make one column block of y.
   int panels_per_unit() const { return weights.gated ? 2 : 1; }
@@ -42,11 +42,12 @@ struct Product {
 
 #ifdef KVF_SPLIT_K_BY_ROWS
 // Negative control of the exactness tests, in no other build: with many rows k is summed in two halves.
-void tile_in_halves(int rows, const bf16* panel, int pairs, const bf16* x, ptrdiff_t ldx, float* out) {
-  const int half = pairs / 2;
+void tile_in_halves(TileRegisters& registers, int rows, const bf16* panel, int pairs, const bf16* x, ptrdiff_t ldx,
+                    float* out) {
+  const int half = padded_k(pairs) / 2;
   float second[kTileFloats];
-  tile_bf16(rows, panel, half, x, ldx, out);
-  tile_bf16(rows, panel + half * 2 * kPanelColumns, pairs - half, x + half * 2, ldx, second);
+  tile_bf16(registers, rows, panel, half, x, ldx, out);
+  tile_bf16(registers, rows, panel + half * 2 * kPanelColumns, pairs - half, x + half * 2, ldx, second);
   for (int i = 0; i < rows * kPanelColumns; ++i) out[i] += second[i];
 }
 #endif
@@ -68,23 +69,23 @@ class Block {
     }
   }
 
-  void tile(int row, int rows, int panel, float* out) const {
+  void tile(TileRegisters& registers, int row, int rows, int panel, float* out) const {
     const Linear& weights = product_.weights;
     const std::byte* packed = weights.packed + weights.panel_bytes * static_cast<size_t>(panel);
     if (weights.kind == WeightKind::Int8) {
       const int groups = product_.k_groups();
       const ptrdiff_t at = static_cast<ptrdiff_t>(row - first_row_) * groups;
-      tile_int8(rows, packed, groups, {codes_ + at * kGroup, scales_ + at, offsets_ + at}, out);
+      tile_int8(registers, rows, packed, groups, {codes_ + at * kGroup, scales_ + at, offsets_ + at}, out);
     } else {
 #ifdef KVF_SPLIT_K_BY_ROWS
       if (product_.rows >= 8) {
-        tile_in_halves(rows, reinterpret_cast<const bf16*>(packed), product_.k_pairs(),
+        tile_in_halves(registers, rows, reinterpret_cast<const bf16*>(packed), product_.k_pairs(),
                        product_.x + row * product_.ldx, product_.ldx, out);
         return;
       }
 #endif
-      tile_bf16(rows, reinterpret_cast<const bf16*>(packed), product_.k_pairs(), product_.x + row * product_.ldx,
-                product_.ldx, out);
+      tile_bf16(registers, rows, reinterpret_cast<const bf16*>(packed), product_.k_pairs(),
+                product_.x + row * product_.ldx, product_.ldx, out);
     }
   }
 
@@ -96,7 +97,7 @@ class Block {
   int32_t* offsets_ = nullptr;
 };
 
-int max_tile_rows(WeightKind kind) { return kind == WeightKind::Int8 ? Isa::kMaxRowsInt8 : Isa::kMaxRows; }
+int max_tile_rows(WeightKind kind) { return kind == WeightKind::Int8 ? kTileRowsInt8 : kTileRows; }
 
 // Rows of a block: whole tiles if they fit.
 int block_rows(const Product& product) {
@@ -111,6 +112,7 @@ void compute(const Product& product, Range rows, Range units, std::byte* scratch
   const int most = max_tile_rows(product.weights.kind);
   const int per_unit = product.panels_per_unit();
   const int step = block_rows(product);
+  TileRegisters registers;
   alignas(64) float sums[2][kTileFloats];
   for (int begin = rows.begin; begin < rows.end; begin += step) {
     const Range block_range{begin, std::min(begin + step, rows.end)};
@@ -122,7 +124,7 @@ void compute(const Product& product, Range rows, Range units, std::byte* scratch
       if (bias != nullptr) bias += unit * per_unit * kPanelColumns;
       for (int row = block_range.begin; row < block_range.end; row += most) {
         const int count = std::min(most, block_range.end - row);
-        for (int i = 0; i < per_unit; ++i) block.tile(row, count, unit * per_unit + i, sums[i]);
+        for (int i = 0; i < per_unit; ++i) block.tile(registers, row, count, unit * per_unit + i, sums[i]);
         const float* up_bias = bias != nullptr && per_unit == 2 ? bias + kPanelColumns : nullptr;
         finish(product.epilogue, {sums[0], bias}, {sums[1], up_bias}, count, columns, product.y_at(row, column),
                product.ldy);

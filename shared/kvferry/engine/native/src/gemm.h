@@ -4,8 +4,8 @@
 // split into calls or the number of threads.
 //
 // What callers keep:
-//   x     rows begin at x + row * ldx; ldx >= k rounded up to 2 (int8: k itself is enough). If k is odd, the value at
-//         [row][k] is finite (zero it once; no stage writes it): it meets a zero weight.
+//   x     rows begin at x + row * ldx; ldx >= padded_k(k) (int8: k itself is enough). Values at [row][k] and beyond are
+//         finite (zero them once; no stage writes them): they meet zero weights.
 //   y     rows begin at y + row * ldy (in elements of y's type); exactly n columns (gated: n / 2) of each row are
 //         written, padding never. y must not overlap x, except that AddResidual reads and writes y itself.
 //   No alignment is asked for; 64-byte aligned rows are fastest.

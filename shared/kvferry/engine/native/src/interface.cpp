@@ -13,6 +13,7 @@
 #include "model.h"
 #include "piece.h"
 #include "step.h"
+#include "tile.h"
 
 struct kvf_model : kvferry::Model {
   using kvferry::Model::Model;
@@ -114,6 +115,8 @@ const char* kvf_isa(void) { return kvferry::Isa::kName; }
 
 uint32_t kvf_abi(void) { return KVF_ABI; }
 
+int32_t kvf_may_run(void) { return kvferry::may_use_tiles() ? 1 : 0; }
+
 const char* kvf_error_text(int32_t code) {
   switch (code) {
     case KVF_OK: return "no error";
@@ -139,6 +142,7 @@ kvf_model* kvf_model_create(const kvf_shape* shape, const int32_t* windows, cons
     for (int32_t layer = 0; layer < shape->num_layers; ++layer) {
       if (windows[layer] < 0) return KVF_E_ARGUMENT;
     }
+    if (!kvferry::may_use_tiles()) return KVF_E_STATE;
     model = std::make_unique<kvf_model>(Shape(*shape), windows, cos, sin);
     return KVF_OK;
   });

@@ -1,8 +1,9 @@
 // The instruction set that this build is for, as one struct of vector traits: `Isa`.
 //
-// Kernels are written once over these names; avx512.h, avx2.h and portable.h define them.
+// Kernels are written once over these names; amx.h, avx512.h, avx2.h and portable.h define them.
 //
-//   kName                 "avx512", "avx2" or "portable"
+//   kName                 "amx", "avx512", "avx2" or "portable"
+//   kTiles                products of weights run on tile registers (tile_amx.cpp), not on vectors
 //   kLanes                W, fp32 lanes of a vector
 //   kPanelVectors         vectors side by side in a panel of packed weights; a panel has W * kPanelVectors columns
 //   kMaxRows              rows of the largest bf16 tile;  kMaxRowsInt8: of the largest int8 tile
@@ -34,12 +35,23 @@
 // No alignment is asked for anywhere else. exp over F is vector_math.h.
 #pragma once
 
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#include "amx.h"
+#elif defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include "avx512.h"
+namespace kvferry {
+using Isa = Avx512;
+}
 #elif defined(__AVX2__) && defined(__FMA__)
 #include "avx2.h"
 #else
 #include "portable.h"
+#endif
+
+#if !defined(__AMX_BF16__)
+namespace kvferry {
+struct TileRegisters {};  // vectors need nothing shaped
+}
 #endif
 
 #include "vector_math.h"

@@ -30,7 +30,7 @@
 
 #define KVF_API __attribute__((visibility("default")))
 
-#define KVF_ABI 5 /* of every struct and signature in this file and in sample.h */
+#define KVF_ABI 6 /* of every struct and signature in this file and in sample.h */
 
 /* Bounds of what is accepted. */
 #define KVF_MAX_LAYERS 1024
@@ -54,7 +54,7 @@ enum {
     KVF_OK = 0,
     KVF_E_ARGUMENT = -1, /* a null pointer, or a number outside its bounds */
     KVF_E_SHAPE = -2,    /* a shape that the engine can't run, or rows that don't fit the weight */
-    KVF_E_STATE = -3,    /* called out of order: a step without weights or cache, a load after finish */
+    KVF_E_STATE = -3,    /* called out of order: a step without weights or cache, a load after finish; kvf_may_run is 0 */
     KVF_E_MISSING = -4,  /* finish: a weight was not loaded whole */
     KVF_E_MEMORY = -5,   /* out of memory, or threads could not be started */
     KVF_E_EMPTY = -6,    /* a sequence without rows, a piece without content */
@@ -152,9 +152,11 @@ typedef struct {
     int32_t num_blocks;
 } kvf_cache;
 
-/* "avx512", "avx2" or "portable": what this library was compiled for. */
+/* "amx", "avx512", "avx2" or "portable": what this library was compiled for. */
 KVF_API const char *kvf_isa(void);
 KVF_API uint32_t kvf_abi(void);
+/* Before the first model: asks the kernel for what the instruction set needs beyond the processor. 0 where it refuses. */
+KVF_API int32_t kvf_may_run(void);
 KVF_API const char *kvf_error_text(int32_t code);
 
 /* A model without weights; its threads are started. `windows` [num_layers] counts the attended positions, the

@@ -63,7 +63,7 @@ Linear make_linear(Arena& arena, int n, int k, WeightKind kind, bool gated, bool
   linear.panels = gated ? 2 * ceil_div(n / 2, kPanelColumns) : ceil_div(n, kPanelColumns);
   linear.panel_bytes = kind == WeightKind::Int8
                            ? kGroupBytes * static_cast<size_t>(ceil_div(k, kGroup))
-                           : sizeof(bf16) * 2 * kPanelColumns * static_cast<size_t>(ceil_div(k, 2));
+                           : sizeof(bf16) * kPanelColumns * static_cast<size_t>(padded_k(k));
   linear.packed = static_cast<std::byte*>(arena.take(linear.panel_bytes * static_cast<size_t>(linear.panels)));
   if (biased) linear.bias = arena.take_array<float>(static_cast<size_t>(linear.panels) * kPanelColumns);
   return linear;

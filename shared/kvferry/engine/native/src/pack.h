@@ -3,7 +3,7 @@
 // Output columns (rows of the [n, k] checkpoint matrix) are grouped in panels of kPanelColumns = W * kPanelVectors. A
 // panel is contiguous, k runs through it in steps, and each step holds a few consecutive k of every column:
 //
-//   bf16  [k padded to 2 / 2][kPanelColumns][2] bf16
+//   bf16  [k padded to kDepth / 2][kPanelColumns][2] bf16
 //   int8  [k padded to 64 / 64] groups of { [kPanelColumns] bf16 scales, [16][kPanelColumns][4] u8 codes }
 //         weight = scale * (code - 128). Scales lie beside their codes because one stream from memory is faster than
 //         two, by more than whole cache lines for the codes would gain.
@@ -23,8 +23,11 @@
 namespace kvferry {
 
 constexpr int kPanelColumns = Isa::kLanes * Isa::kPanelVectors;
+constexpr int kDepth = Isa::kTiles ? 32 : 2;  // k of bf16 that are multiplied at once
 constexpr int kMaxK = 1 << 16;  // a few quantised rows must fit Threads::kScratchBytes, see gemm.cpp
 constexpr int kMaxN = 1 << 22;
+
+constexpr int padded_k(int k) { return (k + kDepth - 1) / kDepth * kDepth; }
 
 enum class WeightKind : int32_t { Bf16 = 0, Int8 = 1 };
 

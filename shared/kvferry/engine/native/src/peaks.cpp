@@ -12,8 +12,8 @@ using F = Isa::F;
 using P = Isa::P;
 using I = Isa::I;
 
-// Enough chains to hide the latency, as many as a tile has.
-constexpr int kChains = Isa::kMaxRows * Isa::tile_vectors(Isa::kMaxRows);
+// Enough chains to hide the latency, as many as a tile of vectors has.
+[[maybe_unused]] constexpr int kChains = Isa::kMaxRows * Isa::tile_vectors(Isa::kMaxRows);
 constexpr int kRepeats = 1 << 14;
 
 // Time on a core, not on the wall: a limit is not lower because other processes run.
@@ -27,6 +27,17 @@ double thread_seconds() {
 volatile float sink;
 
 // Returns the floating-point operations done.
+#if defined(__AMX_BF16__)
+double multiply_add() {
+  TileRegisters registers;
+  registers.shape(TileUse::Product, kTileRegisterRows);
+  for (int i = 0; i < kRepeats; ++i) {
+    tile_dot_bf16<0, 6, 7>(), tile_dot_bf16<1, 6, 7>(), tile_dot_bf16<2, 6, 7>();
+    tile_dot_bf16<3, 6, 7>(), tile_dot_bf16<4, 6, 7>(), tile_dot_bf16<5, 6, 7>();
+  }
+  return double{kRepeats} * 6 * kTileRegisterRows * kTileRegisterBytes * Isa::kLanes;
+}
+#else
 double multiply_add() {
   const bf16 pair[2] = {to_bf16(0.5f), to_bf16(0.25f)};
   const P a = Isa::broadcast_pair(pair);
@@ -47,6 +58,7 @@ double multiply_add() {
   sink = Isa::hsum(sum);
   return double{kRepeats} * kChains * Isa::kLanes * (Isa::kDotsPairs ? 4 : 2);
 }
+#endif
 
 }  // namespace
 }  // namespace kvferry

@@ -14,6 +14,7 @@ namespace kvferry {
 
 struct Isa {
   static constexpr const char* kName = "portable";
+  static constexpr bool kTiles = false;
   static constexpr int kLanes = 4;
   static constexpr int kPanelVectors = 4;
   static constexpr int kMaxRows = 4;

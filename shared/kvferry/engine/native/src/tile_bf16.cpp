@@ -1,3 +1,5 @@
+#if !defined(__AMX_BF16__)  // see tile_amx.cpp
+
 #include <array>
 #include <utility>
 
@@ -77,9 +79,13 @@ constexpr std::array<Function, sizeof...(Index)> instances(std::integer_sequence
 
 }  // namespace
 
-void tile_bf16(int rows, const bf16* panel, int pairs, const bf16* x, ptrdiff_t ldx, float* out) {
-  static constexpr auto kTiles = instances(std::make_integer_sequence<int, Isa::kMaxRows>{});
+void tile_bf16(TileRegisters&, int rows, const bf16* panel, int pairs, const bf16* x, ptrdiff_t ldx, float* out) {
+  static constexpr auto kTiles = instances(std::make_integer_sequence<int, kTileRows>{});
   kTiles[static_cast<size_t>(rows - 1)](panel, pairs, x, ldx, out);
 }
 
+bool may_use_tiles() { return true; }
+
 }  // namespace kvferry
+
+#endif

@@ -1,3 +1,5 @@
+#if !defined(__AMX_BF16__)  // see tile_amx.cpp
+
 #include <array>
 #include <utility>
 
@@ -71,9 +73,11 @@ constexpr std::array<Function, sizeof...(Index)> instances(std::integer_sequence
 
 }  // namespace
 
-void tile_int8(int rows, const std::byte* panel, int groups, Int8Rows x, float* out) {
-  static constexpr auto kTiles = instances(std::make_integer_sequence<int, Isa::kMaxRowsInt8>{});
+void tile_int8(TileRegisters&, int rows, const std::byte* panel, int groups, Int8Rows x, float* out) {
+  static constexpr auto kTiles = instances(std::make_integer_sequence<int, kTileRowsInt8>{});
   kTiles[static_cast<size_t>(rows - 1)](panel, groups, x, out);
 }
 
 }  // namespace kvferry
+
+#endif
