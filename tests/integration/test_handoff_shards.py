@@ -13,7 +13,7 @@ from cluster import GREEDY, MODEL, Cluster, address_of, all_free, expected, prom
 from kvferry.engine.memory.runner import MemorySettings
 from kvferry.transport.base import Connection
 from kvferry.wire.flow import Abort, Aborted, Ack, Credit, FetchPart, Flow, FlowCodec
-from kvferry.wire.frame import frame_tag
+from kvferry.wire.frame import HEADER_BYTES, frame_tag
 from kvferry.wire.record import WorkerAddress
 from kvferry.wire.sampling import Sampling
 from kvferry.wire.work import DecodeRequest, Rejected
@@ -296,6 +296,49 @@ def test_a_part_of_a_pull_that_the_leader_does_not_know_gets_pads_and_nothing_el
         await settled(lambda: planes_free(cluster), within=1.0)
         assert prefill.metrics.value("kvferry_kv_bytes_total", direction="sent") == 0
         stranger.connection.abort()
+
+    virtual(scenario)
+
+
+@pytest.mark.parametrize("whose", ["another ticket", "older attempt", "number before", "its own"])
+def test_a_live_pulls_number_gets_no_kv_without_its_ticket_and_attempt(whose: str) -> None:
+    """At a shard, too. Negative control: who has both gets what is computed."""
+
+    async def scenario(cluster: Cluster) -> None:
+        prefill, decode = await pair(cluster, OPEN, OPEN, max_num_batched_tokens=16)
+        gateway = await cluster.gateway()
+        older = gateway.work(prompt_of(500))
+        await gateway.accepted(older, decode, prefill)
+        await gateway.cancel(older, prefill, decode)
+        await settled(lambda: all_free(prefill, decode) and planes_free(cluster), within=0.3)
+        work = gateway.again(older)
+        await gateway.accepted(work, decode, prefill)
+        plane = next(iter(cluster.planes["prefill-0"]))
+        await settled(lambda: len(plane.server) > 0, within=3.0)
+        (part,) = plane.server._parts.values()
+        pull_id, from_token = part.outgoing.pull_id, part.outgoing.from_token
+        ticket, attempt = {
+            "another ticket": (bytes(16), work.attempt),
+            "older attempt": (older.ticket, older.attempt),
+            "number before": (work.ticket, work.attempt - 1),
+            "its own": (work.ticket, work.attempt),
+        }[whose]
+        stranger = await Stranger.at(cluster, decode, plane)
+        buffer = memoryview(bytearray(plane.slots.slot_bytes))
+        received = stranger.connection.receive(frame_tag(pull_id, 0), buffer)
+        stranger.say(FetchPart(pull_id, ticket, attempt, from_token, 1, (1, 2)))
+        num_bytes = await received
+        if whose == "its own":
+            assert num_bytes > HEADER_BYTES
+        else:
+            assert num_bytes == HEADER_BYTES, "a pad has but a header"
+            await settled(lambda: stranger.heard != [], within=1.0)
+            assert stranger.heard == [Aborted(pull_id, 0, "refused")]
+        stranger.say(Abort(pull_id))
+        await gateway.ended(work)
+        assert gateway.text(work) == expected(prompt_of(500), GREEDY, 8, HEADS)
+        stranger.connection.abort()
+        await settled(lambda: all_free(prefill, decode) and planes_free(cluster), within=1.0)
 
     virtual(scenario)
 
