@@ -7,18 +7,22 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import pytest
 from cluster import GREEDY, MODEL, Cluster, address_of, all_free, expected, prompt_of, settled, virtual
 
 from kvferry.engine.memory.runner import MemorySettings
+from kvferry.runtime import now
 from kvferry.transport.base import Connection
 from kvferry.wire.flow import Abort, Aborted, Ack, Credit, FetchPart, Flow, FlowCodec
 from kvferry.wire.frame import HEADER_BYTES, frame_tag
 from kvferry.wire.record import WorkerAddress
 from kvferry.wire.sampling import Sampling
 from kvferry.wire.work import DecodeRequest, Rejected
+from kvferry.worker.debug import debug_app
 from kvferry.worker.handoff.parts import parts_of
 from kvferry.worker.handoff.plane import ShardPlane
+from kvferry.worker.handoff.shards import COUNT_TIMEOUT_S
 from kvferry.worker.worker import Worker
 from kvferry_decode.worker import DecodeWorker
 from kvferry_prefill.worker import PrefillWorker
@@ -231,6 +235,42 @@ def test_a_frozen_shard_of_p_costs_a_stall_and_its_slots_come_back() -> None:
         cluster.network.thaw("prefill-0-rank-2")
         await gateway.ended(work)
         await settled(lambda: all_free(prefill, decode) and planes_free(cluster), within=10.0)
+
+    virtual(scenario)
+
+
+def test_the_leaders_books_show_the_slots_of_its_shards() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        prefill, decode = await pair(cluster, OPEN, OPEN, max_num_batched_tokens=16)
+        gateway = await cluster.gateway()
+
+        async def shown(worker: Worker[Any]) -> dict[str, Any]:
+            transport = httpx.ASGITransport(debug_app(worker), client=("127.0.0.1", 1))
+            async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
+                shards: dict[str, Any] = (await client.get("/debug/blocks")).raise_for_status().json()["shards"]
+                return shards
+
+        idle = {"1": {"free": 8}, "2": {"free": 8}}
+        assert await shown(prefill) == await shown(decode) == idle
+        work = gateway.work(prompt_of(500))
+        await gateway.accepted(work, decode, prefill)
+        await settled(lambda: any(len(plane.fetcher) for plane in cluster.planes["decode-0"]), within=3.0)
+        seen = await shown(decode)
+        while seen == idle:
+            assert work.key in decode.scheduler.sequences, "the hand-off is over"
+            seen = await shown(decode)
+        assert all(sum(counts.values()) == 8 for counts in seen.values())
+        await gateway.ended(work)
+        await settled(lambda: all_free(prefill, decode) and planes_free(cluster), within=1.0)
+        assert await shown(prefill) == await shown(decode) == idle
+        # One that doesn't answer is shown as such, and keeps nobody waiting for long.
+        channel = decode.shards[0]._channel
+        channel.send = lambda payload: None  # type: ignore[method-assign]
+        began = now()
+        assert await asyncio.gather(shown(decode), shown(decode)) == 2 * [{"1": None, "2": {"free": 8}}]
+        assert now() - began <= 2 * COUNT_TIMEOUT_S
+        del channel.send
+        assert await shown(decode) == idle
 
     virtual(scenario)
 
