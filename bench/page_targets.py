@@ -168,6 +168,26 @@ HANDOFF: Final = Section(
     ),
 )  # fmt: skip
 
+RANKS: Final = Section(
+    "Ranks",
+    "Workers of one and of two ranks on the native engine, a thread each. Every output is summed by one rank, in the "
+    "order of a model that is whole, so that all degrees have the same bits: what two exchanges more in a layer cost "
+    "is set against the step that they are a part of.",
+    ("ranks",),
+    (
+        _stay("ranks", "hand-off of *, 1 to 2 ÷ 1 to 1", "hand-off from 1 rank to 2 ÷ 1 to 1", 1.15),
+        _stay("ranks", "hand-off of *, 2 to 1 ÷ 1 to 1", "hand-off from 2 ranks to 1 ÷ 1 to 1", 1.15),
+        _stay(
+            "ranks", "one order at every degree, decode 1: share of a step",
+            "one order of summation at every degree, share of a decode step", 0.1,
+        ),
+        _stay(
+            "ranks", "one order at every degree, prefill 512: share of a step",
+            "one order of summation at every degree, share of a step of 512 prompt tokens", 0.1,
+        ),
+    ),
+)  # fmt: skip
+
 INTERFERENCE: Final = Section(
     "Interference",
     "Four streams decode while prompts of 2,048 tokens arrive that generate 32 each: the worst gap of any stream per "
@@ -243,6 +263,7 @@ SECTIONS: Final = (
     MEMORY,
     ACCURACY,
     HANDOFF,
+    RANKS,
     INTERFERENCE,
     GATEWAY,
     TRACING,

@@ -1,8 +1,10 @@
 """What tensor-parallel ranks cost and bring: two of one thread each, beside one rank of two threads and of one.
 
     prefill, decode   as in `bench.engine`, the native engine in bf16
-    exchange          what a layer of a decode step takes beyond half of one rank's, and what a memcpy of the rows that
-                      ranks exchange in a layer would take: they write and read the same memory, and copy nothing
+    exchange          the bare barrier; write, barrier and read of what a layer exchanges, at 1 and 512 rows, beside a
+                      memcpy of the same bytes; and what share of a step those exchanges take that are made for the
+                      sake of one order of summation at every degree (`kvferry.engine.ranks.shard`). An upper bound:
+                      in a step the columns are computed where they are read, and nothing is copied
     copies            of 2,048 tokens' KV from blocks into frames and back, of a worker of two ranks beside one
     hand-off          of as many tokens over TCP, from the accepted request to the runnable sequence: 1 to 2 ranks and 2
                       to 1 beside 1 to 1
@@ -15,20 +17,20 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import uvloop
 
-from bench.engine import MAX_MODEL_LEN, MEASURES, NUM_BLOCKS, ROUNDS, Contestant, tables
+from bench.engine import CHUNK, MAX_MODEL_LEN, MEASURES, NUM_BLOCKS, Contestant, tables
 from bench.ranks_ends import hand_offs, ranked
+from bench.ranks_exchange import Ranks, exchanges
 from bench.report import Report
 from kvferry.engine.config import ModelConfig
-from kvferry.engine.native.library import LibraryUnavailable, open_library
+from kvferry.engine.native.library import Library, LibraryUnavailable, open_library
 from kvferry.engine.native.runner import NativeRunner
 from kvferry.engine.settings import EngineSettings
 from kvferry.runtime import blocking_clock
@@ -41,7 +43,9 @@ RANKS: Final = "2 ranks, 1 thread each"
 TOKENS: Final = 2048
 FRAME_TOKENS: Final = 512
 NUM_SLOTS: Final = 16
+ROUNDS: Final = 3  # with what else there is, less than 5 minutes
 HAND_OFF: Final = 1.15  # times what it takes without ranks
+ONE_ORDER: Final = 0.1  # of a step, at most
 TRANSPORT: Final = "tcp"
 DEGREES: Final = ((1, 1), (1, 2), (2, 1))  # of P and D
 HAND_OFFS: Final = 16  # of each round
@@ -72,16 +76,26 @@ def copy_seconds(runner: NativeRunner, slots: Sequence[memoryview]) -> dict[str,
     return seconds
 
 
-def copied_seconds(config: ModelConfig, rows: int) -> float:
-    """Of one memcpy of what all ranks exchange in a layer, the best of a few."""
-    width = config.num_heads * config.head_dim + 2 * config.hidden_size + config.intermediate_size
-    source, target = np.ones((rows, width), np.uint16), np.empty((rows, width), np.uint16)
-    best = float("inf")
-    for _ in range(20):
-        began = blocking_clock()
-        np.copyto(target, source)
-        best = min(best, blocking_clock() - began)
-    return best
+def add_exchanges(report: Report, library: Library, config: ModelConfig, step: Mapping[int, tuple[str, float]]) -> None:
+    """`step`: rows -> what such a step of two ranks is called, and its seconds."""
+    ranks = Ranks(library, 2)
+    try:
+        report.add("a barrier of 2 ranks", ranks.barrier() * 1e6, "µs")
+        for rows, (name, seconds) in step.items():
+            layer = {columns: ranks.exchange(rows, columns.width) for columns in exchanges(config)}
+            whole = sum(taken.together for taken in layer.values())
+            alone = sum(taken.alone for taken in layer.values())
+            exact = sum(taken.together for columns, taken in layer.items() if columns.exact)
+            rows_of = f"{rows} row{'s' if rows > 1 else ''}"
+            report.add(f"a layer's exchange, {rows_of}", whole * 1e6, "µs")
+            report.add(f"a layer's exchange, {rows_of}: ÷ memcpy of the same bytes", whole / alone)
+            share = exact * config.num_layers / seconds
+            report.add(f"one order at every degree, {name}: share of a step", share, limit=ONE_ORDER)
+            report.raw[f"exchange, {rows_of}"] = {
+                columns.name: {"together": taken.together, "alone": taken.alone} for columns, taken in layer.items()
+            }
+    finally:
+        ranks.close()
 
 
 def measure(settings: EngineSettings, rounds: int) -> Report:
@@ -122,7 +136,9 @@ def measure(settings: EngineSettings, rounds: int) -> Report:
     # What a decode step of two ranks takes beside half of one rank's, over the layers.
     step, half = contestants[RANKS].seconds["decode 1"], contestants[ONE].seconds["decode 1"] / 2
     report.add("decode 1, a layer: beyond half of one rank's", (step - half) / config.num_layers * 1e6, "µs")
-    report.add("a layer's exchange as a memcpy, 512 rows", copied_seconds(config, 512) * 1e6, "µs")
+    add_exchanges(report, library, config, {
+        rows: (what, contestants[RANKS].seconds[what]) for rows, what in ((1, "decode 1"), (CHUNK, "prefill 512"))
+    })  # fmt: skip
     whole: dict[tuple[int, int], list[float]] = {degrees: [] for degrees in DEGREES}
     for _ in range(rounds):
         for degrees, taken in whole.items():

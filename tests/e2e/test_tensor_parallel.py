@@ -61,11 +61,11 @@ def alone(model_dir: Path) -> Iterator[Alone]:
     alone.runner.close()
 
 
-# `make degrees` runs all pairs; elsewhere one stands for them, the unevenest.
-ALL = [(1, 2), (2, 1), (4, 2), (2, 2), (4, 4)] if os.environ.get("KVFERRY_ALL_DEGREES") else []
+# `make degrees` runs all pairs; elsewhere the unevenest stands for them, and one from more ranks to fewer.
+ALL = [(1, 2), (1, 4), (4, 1), (4, 2), (2, 2), (4, 4)] if os.environ.get("KVFERRY_ALL_DEGREES") else []
 
 
-@pytest.fixture(scope="module", params=[(2, 4), *ALL], ids=lambda pair: f"{pair[0]} to {pair[1]}")
+@pytest.fixture(scope="module", params=[(2, 4), (2, 1), *ALL], ids=lambda pair: f"{pair[0]} to {pair[1]}")
 def ranked(
     request: pytest.FixtureRequest, flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Stack]:

@@ -7,18 +7,22 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import pytest
 from cluster import GREEDY, MODEL, Cluster, address_of, all_free, expected, prompt_of, settled, virtual
 
 from kvferry.engine.memory.runner import MemorySettings
+from kvferry.runtime import now
 from kvferry.transport.base import Connection
 from kvferry.wire.flow import Abort, Aborted, Ack, Credit, FetchPart, Flow, FlowCodec
-from kvferry.wire.frame import frame_tag
+from kvferry.wire.frame import HEADER_BYTES, frame_tag
 from kvferry.wire.record import WorkerAddress
 from kvferry.wire.sampling import Sampling
 from kvferry.wire.work import DecodeRequest, Rejected
+from kvferry.worker.debug import debug_app
 from kvferry.worker.handoff.parts import parts_of
 from kvferry.worker.handoff.plane import ShardPlane
+from kvferry.worker.handoff.shards import COUNT_TIMEOUT_S
 from kvferry.worker.worker import Worker
 from kvferry_decode.worker import DecodeWorker
 from kvferry_prefill.worker import PrefillWorker
@@ -235,6 +239,42 @@ def test_a_frozen_shard_of_p_costs_a_stall_and_its_slots_come_back() -> None:
     virtual(scenario)
 
 
+def test_the_leaders_books_show_the_slots_of_its_shards() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        prefill, decode = await pair(cluster, OPEN, OPEN, max_num_batched_tokens=16)
+        gateway = await cluster.gateway()
+
+        async def shown(worker: Worker[Any]) -> dict[str, Any]:
+            transport = httpx.ASGITransport(debug_app(worker), client=("127.0.0.1", 1))
+            async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
+                shards: dict[str, Any] = (await client.get("/debug/blocks")).raise_for_status().json()["shards"]
+                return shards
+
+        idle = {"1": {"free": 8}, "2": {"free": 8}}
+        assert await shown(prefill) == await shown(decode) == idle
+        work = gateway.work(prompt_of(500))
+        await gateway.accepted(work, decode, prefill)
+        await settled(lambda: any(len(plane.fetcher) for plane in cluster.planes["decode-0"]), within=3.0)
+        seen = await shown(decode)
+        while seen == idle:
+            assert work.key in decode.scheduler.sequences, "the hand-off is over"
+            seen = await shown(decode)
+        assert all(sum(counts.values()) == 8 for counts in seen.values())
+        await gateway.ended(work)
+        await settled(lambda: all_free(prefill, decode) and planes_free(cluster), within=1.0)
+        assert await shown(prefill) == await shown(decode) == idle
+        # One that doesn't answer is shown as such, and keeps nobody waiting for long.
+        channel = decode.shards[0]._channel
+        channel.send = lambda payload: None  # type: ignore[method-assign]
+        began = now()
+        assert await asyncio.gather(shown(decode), shown(decode)) == 2 * [{"1": None, "2": {"free": 8}}]
+        assert now() - began <= 2 * COUNT_TIMEOUT_S
+        del channel.send
+        assert await shown(decode) == idle
+
+    virtual(scenario)
+
+
 def test_a_shard_that_is_gone_ends_its_worker() -> None:
     async def scenario(cluster: Cluster) -> None:
         prefill, decode = await pair(cluster, OPEN, OPEN)
@@ -296,6 +336,49 @@ def test_a_part_of_a_pull_that_the_leader_does_not_know_gets_pads_and_nothing_el
         await settled(lambda: planes_free(cluster), within=1.0)
         assert prefill.metrics.value("kvferry_kv_bytes_total", direction="sent") == 0
         stranger.connection.abort()
+
+    virtual(scenario)
+
+
+@pytest.mark.parametrize("whose", ["another ticket", "older attempt", "number before", "its own"])
+def test_a_live_pulls_number_gets_no_kv_without_its_ticket_and_attempt(whose: str) -> None:
+    """At a shard, too. Negative control: who has both gets what is computed."""
+
+    async def scenario(cluster: Cluster) -> None:
+        prefill, decode = await pair(cluster, OPEN, OPEN, max_num_batched_tokens=16)
+        gateway = await cluster.gateway()
+        older = gateway.work(prompt_of(500))
+        await gateway.accepted(older, decode, prefill)
+        await gateway.cancel(older, prefill, decode)
+        await settled(lambda: all_free(prefill, decode) and planes_free(cluster), within=0.3)
+        work = gateway.again(older)
+        await gateway.accepted(work, decode, prefill)
+        plane = next(iter(cluster.planes["prefill-0"]))
+        await settled(lambda: len(plane.server) > 0, within=3.0)
+        (part,) = plane.server._parts.values()
+        pull_id, from_token = part.outgoing.pull_id, part.outgoing.from_token
+        ticket, attempt = {
+            "another ticket": (bytes(16), work.attempt),
+            "older attempt": (older.ticket, older.attempt),
+            "number before": (work.ticket, work.attempt - 1),
+            "its own": (work.ticket, work.attempt),
+        }[whose]
+        stranger = await Stranger.at(cluster, decode, plane)
+        buffer = memoryview(bytearray(plane.slots.slot_bytes))
+        received = stranger.connection.receive(frame_tag(pull_id, 0), buffer)
+        stranger.say(FetchPart(pull_id, ticket, attempt, from_token, 1, (1, 2)))
+        num_bytes = await received
+        if whose == "its own":
+            assert num_bytes > HEADER_BYTES
+        else:
+            assert num_bytes == HEADER_BYTES, "a pad has but a header"
+            await settled(lambda: stranger.heard != [], within=1.0)
+            assert stranger.heard == [Aborted(pull_id, 0, "refused")]
+        stranger.say(Abort(pull_id))
+        await gateway.ended(work)
+        assert gateway.text(work) == expected(prompt_of(500), GREEDY, 8, HEADS)
+        stranger.connection.abort()
+        await settled(lambda: all_free(prefill, decode) and planes_free(cluster), within=1.0)
 
     virtual(scenario)
 

@@ -201,7 +201,7 @@ def test_the_pages_two_commands_are_one_worker_on_two_machines(checkpoint: Path,
 
 def test_a_rank_that_has_another_model_than_its_leader_says_so(checkpoint: Path) -> None:
     settings = EngineSettings(checkpoint, num_blocks=4, tensor_parallel_size=2, remote_ranks=1).as_fields()
-    setup = Setup("torch", 1, settings, Exchange(HOSTS[0], 1), format_id="of the leader")
+    setup = Setup("torch", 1, settings, Exchange(HOSTS[0], 1), format_id="of the leader", part_id="of the leader")
     nowhere = RankLink.__new__(RankLink)  # it is not asked for
     with pytest.raises(CheckpointError, match="is not the leader's model"):
         load(setup, nowhere, RankSettings())

@@ -115,6 +115,7 @@ async def test_the_debug_port_shows_health_readiness_metrics_blocks_and_digests(
             assert sum(blocks["counts"].values()) == blocks["num_blocks"] == 64
             assert blocks["slots"] == {"free": 8}
             assert blocks["holdings"] == []
+            assert blocks["shards"] == {}
             digests = (await client.get("/debug/digests")).json()
             assert len(digests[work.ticket.hex()]) == 100
             assert (await client.get("/nothing")).status_code == 404

@@ -10,6 +10,7 @@ from cluster import settled
 from disturbances import live_attempts, needing, replaced
 from faults import STATES
 from planes import fingerprint
+from processes import run_as
 from workload import requests
 from world import World, check_answered, seen, simulate, total
 
@@ -18,12 +19,14 @@ from kvferry.worker.worker import Worker
 
 DEGREES = {"prefill-0": 2, "prefill-1": 3, "decode-0": 3, "decode-1": 2}
 STEP_TIMEOUT_S = 1.0
+REMOTE = pytest.mark.parametrize("num_remote", [0, 1], ids=["here", "elsewhere"])  # the rank that is lost is the last
 
 
-async def started(world: World) -> None:
+async def started(world: World, num_remote: int = 0) -> None:
+    """`num_remote`: of the ranks of each worker."""
     for name, ranks in DEGREES.items():
         start = world.prefill if name.startswith("prefill") else world.decode
-        await start(name, tensor_parallel_size=ranks, step_timeout=STEP_TIMEOUT_S)
+        await start(name, tensor_parallel_size=ranks, remote_ranks=num_remote, step_timeout=STEP_TIMEOUT_S)
     await world.start(prefill=0, decode=0, gateways=2)
 
 
@@ -56,10 +59,13 @@ def test_undisturbed_every_pair_of_degrees_gives_the_tokens_of_one_rank() -> Non
     simulate(0, scenario)
 
 
+@REMOTE
 @pytest.mark.parametrize("phase", STATES)
-def test_a_rank_that_dies_takes_its_worker_down_and_the_requests_have_a_new_pair_within_2_s(phase: str) -> None:
+def test_a_rank_that_dies_takes_its_worker_down_and_the_requests_have_a_new_pair_within_2_s(
+    phase: str, num_remote: int
+) -> None:
     async def scenario(world: World) -> None:
-        await started(world)
+        await started(world, num_remote)
         offering = asyncio.create_task(world.offer(requests(3, 40)))
         await asyncio.sleep(0.3)
         victim = await caught(world, phase)
@@ -94,6 +100,35 @@ def test_a_worker_that_has_lost_a_rank_fails_no_request_before_it_ends() -> None
         check_answered(world.calls)
 
     simulate(4, scenario)
+
+
+@REMOTE
+@pytest.mark.parametrize("name", DEGREES)
+def test_a_drained_worker_of_ranks_ends_under_load_and_loses_nothing(name: str, num_remote: int) -> None:
+    """As SIGTERM does, while it has requests and others come."""
+
+    async def scenario(world: World) -> None:
+        await started(world, num_remote)
+        offering = asyncio.create_task(world.offer(requests(5, 60)))
+        await settled(lambda: (found := world.worker(name)) is not None and bool(needing(world, found)), within=5.0)
+        victim = world.worker(name)
+        assert victim is not None
+        holding = len(victim.scheduler.sequences)
+
+        async def ending() -> None:
+            await victim.drain()
+            assert not victim.scheduler.sequences
+            world.workers.remove(victim)
+            await victim.stop()
+
+        await run_as(name, ending())
+        assert holding > 0
+        assert not world.runtime.ranks[name].lost
+        await offering
+        await world.all_over()
+        check_answered(world.calls)
+
+    simulate(5, scenario)
 
 
 def test_a_stopped_rank_delays_its_workers_step_and_changes_no_token() -> None:

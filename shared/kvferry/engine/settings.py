@@ -71,16 +71,21 @@ def kv_format_of(settings: EngineSettings, config: ModelConfig, dtype: str) -> K
 
     Runners of one checkpoint, dtype, block size and quantization have one format, whatever computes in them.
     """
+    format_id = identity_of(weights_fingerprint(settings.model_dir), settings, config, dtype)
+    return KVFormat(
+        config.num_layers, config.num_kv_heads, config.head_dim, dtype, settings.block_size, format_id
+    )  # fmt: skip
+
+
+def identity_of(weights: str, settings: EngineSettings, config: ModelConfig, dtype: str) -> str:
+    """Of weights with a fingerprint and of how they are computed: where it is equal, KV has one meaning."""
     identity: tuple[object, ...] = (
-        weights_fingerprint(settings.model_dir), dtype, settings.block_size, config.rope,
+        weights, dtype, settings.block_size, config.rope,
         config.num_layers, config.num_kv_heads, config.head_dim, config.windows, config.rms_norm_eps,
     )  # fmt: skip
     if settings.quantization != "none":
         identity += (settings.quantization,)
-    format_id = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
-    return KVFormat(
-        config.num_layers, config.num_kv_heads, config.head_dim, dtype, settings.block_size, format_id
-    )  # fmt: skip
+    return hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
 
 
 def resolved_num_blocks(settings: EngineSettings, kv_format: KVFormat) -> int:

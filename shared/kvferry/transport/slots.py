@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import mmap
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -120,6 +120,10 @@ class SlotPool:
     def snapshot(self) -> tuple[SlotRecord, ...]:
         """Every slot's state, for the block ledger and `/debug/blocks`."""
         return tuple(SlotRecord(slot.index, slot.state, slot.label, slot.deadline) for slot in self._slots)
+
+    def counts(self) -> dict[SlotState, int]:
+        """Slots in each state that some are in."""
+        return dict(Counter(slot.state for slot in self._slots))
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the books do not add up."""

@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from kvferry.errors import SettingError
 from kvferry.http_port import BoundedProtocol, QuietServer
+from kvferry.transport.slots import SlotState
 from kvferry.worker.report import blocks, refresh_metrics
 from kvferry.worker.worker import Worker
 
@@ -44,7 +45,7 @@ def debug_app(worker: Worker[Any]) -> Starlette:
             worker.check_integrity()
         except AssertionError as error:
             return JSONResponse({"error": f"the books do not add up: {error}"}, status_code=500)
-        return JSONResponse(blocks(worker))
+        return JSONResponse({**blocks(worker), "shards": await shard_slots(worker)})
 
     async def digests(request: Request) -> Response:
         if not _is_local(request):
@@ -60,6 +61,13 @@ def debug_app(worker: Worker[Any]) -> Starlette:
             Route("/debug/digests", digests),
         ]
     )
+
+
+async def shard_slots(worker: Worker[Any]) -> dict[str, dict[SlotState, int] | None]:
+    """Of its ranks on other hosts, whose KV lies in the same blocks: staging slots by state; None of one that says
+    nothing."""
+    counts = await asyncio.gather(*(shard.slot_counts() for shard in worker.shards))
+    return {str(shard.rank): each for shard, each in zip(worker.shards, counts, strict=True)}
 
 
 def _is_local(request: Request) -> bool:

@@ -24,9 +24,10 @@ from kvferry.engine.ranks.caches import Caches
 from kvferry.engine.ranks.copies import serve_copies
 from kvferry.engine.ranks.followers import Setup
 from kvferry.engine.ranks.following import Follower, follow
+from kvferry.engine.ranks.part import part_id
+from kvferry.engine.ranks.shard import shards_of
 from kvferry.engine.settings import (
     EngineSettings,
-    kv_format_of,
     resolved_dtype,
     resolved_max_model_len,
     resolved_num_blocks,
@@ -34,6 +35,7 @@ from kvferry.engine.settings import (
 from kvferry.errors import CheckpointError, SettingError
 from kvferry.log import get_logger, setup_logging
 from kvferry.runtime import SystemRuntime
+from kvferry.schedule.step import KVFormat
 from kvferry.transport.base import Transport, TransportSettings
 from kvferry.transport.factory import open_transport
 from kvferry.worker.handoff.channel import StreamChannel
@@ -139,11 +141,14 @@ def load(setup: Setup, link: RankLink, own: RankSettings) -> Rank:
     if own.device:
         settings = replace(settings, device=own.device)
     config = ModelConfig.read(settings.model_dir)
-    kv_format = kv_format_of(settings, config, resolved_dtype(settings, config))
-    if kv_format.format_id != setup.format_id:
+    dtype, size = resolved_dtype(settings, config), settings.tensor_parallel_size
+    if part_id(settings, config, dtype, shards_of(config, size)[setup.rank]) != setup.part_id:
         raise CheckpointError(str(settings.model_dir), "is not the leader's model: weights or shape differ")
+    kv_format = KVFormat(
+        config.num_layers, config.num_kv_heads, config.head_dim, dtype, settings.block_size, setup.format_id
+    )
     assert setup.exchange is not None, "the leader knows that this rank is on another host"
-    size, device = settings.tensor_parallel_size, device_of(settings)
+    device = device_of(settings)
     exchange = joined_exchange(setup.exchange, link.host, setup.rank, size, device)
     follower = TorchFollower(settings, setup.rank, None, exchange)
     num_blocks = resolved_num_blocks(settings, kv_format)

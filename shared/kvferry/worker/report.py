@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from kvferry.runtime import now
-from kvferry.transport.slots import SlotPool, SlotState
+from kvferry.transport.slots import SlotState
 from kvferry.wire.beats import Held, Load
 from kvferry.wire.record import Feature, WorkerAddress, WorkerRecord
 
@@ -93,7 +92,7 @@ def blocks(worker: Worker[Any]) -> dict[str, Any]:
         "num_blocks": memory.pool.num_blocks,
         "counts": {state.value: count for state, count in memory.ledger.counts().items()},
         "holdings": memory.ledger.rows(now()),
-        "slots": _slot_counts(worker.slots),
+        "slots": worker.slots.counts(),
         "sequences": len(worker.scheduler.sequences),
         "streams": len(worker.outbox),
     }
@@ -108,7 +107,7 @@ def refresh_metrics(worker: Worker[Any]) -> None:
     metrics.queued_prefill.set(sum(worker.scheduler.queued_tokens) / rate if rate else 0.0)
     for state, count in memory.ledger.counts().items():
         metrics.blocks.labels(state.value).set(count)
-    slots = _slot_counts(worker.slots)
+    slots = worker.slots.counts()
     for name in get_args(SlotState):
         metrics.slots.labels(name).set(slots.get(name, 0))
     counters = worker.transport.counters
@@ -117,7 +116,3 @@ def refresh_metrics(worker: Worker[Any]) -> None:
         metrics.wire_errors.labels("data", kind).inc(count - known)
     metrics.prefix_hits.inc(memory.hit_tokens - metrics.value("kvferry_prefix_cache_hit_token_total"))
     metrics.prefix_queries.inc(memory.queried_tokens - metrics.value("kvferry_prefix_cache_query_token_total"))
-
-
-def _slot_counts(slots: SlotPool) -> dict[str, int]:
-    return dict(Counter(record.state for record in slots.snapshot()))

@@ -21,7 +21,7 @@ TABLE = np.asarray([5, 2, 9, 1], np.int32)
 GREEDY = Sampling(temperature=0)
 
 
-SIZES = pytest.mark.parametrize("size", [1, 2, 3])  # ranks: of one head each, and two that share one
+SIZES = pytest.mark.parametrize("size", [1, 2, 3, 8])  # ranks: of one head each, and some that share one
 
 
 def prefilled(settings: MemorySettings = SETTINGS, size: int = 1) -> MemoryRunner:

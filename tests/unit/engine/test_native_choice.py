@@ -29,6 +29,7 @@ OBSTACLES = [
     ({"dtype": "float16"}, "dtype"),
     ({"block_size": 8}, "block_size"),
     ({"block_size": 40}, "block_size"),
+    ({"remote_ranks": 1, "tensor_parallel_size": 2}, "remote_ranks"),
 ]
 
 

@@ -83,6 +83,9 @@ def test_an_uneven_model_is_split_as_documented() -> None:
 
     assert heads(2) == [([0, 1, 2], [0]), ([3, 4, 5, 6, 7, 8], [1, 2])]
     assert heads(4) == [([0, 1, 2], [0]), ([3, 4, 5], [1]), ([6], [2]), ([7, 8], [2])]
+    assert heads(8) == [
+        ([0], [0]), ([1, 2], [0]), ([3], [1]), ([4], [1]), ([5], [1]), ([6], [2]), ([7], [2]), ([8], [2])
+    ]  # fmt: skip
     assert [len(shard.intermediate) for shard in shards_of(SMOLLM2, 4)] == [384] * 4
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from bench import accuracy
 from checkpoints import reference_logits
+from ranked import ranked
 from runners import Runner, native_library, runner_of
 
 from kvferry.engine.reference import ReferencePass
@@ -155,6 +156,19 @@ def test_a_pair_of_two_engines_says_what_the_reference_pass_accepts(
     accepted_alone(model_dir, prompt, tokens, sampling)
     here.close()
     there.close()
+
+
+@SAMPLINGS
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_of_the_torch_engine_in_bf16_say_what_the_reference_pass_accepts(
+    model_dir: Path, size: int, sampling: Sampling
+) -> None:
+    """`fast`: their products have other shapes than one rank's, and so other low bits."""
+    settings = EngineSettings(model_dir, dtype="bfloat16", num_blocks=80, max_model_len=1024, threads=1)
+    prompt = np.random.default_rng(4).integers(100, 40_000, 100).astype(np.uint32)
+    with ranked("torch", settings, size) as runner:
+        generated = generate(runner, prompt, sampling, 48)
+    accepted_alone(model_dir, prompt, generated, sampling)
 
 
 @pytest.mark.timeout(1800)  # 8,192 positions in three dtypes, on whatever cores there are

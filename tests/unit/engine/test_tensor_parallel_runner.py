@@ -37,7 +37,7 @@ Table = npt.NDArray[np.int32]
 
 
 def sizes_of(shape: Shape) -> list[int]:
-    return [size for size in (2, 3, 4) if size <= shape.num_heads]
+    return [size for size in (2, 3, 4, 8) if size <= shape.num_heads]
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_a_wrong_bit_in_any_ranks_kv_shows(checkpoints: dict[str, Path], engine:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("here", "there"), [(1, 2), (2, 1), (2, 4), (4, 2), (3, 3)])
+@pytest.mark.parametrize(("here", "there"), [(1, 2), (2, 1), (2, 4), (4, 2), (3, 3), (1, 8), (8, 2)])
 def test_kv_moves_between_any_two_degrees(checkpoints: dict[str, Path], engine: str, here: int, there: int) -> None:
     """In frames of all heads and of some, whatever each side's ranks have of them."""
     wanted = settings_of(checkpoints[UNEVEN.name])
@@ -167,7 +167,7 @@ def test_draws_and_scores_are_the_leaders_alone(checkpoints: dict[str, Path], en
     step = SequenceStep(0, TOKENS[:40], 0, TABLE, Draw(Sampling(temperature=0), 0, 0), Score(3, TOKENS[4:31], 2))
     plain = SequenceStep(1, OTHER[:9], 0, SECOND, Draw(Sampling(temperature=1.0, seed=7), 0, 0))
     results = []
-    for size in (1, 2, 4):
+    for size in (1, 2, 4, 8):
         with ranked(engine, wanted, size) as runner:
             runner.warm_up()
             results.append(runner.execute(StepPlan((plain, step))))
@@ -204,7 +204,7 @@ def test_a_rank_reads_only_its_part_of_the_weights(model_dir: Path) -> None:
     whole = elements(1, 0)
     norms = (2 * layers + 1) * width
     kv_head = (config.queries_per_kv_head + 2) * config.head_dim * width * layers  # with its queries
-    for size in (2, 3, 4):
+    for size in (2, 3, 4, 8):
         held = [elements(size, rank) for rank in range(size)]
         assert max(held) <= whole / size + norms + kv_head
         repeated = max(size - config.num_kv_heads, 0) * 2 * config.head_dim * width * layers
@@ -219,6 +219,23 @@ def test_memory_of_a_rank_falls_with_their_number(checkpoints: dict[str, Path], 
         (whole,) = alone.rank_weight_bytes
         assert max(runner.rank_weight_bytes) <= 0.65 * whole  # tiny matrices, padded to whole panels
     alone.close()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_of_the_real_model_takes_its_part_of_the_memory(model_dir: Path, engine: str, size: int) -> None:
+    """At most 1/N of one rank's, the norms, and the KV head by which an uneven split differs, as it is read."""
+    wanted = settings_of(model_dir, max_model_len=64)
+    alone = runner_of(engine, wanted)
+    (whole,) = alone.rank_weight_bytes
+    alone.close()
+    config = ModelConfig.read(model_dir)
+    norms = (2 * config.num_layers + 1) * config.hidden_size
+    kv_head = (config.queries_per_kv_head + 2) * config.head_dim * config.hidden_size * config.num_layers
+    with ranked(engine, wanted, size) as runner:
+        assert len(runner.rank_weight_bytes) == size
+        assert max(runner.rank_weight_bytes) <= whole / size + 2 * (norms + kv_head)  # 2 bytes of bf16
+        assert sum(runner.rank_weight_bytes) >= whole
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -50,7 +50,9 @@ class Setup(msgspec.Struct, frozen=True):
     rank: int
     settings: Mapping[str, str | int | None]  # fields of EngineSettings
     exchange: Exchange | None = None  # None: all share memory
-    format_id: str = ""  # of the leader's KV, which every rank on another host must have, too
+    # Of a rank on another host: the id of the leader's KV format, and what its part must be (`part.py`).
+    format_id: str = ""
+    part_id: str = ""
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -133,11 +135,14 @@ class Followers:
         settings: Mapping[str, str | int | None],
         exchange: Exchange | None = None,
         format_id: str = "",
+        part_ids: Mapping[int, str] | None = None,
     ) -> None:
-        """Let them load. Raises `RankLost`."""
+        """Let them load. `part_ids`: of the ranks on other hosts. Raises `RankLost`."""
+        part_ids = part_ids or {}
+        assert part_ids.keys() == self._copies.keys()
         for rank, channel in enumerate(self._channels, 1):
-            setup = Setup(engine, rank, settings, exchange, format_id if rank in self._copies else "")
-            self._send(rank, channel, msgspec.msgpack.encode(setup))
+            remote = (format_id, part_ids[rank]) if rank in self._copies else ()
+            self._send(rank, channel, msgspec.msgpack.encode(Setup(engine, rank, settings, exchange, *remote)))
 
     def ready(self) -> list[int]:
         """Wait until all have loaded. Returns the bytes of their weights; raises the first one's failure."""

@@ -44,6 +44,22 @@ class Shard:
         """Rows of the key projection, and of the value projection."""
         return range(self.kv_heads.start * head_dim, self.kv_heads.stop * head_dim)
 
+    def rows(self, tensor: str, config: ModelConfig) -> range | None:
+        """Of a tensor of the checkpoint, weight or bias; None: every rank has all of it."""
+        match tensor.split(".")[-2]:
+            case "q_proj":
+                return self.query_rows(config.head_dim)
+            case "k_proj" | "v_proj":
+                return self.key_rows(config.head_dim)
+            case "o_proj" | "down_proj":
+                return self.hidden
+            case "gate_proj" | "up_proj":
+                return self.intermediate
+            case "embed_tokens" | "lm_head":
+                return self.vocab
+            case _:
+                return None
+
 
 def shards_of(config: ModelConfig, size: int) -> tuple[Shard, ...]:
     """The shards of all ranks. Raises `SettingError` for more ranks than one of the dimensions can be cut into."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from kvferry.engine.config import ModelConfig
 from kvferry.engine.ranks.copies import RemoteCache
 from kvferry.engine.ranks.followers import Followers
+from kvferry.engine.ranks.part import part_id
 from kvferry.engine.ranks.shard import Shard
 from kvferry.engine.settings import EngineSettings
 from kvferry.engine.torch.collective import Collective, NetworkGather, open_collective, open_exchange
@@ -16,7 +17,14 @@ from kvferry.engine.torch.rank import device_of, open_cache
 from kvferry.schedule.step import KVFormat
 
 
-def set_up(followers: Followers, settings: EngineSettings, num_blocks: int, kv_format: KVFormat) -> Collective:
+def set_up(
+    followers: Followers,
+    settings: EngineSettings,
+    config: ModelConfig,
+    shards: Sequence[Shard],
+    num_blocks: int,
+    kv_format: KVFormat,
+) -> Collective:
     """They load meanwhile. Returns the leader's side of what all exchange through: the network, if a rank is on another
     host."""
     settled = replace(settings, num_blocks=num_blocks).as_fields()
@@ -24,7 +32,8 @@ def set_up(followers: Followers, settings: EngineSettings, num_blocks: int, kv_f
         followers.set_up("torch", settled)
         return open_collective(followers.memory, 0, followers.size)
     exchange, store = open_exchange(followers.host)
-    followers.set_up("torch", settled, exchange, kv_format.format_id)
+    parts = {rank: part_id(settings, config, kv_format.dtype, shards[rank]) for rank in followers.remote}
+    followers.set_up("torch", settled, exchange, kv_format.format_id, parts)
     return NetworkGather(lambda: store, followers.host, 0, followers.size, device_of(settings))
 
 

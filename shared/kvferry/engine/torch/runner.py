@@ -89,7 +89,7 @@ class TorchRunner:
         self._limits = Limits(self._kv_format, num_blocks, self._max_model_len, config.vocab_size)
         collective: Collective = Alone()
         if followers is not None:
-            collective = set_up(followers, settings, num_blocks, self._kv_format)
+            collective = set_up(followers, settings, config, shards, num_blocks, self._kv_format)
         memory = None if followers is None else followers.memory
         own = open_cache(settings, config, shards[0], num_blocks, memory)
         self._caches: list[KVCache | RemoteCache] = [own]

@@ -14,6 +14,10 @@
     Settle(right or not)                   ->         tells P's shard so
                                          <-           Settled: no copy writes into the blocks any more
 
+    leader                                          any shard
+    CountSlots                             ->
+                                         <-           Slots: how many are in which state
+
 A leader keeps the blocks from Serve to Served, and from Land to Settled. Each part has a number, given by who begins.
 """
 
@@ -24,6 +28,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from kvferry.transport.slots import SlotState
 from kvferry.wire.fields import U32, U64, Count, Heads, Name, Ticket
 from kvferry.wire.flow import Manifest
 
@@ -126,5 +131,13 @@ class Settled(msgspec.Struct, frozen=True, tag="settled", array_like=True):
     part: U64
 
 
-Order = Begin | Serve | Computed | Finish | Stop | Land | Settle
-Word = Listening | Asked | Served | Progressed | Landed | Lost | Settled
+class CountSlots(msgspec.Struct, frozen=True, tag="count_slots", array_like=True):
+    """Somebody looks at `/debug/blocks`."""
+
+
+class Slots(msgspec.Struct, frozen=True, tag="slots", array_like=True):
+    counts: dict[SlotState, Count]
+
+
+Order = Begin | Serve | Computed | Finish | Stop | Land | Settle | CountSlots
+Word = Listening | Asked | Served | Progressed | Landed | Lost | Settled | Slots

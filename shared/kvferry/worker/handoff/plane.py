@@ -20,7 +20,7 @@ from kvferry.worker.handoff.channel import ShardChannel
 from kvferry.worker.handoff.fetching import PartFetcher
 from kvferry.worker.handoff.hearing import Hearing
 from kvferry.worker.handoff.landing import Dock
-from kvferry.worker.handoff.orders import Begin, Land, Listening, Order, Settle, Word
+from kvferry.worker.handoff.orders import Begin, CountSlots, Land, Listening, Order, Settle, Slots, Word
 from kvferry.worker.handoff.pace import Pace
 from kvferry.worker.handoff.serving import PartLink, PartServer
 from kvferry.worker.handoff.timing import TransferRate
@@ -83,7 +83,9 @@ class ShardPlane:
     def _hear(self, order: Order) -> None:
         if isinstance(order, Begin):
             raise RuntimeError("the leader begins twice")
-        if isinstance(order, Land | Settle):
+        if isinstance(order, CountSlots):
+            self._tell(Slots(self.slots.counts()))
+        elif isinstance(order, Land | Settle):
             self.fetcher.hear(order)
         else:
             self.server.hear(order)

@@ -9,12 +9,14 @@ from typing import Final, Protocol
 import msgspec
 
 from kvferry.errors import RankLost
+from kvferry.transport.slots import SlotState
 from kvferry.worker.handoff.channel import ShardChannel
 from kvferry.worker.handoff.fetching import PartFetcher
 from kvferry.worker.handoff.orders import (
     Asked,
     Begin,
     Computed,
+    CountSlots,
     Finish,
     Land,
     Landed,
@@ -25,12 +27,14 @@ from kvferry.worker.handoff.orders import (
     Served,
     Settle,
     Settled,
+    Slots,
     Stop,
     Word,
 )
 from kvferry.worker.handoff.serving import PartServer
 
 BEGIN_TIMEOUT_S: Final = 20.0  # for a shard to open its data plane
+COUNT_TIMEOUT_S: Final = 1.0  # for one to say what its slots are in
 
 ServeOrder = Serve | Computed | Finish | Stop
 LandOrder = Land | Settle
@@ -89,6 +93,7 @@ class RemoteShard:
         self.address = ""
         self._channel = channel
         self._handler: Callable[[ServeWord | LandWord], None] = lambda word: None
+        self._counting: list[asyncio.Future[dict[SlotState, int]]] = []  # who waits for Slots
         self._words: Final = msgspec.msgpack.Decoder(Word)
 
     async def begin(self, order: Begin) -> None:
@@ -108,8 +113,23 @@ class RemoteShard:
         """Hear it until it is gone."""
         while (payload := await self._channel.receive()) is not None:
             word = self._words.decode(payload)
-            if not isinstance(word, Listening):
+            if isinstance(word, Slots):
+                waiting, self._counting = self._counting, []
+                for each in waiting:
+                    each.set_result(word.counts)
+            elif not isinstance(word, Listening):
                 self._handler(word)
+
+    async def slot_counts(self) -> dict[SlotState, int] | None:
+        """Of its staging slots, by state; None if it doesn't say."""
+        told: asyncio.Future[dict[SlotState, int]] = asyncio.get_running_loop().create_future()
+        self._counting.append(told)
+        self._channel.send(msgspec.msgpack.encode(CountSlots()))
+        await asyncio.wait([told], timeout=COUNT_TIMEOUT_S)
+        if told.done():
+            return told.result()
+        self._counting.remove(told)
+        return None
 
     def tell(self, order: ServeOrder | LandOrder) -> None:
         self._channel.send(msgspec.msgpack.encode(order))
