@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from native.compiling import COMPILER, HERE, ISAS, RACES, SANITIZED, SPLIT_K, Compiled, engine, product, run
 
-ENGINE = engine("threads", "arena", "pack", "quantize", "tile_amx", "tile_bf16", "tile_int8", "epilogue", "gemm", "peaks")
+ENGINE = engine(
+    "threads", "arena", "pack", "quantize", "tile_amx", "tile_bf16", "tile_int8", "epilogue", "gemm", "peaks"
+)
 SOURCES = (*ENGINE, *sorted(HERE.glob("linear_*.cpp")))
 TESTS = ("vectors", "quantizing", "reference", "rows", "threads", "peaks")
 
