@@ -117,7 +117,8 @@ class TorchRunner:
             unit = torch.cuda.get_device_name(self._device).replace(" ", "-")
         else:
             bf16 = "-bf16" if torch.cpu._is_avx512_bf16_supported() else ""
-            unit = torch.backends.cpu.get_cpu_capability().lower() + bf16
+            amx = "-amx" if torch.cpu._is_amx_tile_supported() else ""
+            unit = torch.backends.cpu.get_cpu_capability().lower() + bf16 + amx
         ranks = len(self._caches)  # kernels are chosen by shape, so bits depend on it
         degree = f"-tp{ranks}" if ranks > 1 else ""
         return f"torch{ENGINE_VERSION}-{torch.__version__}-{kernel}-{unit}-{self._dtype_name}{degree}"
