@@ -80,6 +80,8 @@ CONSTANTS: Final = (
     ("kvferry.http_port", "MAX_DISCARDED_BYTES", "bytes of a body that goes on after its answer"),
     ("kvferry_gateway.fleet.registry", "MAX_WORKERS", "worker incarnations known at once"),
     ("kvferry_gateway.streams.attempt", "MAX_REMEMBERED", "attempts that are over and remembered"),
+    ("kvferry_gateway.flights.patience", "NEW_REQUEST_WAIT", "seconds that a new request waits for absent workers"),
+    ("kvferry_gateway.flights.patience", "RECENT_ABSENCE", "seconds of absence after which it does not"),
     ("kvferry_gateway.flights.setbacks", "CRASHES_TO_ISOLATE", "crashed workers before a request runs alone"),
     ("kvferry.wire.sampling", "MAX_LOGPROBS", "best tokens told beside a drawn one"),
     ("kvferry.wire.tokens", "MAX_SCORED_ROWS", "tokens of prompts with log-probabilities in one TokenBatch"),

@@ -9,14 +9,19 @@ import pytest
 from gateway_answers import error_of, post
 from scripted_worker import EOS, Cluster, completion, tokens_of
 
+from kvferry.runtime import now
 from kvferry.wire.work import Accepted, DecodeRequest, Rejected, Work
+from kvferry_gateway.flights.patience import NEW_REQUEST_WAIT
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 async def test_without_a_worker_it_is_503_at_once(cluster: Cluster) -> None:
-    error = error_of(await post(cluster, "/v1/completions", completion(stream=True)), 503)
-    assert error["code"] == "no_worker"
+    began = now()
+    response = await post(cluster, "/v1/completions", completion(stream=True))
+    assert now() - began < NEW_REQUEST_WAIT
+    assert error_of(response, 503)["code"] == "no_worker"
+    assert response.headers["retry-after"] == "1"
     assert (await cluster.client.get("/ready")).status_code == 503
     assert (await cluster.client.get("/health")).status_code == 200
     await cluster.speaker("x")
@@ -87,9 +92,14 @@ async def test_more_requests_than_the_gateway_takes_are_refused(tmp_path: Path) 
 async def test_nothing_is_written_before_decode_has_accepted(cluster: Cluster) -> None:
     prefill, decode = await cluster.pair()
     answers: list[Work] = []
-    decode.answer = lambda work: answers.append(work)  # keeps silent, twice
+
+    def silent_and_then_unwilling(work: Work) -> Rejected | None:
+        answers.append(work)
+        return None if len(answers) <= 2 else Rejected(work.ticket, work.attempt, "wrong_model")
+
+    decode.answer = silent_and_then_unwilling
     prefill.accepted = lambda work: prefill.publish(work, [(0, tokens_of("x")[0])])
     response = await post(cluster, "/v1/completions", completion(stream=True))
     assert error_of(response, 503), "the first token came, but a refusal could still be told"
-    assert len(answers) == 2, "a silent worker is asked once more"
+    assert len(answers) == 3, "a silent worker is asked once more, and when it may have come back"
     assert answers[0] == answers[1]

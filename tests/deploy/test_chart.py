@@ -19,6 +19,7 @@ from kvferry.config.layers import load_settings
 from kvferry.config.settings import Settings
 from kvferry.scaling import SERVICES, Role
 from kvferry_decode.settings import DecodeSettings
+from kvferry_gateway.service import SHUTDOWN_SLACK_S
 from kvferry_gateway.settings import GatewaySettings
 from kvferry_prefill.settings import PrefillSettings
 
@@ -166,6 +167,7 @@ def test_a_field_that_kubernetes_does_not_know_would_be_found() -> None:
         ({"gateway": {"otherModels": [{"name": "a=b", "claim": "c"}]}}, "otherModels"),
         ({"prefil": {}}, "prefil"),
         ({"decode": {"environment": {"KVFERRY_NATS_PASSWORD": "hush"}}}, "KVFERRY_NATS_PASSWORD"),
+        ({"decode": {"environment": {"KVFERRY_DRAIN_GRACE": "120"}}}, "KVFERRY_DRAIN_GRACE"),
         ({"autoscaling": {"enabled": True}}, "prometheusUrl"),
         ({"autoscaling": {"enabled": True, "prometheusUrl": "http://p:9090"}}, "decode.scaling.autoscale.tokens_per_s"),
     ],
@@ -192,17 +194,41 @@ def test_values_are_laid_over_the_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_replicas_resources_and_grace_are_those_of_the_file(
+def test_replicas_and_resources_are_those_of_the_file(
     manifests: list[dict[str, Any]], role: Role, tmp_path: Path
 ) -> None:
     scaling, pod = scaling_of(manifests, role, tmp_path), pod_of(manifests, role)["spec"]
     resources = pod["containers"][0]["resources"]
     assert int(resources["requests"]["cpu"]) == scaling.resources.cpus
     assert resources["requests"]["memory"] == resources["limits"]["memory"] == scaling.resources.memory
-    assert pod["terminationGracePeriodSeconds"] > scaling.settings["drain_grace"]
     scaled_by_keda = any(m["kind"] == "ScaledObject" and m["metadata"]["name"].endswith(role) for m in manifests)
     owner = of(manifests, "Deployment" if role == "gateway" else "StatefulSet", role)["spec"]
     assert owner.get("replicas") == (None if scaled_by_keda else scaling.replicas)
+
+
+@pytest.mark.parametrize("drain_grace", [None, 3.5, 600.9])
+@pytest.mark.parametrize("role", ROLES)
+def test_a_pod_is_not_killed_before_it_has_drained(role: Role, drain_grace: float | None, tmp_path: Path) -> None:
+    """Kubernetes counts from before the preStop hook; after it SIGTERM drains."""
+    settings = {} if drain_grace is None else {"drain_grace": drain_grace}
+    manifests = render(LEAST | {role: {"scaling": {"settings": settings}}})
+    scaling, pod = scaling_of(manifests, role, tmp_path), pod_of(manifests, role)["spec"]
+    (container,) = pod["containers"]
+    drain_s = scaling.settings["drain_grace"]
+    assert drain_s == (SERVICES[role].read().settings["drain_grace"] if drain_grace is None else drain_grace)
+    pre_stop_s = 0.0
+    if role == "gateway":
+        # So that load balancers have seen that it is not ready, before it refuses what they send.
+        program, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+        assert program == "sleep"
+        pre_stop_s = float(seconds)
+        assert pre_stop_s > container["readinessProbe"]["periodSeconds"]
+    else:
+        assert "lifecycle" not in container, "nothing sends requests to its port"
+    assert pod["terminationGracePeriodSeconds"] >= pre_stop_s + drain_s + SHUTDOWN_SLACK_S
+    dockerfile = (ROOT / "services" / role / "Dockerfile").read_text()
+    assert "STOPSIGNAL" not in dockerfile
+    assert re.search(r"^CMD \[", dockerfile, re.MULTILINE), "a shell as process 1 would swallow SIGTERM"
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -1,8 +1,9 @@
-"""A cluster whose every part is replaced under load: no stream is lost and none is wrong.
+"""A cluster whose every part is replaced under load: no request is refused, no stream is lost and none is wrong.
 
-Three NATS nodes, two gateways, one prefill and two decode workers. Clients stream all the while, each through the
-gateway whose turn it is; one that can't take a request is left for the other, as by a load balancer, and a stream that
-has begun is never begun again. The engine is exact, so every text must be the very one that was told before.
+Three NATS nodes, where each role is a user of its own, two gateways, one prefill and two decode workers. Clients stream
+all the while, each through the gateway whose turn it is. Only a gateway that is itself being replaced may turn a
+request away, before it has begun: the client asks the other one, as a load balancer would. The engine is exact, so
+every text must be the very one that was told before.
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ from books import HOST
 from nats_cluster import NatsCluster, running_cluster
 from stack import Stack
 
-from kvferry.bus.rights import BusUser
+from kvferry.bus.rights import users_of
+from kvferry.runtime import SystemRuntime
 from kvferry_local.bench.endpoint import Endpoint, Refused
 from kvferry_local.bench.stream import Stream, stream
+from kvferry_local.credentials import ROLES, read_credentials, write_credentials
 
-USER: Final = BusUser("stack", "a password of the test")
+CLUSTER: Final = "rolling"
 PATIENCE_S: Final = 150.0
 PROMPTS: Final = ("The river", "One, two, three,", "Once upon a time")
 NUM_TOKENS: Final = 60
 NUM_CLIENTS: Final = 3
-RETRY_S: Final = 0.05  # between two gateways that could not take a request
+RETRY_S: Final = 0.05  # between two gateways, of which the first is being replaced
 
 
 @dataclass
@@ -39,28 +42,28 @@ class Load:
 
     ports: list[int]  # of the gateways
     expected: dict[str, str] = field(default_factory=dict)
+    replaced: set[int] = field(default_factory=set)  # ports of gateways that are ending, or beginning
     num_whole: int = 0
-    num_turned_away: int = 0  # by a gateway that ends or is away: asked of the other
+    num_turned_away: int = 0  # by one of these
     wrong: list[str] = field(default_factory=list)
     _turn: int = 0
     _stopped: bool = False
 
     async def tell(self, prompt: str) -> str:
-        """One answer. Raises for one that was begun and is not whole."""
+        """One answer. Raises for one that is not whole, and for a refusal that has no excuse."""
         body = {"model": "smollm2", "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
         async with asyncio.timeout(PATIENCE_S):
             while True:
                 self._turn += 1
                 answer = Stream()
+                port = self.ports[self._turn % len(self.ports)]
+                was_replaced = port in self.replaced
                 try:
-                    port = self.ports[self._turn % len(self.ports)]
                     await stream(Endpoint(HOST, port), "/v1/completions", body, into=answer)
-                except Refused as refusal:
-                    if refusal.status != 503:
-                        raise
-                except (ConnectionError, asyncio.IncompleteReadError):
-                    # A process that ends resets what waits to be accepted; only what has begun can't be asked again.
-                    if answer.arrivals:
+                except (Refused, ConnectionError, asyncio.IncompleteReadError) as error:
+                    # A process that ends resets what waits to be accepted.
+                    turned_away = error.status == 503 if isinstance(error, Refused) else not answer.arrivals
+                    if not (turned_away and (was_replaced or port in self.replaced)):
                         raise
                 else:
                     assert answer.usage is not None
@@ -121,20 +124,41 @@ class Rolling:
                 assert self.load.wrong == []
                 await asyncio.sleep(0.05)
 
-    def gateways(self) -> dict[str, int]:
-        """Names and pids of those that run."""
+    async def replace_gateway(self, pid: int, port: int) -> None:
+        """From its SIGTERM until its successor says that requests should come."""
+        self.load.replaced.add(port)
+        os.kill(pid, signal.SIGTERM)
+        async with asyncio.timeout(PATIENCE_S):
+            while pid in self.gateways() or not await _is_ready(port):
+                await asyncio.sleep(0.05)
+        self.load.replaced.discard(port)
+
+    def gateways(self) -> dict[int, int]:
+        """Pids and ports of those that run."""
         commands = {pid: command.split() for pid, command in self.stack.processes().items()}
-        return {words[words.index("--name") + 1]: pid for pid, words in commands.items() if "kvferry_gateway" in words}
+        return {
+            pid: int(words[words.index("--port") + 1]) for pid, words in commands.items() if "kvferry_gateway" in words
+        }
+
+
+async def _is_ready(port: int) -> bool:
+    try:
+        await Endpoint(HOST, port).get("/ready")
+    except (Refused, OSError, asyncio.IncompleteReadError):
+        return False
+    return True
 
 
 @pytest.fixture
 async def rolling(flags: tuple[str, ...], tmp_path: Path) -> AsyncIterator[Rolling]:
-    async with running_cluster([USER]) as nats:
-        environ = {
-            "KVFERRY_NATS_URL": nats.urls, "KVFERRY_NATS_USER": USER.name, "KVFERRY_NATS_PASSWORD": USER.password,
-        }  # fmt: skip
+    secrets = tmp_path / "secrets"
+    write_credentials(secrets, CLUSTER, SystemRuntime())
+    logins = read_credentials(secrets, CLUSTER).logins
+    users = users_of(CLUSTER, {role: logins[role].password.get_secret_value() for role in ROLES})
+    async with running_cluster(users) as nats:
+        where = ("--cluster", CLUSTER, "--nats-url", nats.urls, "--nats-credentials", str(secrets))
         shape = ("--prefill", "1", "--decode", "2", "--gateways", "2")
-        stack = Stack(tmp_path, *flags, *shape, environ=environ)
+        stack = Stack(tmp_path, *flags, *where, *shape)
         try:
             await asyncio.to_thread(stack.start)
             load = Load([urlsplit(url).port or 0 for url in stack.facts.gateways])
@@ -164,19 +188,24 @@ async def test_a_node_of_nats_is_killed_and_then_every_process_is_restarted_and_
         os.kill(row["pid"], signal.SIGTERM)
         await rolling.restarted(name, row["pid"])
         await load.more()
-    for name, pid in sorted(rolling.gateways().items()):
-        os.kill(pid, signal.SIGTERM)
-        async with asyncio.timeout(PATIENCE_S):
-            while rolling.gateways().get(name, pid) == pid:
-                await asyncio.sleep(0.05)
+    assert load.num_turned_away == 0
+    gateways = rolling.gateways()
+    assert sorted(gateways.values()) == sorted(load.ports)
+    for pid, port in gateways.items():
+        await rolling.replace_gateway(pid, port)
         await load.more()
     # The nodes that are left, one after the other: by now the processes are spread over them.
     for number in (1, 2):
         await rolling.nats.kill(number)
         await rolling.nats.nodes[number].start()
         await load.more()
-    # Each of the five, and `kvferry up`, has lost a node that it was on.
-    assert rolling.stack.log.read_text().count("bus reconnected") >= 6
+    # All at once, as where there is one alone: a pause.
+    for number in range(len(rolling.nats.nodes)):
+        await rolling.nats.kill(number)
+    await asyncio.gather(*(node.start() for node in rolling.nats.nodes))
+    await load.more()
+    # Each of the five, and `kvferry up`, has lost a node that it was on, and then all.
+    assert rolling.stack.log.read_text().count("bus reconnected") >= 12
     record_property("streams", load.num_whole)
     record_property("turned_away", load.num_turned_away)
     assert len(await rolling.workers()) == 3

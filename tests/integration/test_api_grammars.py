@@ -16,7 +16,9 @@ from structlog.testing import capture_logs
 
 from kvferry.grammar.compiler import GrammarCompiler
 from kvferry.grammar.mask import GrammarMask
+from kvferry.runtime import now
 from kvferry.wire.sampling import MAX_GRAMMAR_CHARS
+from kvferry_gateway.flights.patience import NEW_REQUEST_WAIT
 from kvferry_gateway.requests.structured import GrammarCheck
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -148,8 +150,10 @@ def test_a_worker_that_passes_over_grammars_is_not_asked(monkeypatch: pytest.Mon
     monkeypatch.setattr(ApiCluster, "_grammars", lambda self, model: None)
 
     async def test(cluster: ApiCluster) -> None:
+        began = now()
         error = await cluster.error(TEXT, text(structured_outputs={"regex": REGEX}), 503)
         assert error["code"] == "no_worker"
+        assert now() - began < NEW_REQUEST_WAIT, "nobody is away"
         assert (await cluster.ask(TEXT, text()))["choices"][0]["text"], "anything else is served"
 
     api(test)

@@ -14,6 +14,7 @@ from span_tree import Tree
 from kvferry.trace.span import MemoryExporter, Span
 from kvferry.trace.tracer import EXPORT_DELAY_S
 from kvferry_decode.worker import DecodeWorker
+from kvferry_gateway.flights.patience import NEW_REQUEST_WAIT
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 4
@@ -255,7 +256,9 @@ def test_a_request_that_nobody_takes_fails() -> None:
         assert (await cluster.error(TEXT, text(), 503))["code"] == "no_worker"
 
     tree = Tree(traced(scenario))
-    assert facts(tree.one("attempt"))["outcome"] == "refused: draining"
+    assert {facts(attempt)["outcome"] for attempt in tree.named("attempt")} == {"refused: draining"}
+    wait = tree.one("wait for workers")
+    assert wait.ended - wait.began > NEW_REQUEST_WAIT
     assert (tree.root.error, tree.root.attributes["http.response.status_code"]) == ("no_worker", 503)
     assert tree.root.attributes["error.type"] == "no_worker"
 

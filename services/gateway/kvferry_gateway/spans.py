@@ -4,7 +4,7 @@
       prepare               template, tokens
       attempt …             one placement of one choice, with placement's reason: from the decision until it is over
         prefill, decode     the workers' own, see `kvferry.trace.journal`
-      wait for workers …    nobody could take the rest of it on
+      wait for workers …    nobody could take it, or the rest of it
 
 Their names and attributes, and when they count as failed.
 """

@@ -96,7 +96,13 @@ def _load(settings: WorkerSettings, engine: EngineSettings, joined: Callable[[],
 
         ready.report("load")
         return _loaded(NativeRunner(engine, _progress, library, followers), choice, engine.model_dir)
-    from kvferry.engine.torch.runner import TorchRunner
+    try:
+        from kvferry.engine.torch.runner import TorchRunner
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        problem = f"torch is wanted ({choice.why}) and not installed: pip install 'kvferry[worker]'"
+        raise SettingError("engine", problem) from None
 
     ready.report("load")
     return _loaded(TorchRunner(engine, _progress, followers), choice, engine.model_dir)

@@ -126,7 +126,7 @@ async def test_a_worker_that_returns_under_its_name_with_another_model_gets_noth
     async with asyncio.timeout(PATIENCE_S):
         while cluster.gateway.fleet.registry.state_of(first.incarnation):
             await asyncio.sleep(0.005)
-    error = await ask(cluster, COMPLETIONS, 503, **completion())
+    error = await ask(cluster, COMPLETIONS, 503, **completion())  # after a wait for the first one's successor
     assert error["code"] == "no_worker"
     assert MODEL in error["message"]
     assert await text_from(cluster, OTHER) == "a b"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,25 @@ def test_a_beat_number_may_wrap_around() -> None:
     registry = Registry(0.0, SERVED)
     registry.observe(beat((1 << 32) - 1), 0.0)
     assert registry.observe(beat(0), 0.1) is Seen.ALIVE
+
+
+def test_how_long_a_model_has_been_without_a_decode_worker_is_told_by_their_heartbeats_while_the_bus_is_up() -> None:
+    registry = Registry(0.0, SERVED)
+    assert registry.absent_for("m", 9.0) == math.inf
+    registry.observe(beat(1, 4, role="prefill"), 0.0)
+    registry.observe(beat(1, state="loading"), 0.0)
+    assert registry.absent_for("m", 9.0) == math.inf
+    registry.observe(beat(2), 1.0)
+    registry.observe(beat(2), 2.0)
+    assert registry.absent_for("m", 9.0) == 8.0
+    assert registry.absent_for("other", 9.0) == math.inf
+    registry.liveness.bus_down(3.0)
+    registry.bus_up(20.0)
+    assert registry.absent_for("m", 21.0) == 1.0
+    registry.observe(beat(3, state="draining"), 22.0)
+    registry.bus_up(30.0)
+    registry.remove(5)
+    assert registry.absent_for("m", 32.0) == 12.0
 
 
 def test_a_gateway_is_no_worker() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -30,6 +31,7 @@ from kvferry_local.doctor.finding import Finding
 from kvferry_local.doctor.machine import ports, shared_memory
 from kvferry_local.doctor.model import find_model, memory
 from kvferry_local.doctor.probe import ProbeFailed, probe
+from kvferry_local.doctor.torch_build import torch_build
 from kvferry_local.settings import DoctorSettings
 
 
@@ -93,20 +95,67 @@ def test_a_machine_with_too_little_memory_is_told_so(tiny: Path, tmp_path: Path)
 
 
 async def test_an_engine_that_starts_is_told_with_what_it_runs_on(tiny: Path) -> None:
-    found = await all_of(engine(settings(), tiny))
+    found = await all_of(engine(settings(), [tiny]))
     assert found["processor"].status in ("ok", "warning")
     assert "loaded and warm" in found["engine"].detail
+    assert found["torch"].status == "ok"
+    assert found["torch"].detail.startswith(f"{torch.__version__}, built for ")
+
+
+def without_torch(folder: Path, monkeypatch: pytest.MonkeyPatch, error: str) -> None:
+    """As far as other processes can see."""
+    (folder / "torch.py").write_text(f"raise {error}\n")
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{os.environ.get('PYTHONPATH', '')}")
+
+
+NO_TORCH = "ModuleNotFoundError('No module named torch', name='torch')"
+
+
+async def test_without_torch_the_native_engine_runs_and_what_needs_torch_is_told_how_to_get_it(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_torch(tmp_path, monkeypatch, NO_TORCH)
+    found = await all_of(engine(settings(), [tiny]))
+    if found["engine"].status == "ok":
+        assert found["engine"].detail.startswith("native")
+        assert (found["torch"].status, "not installed" in found["torch"].detail) == ("ok", True)
+    else:
+        pytest.skip("no native engine here")
+    found = await all_of(engine(settings(engine="torch"), [tiny]))
+    is_wrong(found["engine"], "failed", "pip install 'kvferry[worker]'", "--engine")
+    is_wrong(found["torch"], "failed", "not installed", "pip install 'kvferry[worker]'")
+
+
+async def test_without_torch_and_without_a_compiler_torch_is_asked_for(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_torch(tmp_path, monkeypatch, NO_TORCH)
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    monkeypatch.setenv("KVFERRY_CACHE", str(tmp_path / "cache"))
+    found = await all_of(engine(settings(), [tiny]))
+    is_wrong(found["engine"], "failed", "native library is not available", "--engine")
+    is_wrong(found["torch"], "failed", "not installed", "pip install 'kvferry[worker]'")
+
+
+async def test_a_torch_that_is_broken_or_built_for_something_else_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.version.cuda is None:
+        found = await torch_build(settings(device="cuda"), needed=True)
+        is_wrong(found, "failed", "built for CPUs, and --device is cuda", "--index-url")
+    without_torch(tmp_path, monkeypatch, "OSError('libcudart.so.12: cannot open shared object file')")
+    is_wrong(await torch_build(settings(), needed=False), "failed", "libcudart.so.12", "pip install")
 
 
 async def test_an_engine_that_cannot_be_had_is_named_by_its_setting(tiny: Path) -> None:
-    found = await all_of(engine(settings(engine="native", dtype="float32"), tiny))
+    found = await all_of(engine(settings(engine="native", dtype="float32"), [tiny]))
     is_wrong(found["engine"], "failed", "float32", "--engine")
-    found = await all_of(engine(settings(device="nowhere"), tiny))
+    found = await all_of(engine(settings(device="nowhere"), [tiny]))
     assert found["engine"].status == "failed"
 
 
 async def test_each_degree_that_workers_would_have_is_tried(tiny: Path) -> None:
-    found = await all_of(engine(settings(tensor_parallel_size=2, decode_tensor_parallel_size=64), tiny))
+    found = await all_of(engine(settings(tensor_parallel_size=2, decode_tensor_parallel_size=64), [tiny]))
     assert "loaded and warm" in found["engine on 2 ranks"].detail
     is_wrong(found["engine on 64 ranks"], "failed", "can be split over 1 to", "--tensor-parallel-size")
 
@@ -114,7 +163,7 @@ async def test_each_degree_that_workers_would_have_is_tried(tiny: Path) -> None:
 async def test_weights_that_are_cut_short_are_named(tiny: Path) -> None:
     weights = tiny / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    found = await all_of(engine(settings(), tiny))
+    found = await all_of(engine(settings(), [tiny]))
     is_wrong(found["engine"], "failed", weights.name, "--model")
 
 
@@ -123,7 +172,7 @@ async def test_without_a_compiler_torch_runs_and_the_compiler_is_asked_for(
 ) -> None:
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     monkeypatch.setenv("KVFERRY_CACHE", str(tmp_path / "cache"))
-    found = await all_of(engine(settings(), tiny))
+    found = await all_of(engine(settings(), [tiny]))
     is_wrong(found["engine"], "warning", "torch", "g++")
 
 

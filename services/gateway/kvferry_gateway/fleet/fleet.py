@@ -260,7 +260,7 @@ class Fleet(Reader):
 
     def _bus_changed(self, connected: bool) -> None:
         if connected:
-            self.registry.liveness.bus_up(now())
+            self.registry.bus_up(now())
             self.news.tell()
         else:
             self.registry.liveness.bus_down(now())

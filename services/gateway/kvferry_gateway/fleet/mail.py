@@ -26,9 +26,10 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Unreachable:
-    """A worker gave no answer. `bus_down`: because nothing could be asked."""
+    """A worker gave no answer. `bus_down`: because nothing could be asked; `unsendable`: not this, and not later."""
 
     bus_down: bool = False
+    unsendable: bool = False
 
 
 Reply = Accepted | Rejected | Unreachable
@@ -64,7 +65,7 @@ class Mail(WorkerMail):
                 return Unreachable(bus_down=True)
             except BusError as error:
                 log.error("request not sent", worker=worker.name, problem=str(error))
-                return Unreachable()
+                return Unreachable(unsendable=True)
             if isinstance(reply, (Accepted, Rejected)):
                 return reply
         return None

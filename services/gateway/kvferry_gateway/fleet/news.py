@@ -11,7 +11,7 @@ Order = tuple[int, float, int]  # priority, arrival, number of a unit: who is pl
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A request that lost its workers and finds no new ones."""
+    """A request that finds no workers: it has lost its own, or is new and they were there a moment ago."""
 
     request_id: str
     model: str

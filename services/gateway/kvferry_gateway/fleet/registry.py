@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -36,6 +37,7 @@ class Registry:
         self._served = served
         self._workers: dict[int, _Worker] = {}
         self._causes: dict[int, Cause] = {}  # what supervisors said of processes that ended
+        self._ready_at: dict[str, float] = {}  # model -> when one of its decode workers was last known to be ready
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -48,12 +50,21 @@ class Registry:
             return None
         seen = self.liveness.observe(incarnation, now)
         if worker is None:
-            self._workers[incarnation] = _Worker(beat.record, beat.load, beat.state, beat.beat)
-            return seen
-        if (beat.beat - worker.beat) & 0xFFFFFFFF >= 1 << 31 or beat.beat == worker.beat:
+            worker = self._workers[incarnation] = _Worker(beat.record, beat.load, beat.state, beat.beat)
+        elif (beat.beat - worker.beat) & 0xFFFFFFFF >= 1 << 31 or beat.beat == worker.beat:
             return None  # overtaken on the bus, or doubled
-        worker.load, worker.state, worker.beat = beat.load, beat.state, beat.beat
+        else:
+            worker.load, worker.state, worker.beat = beat.load, beat.state, beat.beat
+        if self._is_usable(worker):
+            self._ready_at[worker.record.model] = now
         return seen
+
+    def bus_up(self, now: float) -> None:
+        """After an outage, in which nobody could be heard."""
+        self.liveness.bus_up(now)
+        for worker in self._workers.values():
+            if self._is_usable(worker):
+                self._ready_at[worker.record.model] = now
 
     def remove(self, incarnation: int) -> WorkerRecord | None:
         """It is judged gone."""
@@ -117,13 +128,22 @@ class Registry:
         """Whether a request could be served: a ready decode worker can also prefill."""
         return any(worker.state == "ready" for worker in self._decoders(model))
 
+    def absent_for(self, model: str, now: float) -> float:
+        """Seconds since one of its decode workers was last known to be ready; infinitely many if none ever was."""
+        return max(0.0, now - self._ready_at.get(model, -math.inf))
+
     def _decoders(self, model: str) -> list[_Worker]:
         """Of one of the served models."""
         return [
-            worker
-            for worker in self._workers.values()
-            if worker.record.role == "decode" and worker.record.model == model and self.unserved(worker.record) is None
+            worker for worker in self._workers.values() if worker.record.model == model and self._is_decoder(worker)
         ]
+
+    def _is_decoder(self, worker: _Worker) -> bool:
+        """Whether requests may ever go there to be decoded."""
+        return worker.record.role == "decode" and self.unserved(worker.record) is None
+
+    def _is_usable(self, worker: _Worker) -> bool:
+        return worker.state == "ready" and self._is_decoder(worker)
 
     def rows(self, now: float) -> list[dict[str, Any]]:
         """For `/v1/cluster`. `pairs_with`: the prefill workers whose KV a decode worker takes; `refuses`: the others of

@@ -1,6 +1,7 @@
 """The life of one request on the workers: placed, asked, run, and placed again when a worker is lost.
 
-    take_off: place -> ask both -> accepted             refused everywhere: 429, nobody there: 503
+    take_off: place -> ask both -> accepted             refused everywhere: 429
+                    -> nobody there -> place again -> …            for some seconds if there was somebody just now; 503
     land:     run -> Finished
                   -> Lost -> count it -> place again -> run …    failures used up, or no capacity for long: error
 
@@ -19,6 +20,7 @@ from kvferry_gateway.errors import ApiError, ClientGone, deadline_exceeded, shut
 from kvferry_gateway.fleet.fleet import Fleet
 from kvferry_gateway.fleet.news import Waiting
 from kvferry_gateway.flights.offer import Refusals, Unit, offer, work_of
+from kvferry_gateway.flights.patience import begun_request_wait, new_request_wait
 from kvferry_gateway.flights.setbacks import Setbacks
 from kvferry_gateway.placement.block_keys import BlockKeys
 from kvferry_gateway.placement.decision import Request
@@ -91,11 +93,11 @@ class Flight:
 
     async def take_off(self) -> None:
         """Place for the first time. Returns once the workers have accepted. Raises `ApiError`, `ClientGone`."""
-        await self._place(first=True)
+        await self._place_in_time(first=True)
 
     async def follow(self) -> None:
         """Place as a part of a request that has begun: waits for capacity. Raises `ApiError`, `ClientGone`."""
-        await self._place_in_time()
+        await self._place_in_time(first=False)
 
     async def land(self) -> FinishReason:
         """Until the choice is complete. Raises `ApiError`, `ClientGone`."""
@@ -107,7 +109,7 @@ class Flight:
                 self._finish()
             else:
                 self._lose(verdict)
-                await self._place_in_time()
+                await self._place_in_time(first=False)
         self._check_stop()
         reason = self._finish_reason = self._finish_reason or self._complete()
         assert reason is not None, "a flight that has no attempt is stopped or complete"
@@ -178,19 +180,20 @@ class Flight:
 
     # -- placement -------------------------------------------------------------------------------------------
 
-    async def _place_in_time(self) -> None:
-        """Place again; while there is no capacity, wait for it up to `replace_wait`."""
+    async def _place_in_time(self, *, first: bool) -> None:
+        """Place; while that is refused and likely to pass, wait for news of workers and try again."""
         since, waiting = now(), self._fleet.waiting
         try:
             while True:
+                # One that was admitted asks everybody: what it has begun is worth more than a question.
+                refusals = Refusals(self._placer.full_for(self.unit.priority) if first else {})
                 try:
-                    return await self._place(first=False)
+                    return await self._place(refusals, first=first)
                 except ApiError as error:
-                    over = now() >= since + self._settings.replace_wait
-                    if error.status not in (429, 503) or error.code == "worker_failed" or over:
+                    if now() >= since + self._patience(error, refusals, since, first=first):
                         raise
                     if self.unit.number not in waiting:
-                        log.warning("no place to go on", request_id=self.unit.request_id, why=error.message)
+                        log.warning("no place yet", request_id=self.unit.request_id, new=first, why=error.message)
                     waiting[self.unit.number] = Waiting(self.unit.request_id, self.unit.model, since, error.message)
                 await self._fleet.news.wait(self.unit.order, self._stop)
                 self._check_stop()
@@ -198,10 +201,16 @@ class Flight:
             if waiting.pop(self.unit.number, None) is not None and self.unit.span is not None:
                 self.unit.span.child("wait for workers", since).end(now())
 
-    async def _place(self, *, first: bool) -> None:
+    def _patience(self, error: ApiError, refusals: Refusals, since: float, *, first: bool) -> float:
+        """Seconds after `since` for which this refusal is borne."""
+        if not first:
+            return begun_request_wait(error, self._settings.replace_wait)
+        registry, model = self._fleet.registry, self.unit.model
+        may_return = refusals.passing or not registry.has_pair(model)
+        return new_request_wait(error, may_return=may_return, absent_s=registry.absent_for(model, since))
+
+    async def _place(self, refusals: Refusals, *, first: bool) -> None:
         """Ask one choice of workers after the other, until one accepts. Raises `ApiError`, `ClientGone`."""
-        # One that was admitted asks everybody: what it has begun is worth more than a question.
-        refusals = Refusals(self._placer.full_for(self.unit.priority) if first else {})
         while self._complete() is None:
             keys = await self._keys()
             self._check_stop()

@@ -59,6 +59,7 @@ class Refusals:
     unusable: set[int] = field(default_factory=set)
     too_long: bool = False
     bus_down: bool = False
+    passing: bool = False  # somebody was away who may be back in a moment
 
     def note(self, worker: WorkerRecord, reply: Reply) -> RefusalReason | None:
         """Remember an answer for this round. Why it is a refusal; None: it is none."""
@@ -71,10 +72,12 @@ class Refusals:
             case Rejected(_, _, reason):
                 self.unusable.add(worker.incarnation)
                 self.too_long |= reason == "too_long"
+                self.passing |= reason in ("draining", "not_ready")
                 return reason
-            case Unreachable(bus_down):
+            case Unreachable(bus_down, unsendable):
                 self.unusable.add(worker.incarnation)
                 self.bus_down |= bus_down
+                self.passing |= not unsendable
                 return "unreachable"
 
     def placement(self, decision: Decision, request: Request, unit: Unit) -> Placed:

@@ -1,32 +1,40 @@
-"""Processor, compiler, and whether the engine starts with this model."""
+"""Processor, compiler, and whether the engine starts with each model."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from kvferry_local.doctor.finding import Finding, failed, ok, warning
 from kvferry_local.doctor.probe import ProbeFailed, probe
+from kvferry_local.doctor.torch_build import INSTALL, torch_build
 from kvferry_local.settings import DoctorSettings
 
 
-async def engine(settings: DoctorSettings, model_dir: Path) -> AsyncIterator[Finding]:
-    """A worker's own start, for each number of ranks that workers would have: choice, build, load, warm-up."""
+async def engine(settings: DoctorSettings, models: Sequence[Path]) -> AsyncIterator[Finding]:
+    """A worker's own start with each model, for each number of ranks that workers would have: choice, build, load,
+    warm-up. Then the torch that is there."""
     asked = {field: getattr(settings, field) for field in ("engine", "dtype", "quantization", "device")}
-    for number, ranks in enumerate(sorted({settings.ranks("prefill"), settings.ranks("decode")})):
+    degrees = sorted({settings.ranks("prefill"), settings.ranks("decode")})
+    needs_torch = settings.engine == "torch" or settings.device != "cpu"
+    knows_processor = False
+    for model, ranks in product(models, degrees):
         check = "engine" if ranks == 1 else f"engine on {ranks} ranks"
-        worker = {"model": str(model_dir), "tensor_parallel_size": ranks, **asked}
+        worker = {"model": str(model), "tensor_parallel_size": ranks, **asked}
         try:
             answer = await probe("kvferry.worker.probe", json.dumps(worker))
         except ProbeFailed as error:
-            remedy = "pip install 'kvferry[worker]', or --engine torch"
-            yield failed(check, f"a worker does not start: {error}", remedy)
-            return
-        if number == 0:
+            yield failed(check, f"a worker does not start: {error}", f"{INSTALL}, or --engine torch")
+            continue
+        if not knows_processor:
+            knows_processor = True
             yield _processor(answer["isas"])
+        needs_torch |= settings.engine == "auto" and answer.get("engine") != "native"
         yield _started(check, answer, settings)
+    yield await torch_build(settings, needed=needs_torch)
 
 
 def _processor(isas: list[str]) -> Finding:

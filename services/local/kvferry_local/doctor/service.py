@@ -43,9 +43,8 @@ async def findings(settings: DoctorSettings, run_file: RunFile | None) -> AsyncI
             directories.append(directory)
     if directories and run_file is None:
         yield memory(directories, kv_pools(settings))
-    for directory in directories:
-        async for finding in engine(settings, directory):
-            yield finding
+    async for finding in engine(settings, directories):
+        yield finding
     async for finding in data_plane(settings):
         yield finding
     longest = max((ModelDir(directory).max_context for directory in directories), default=UNKNOWN_CONTEXT)
