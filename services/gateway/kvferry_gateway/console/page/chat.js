@@ -69,12 +69,18 @@ async function answer(signal) {
   }
 }
 
+// A button that can't be pressed for now would lose the focus: the message gets it.
+function disable(button) {
+  if (document.activeElement === button) byId("prompt").focus();
+  button.disabled = true;
+}
+
 async function send() {
   const prompt = byId("prompt").value.trim();
   if (!prompt || running !== null) return;
   running = new AbortController();
   byId("prompt").value = "";
-  byId("send").disabled = true;
+  disable(byId("send"));
   byId("stop").disabled = false;
   log.ariaBusy = "true"; // a screen reader reads the answer once it is whole
   messages.push({ role: "user", content: prompt });
@@ -88,7 +94,7 @@ async function send() {
   running = null;
   log.ariaBusy = "false";
   byId("send").disabled = false;
-  byId("stop").disabled = true;
+  disable(byId("stop"));
 }
 
 byId("chat").addEventListener("submit", event => {
