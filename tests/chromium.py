@@ -112,7 +112,7 @@ class Chromium:
         """A key of the keyboard goes down and up: a character, or a name of `KEY_CODES`. Returns once the page has
         dealt with it."""
         text = "\r" if key == "Enter" else key if len(key) == 1 else ""
-        code = KEY_CODES.get(key, ord(key.upper()) if len(key) == 1 else 0)
+        code = KEY_CODES.get(key) or (ord(key.upper()) if key.isalnum() else 0)  # 46, a dot, would delete
         event = {"key": key, "windowsVirtualKeyCode": code, "modifiers": SHIFT if shift else 0}
         await self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **event)
         await self.call("Input.dispatchKeyEvent", type="keyUp", **event)

@@ -280,6 +280,18 @@ async def test_escape_keeps_the_worker_and_gives_the_focus_back(scene: Scene) ->
 # -- a screen reader -------------------------------------------------------------------------------------------
 
 
+async def test_an_answer_is_whole_as_soon_as_it_is_said_to_be(scene: Scene) -> None:
+    """The page writes with its frames; here none comes any more, as in a tab that is out of sight."""
+    page = scene.page
+    await page.until("document.getElementById('model').value")
+    await page.value("window.requestAnimationFrame = () => 0")
+    await scene.stop_at("prompt")
+    await page.type("Hi")
+    await page.press("Enter")
+    await page.until("document.getElementById('conversation').ariaBusy === 'false'")
+    assert await page.value("document.querySelector('#conversation .assistant').textContent") == GREETING
+
+
 async def test_a_screen_reader_is_told_names_roles_and_news_and_which_column_a_cell_is_of(scene: Scene) -> None:
     page = scene.page
     await scene.ask("first")

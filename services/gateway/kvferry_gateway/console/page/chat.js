@@ -16,18 +16,19 @@ function say(className, text) {
   return node;
 }
 
-// Collects text, and writes it into `node` with the next frame.
+// `write` collects text for the next frame, which writes it into `node`; `flush` waits for none.
 function writer(node) {
   let waiting = "";
-  const write = () => {
+  const flush = () => {
     node.append(waiting);
     waiting = "";
     log.scrollTop = log.scrollHeight;
   };
-  return text => {
-    if (waiting === "") requestAnimationFrame(write);
+  const write = text => {
+    if (waiting === "") requestAnimationFrame(flush);
     waiting += text;
   };
+  return { write, flush };
 }
 
 async function* events(response) {
@@ -54,7 +55,7 @@ async function answer(signal) {
     signal,
   });
   if (!response.ok) throw new Error(await problemOf(response));
-  const write = writer(say("assistant", ""));
+  const { write, flush } = writer(say("assistant", ""));
   let text = "";
   try {
     for await (const event of events(response)) {
@@ -65,6 +66,7 @@ async function answer(signal) {
       if (piece) write(piece);
     }
   } finally {
+    flush();
     messages.push({ role: "assistant", content: text });
   }
 }
