@@ -277,6 +277,19 @@ async def test_escape_keeps_the_worker_and_gives_the_focus_back(scene: Scene) ->
     assert await scene.focused() == "workers", "a button that cannot be pressed has not kept the focus"
 
 
+async def test_a_dialog_about_a_worker_that_has_gone_gives_the_focus_to_the_others(scene: Scene) -> None:
+    page = scene.page
+    await scene.stop_at("Drain decode-0")
+    await page.press("Enter")
+    await scene.decode.exit("crashed")
+    await page.until("document.querySelectorAll('#workers li').length === 1")
+    assert await scene.focused() == "drain-no", "what happens behind it takes nothing from the dialog"
+    await page.press("Escape")
+    await page.until("!document.getElementById('draining').open")
+    await scene.updated()
+    assert await scene.focused() == "workers"
+
+
 # -- a screen reader -------------------------------------------------------------------------------------------
 
 
