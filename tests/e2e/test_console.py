@@ -198,7 +198,7 @@ async def test_an_update_with_200_streams_costs_the_page_no_more_than_8_ms(tmp_p
         _, decode = await cluster.pair()
         body = completion(["hello"] * PROMPTS_A_REQUEST, max_tokens=200)
         post = cluster.client.post
-        asked = [asyncio.create_task(post("/v1/completions", json=body)) for _ in range(NUM_REQUESTS)]
+        asked = [asyncio.create_task(post("/v1/completions", json=body, timeout=None)) for _ in range(NUM_REQUESTS)]
         await decode.wait_for(DecodeRequest, NUM_STREAMS)
         works = decode.works
         await page.open(f"{cluster.url}/console")
