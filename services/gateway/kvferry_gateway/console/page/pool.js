@@ -37,10 +37,10 @@ export function layout(rows, total) {
 // The key below the workers: what the colours mean, and where a map takes them from.
 const swatches = new Map();
 for (const [state, name] of Object.entries(NAMES)) {
-  const swatch = make("span", { ariaHidden: "true", textContent: "■" });
+  const swatch = make("span", { ariaHidden: "true" });
   swatch.dataset.state = state;
   swatches.set(state, swatch);
-  key.append(make("li", {}, swatch, ` ${name}`));
+  key.append(make("li", {}, swatch, name));
 }
 byId("workers").after(key);
 
