@@ -38,7 +38,7 @@ from kvferry.wire.orders import Cancel, EndAck, Resend
 from kvferry.wire.record import WorkerAddress
 from kvferry.wire.sampling import Sampling
 from kvferry.wire.subjects import beat_subject, inbox_prefix, mail_subject, process_subject
-from kvferry.wire.tokens import End, TokenBatch
+from kvferry.wire.tokens import End, Spent, TokenBatch
 from kvferry.wire.work import Accepted, DecodeRequest, PrefillRequest, Rejected, Work
 from kvferry.worker.handoff.channel import DirectChannel
 from kvferry.worker.handoff.orders import Begin
@@ -241,6 +241,7 @@ class ScriptedGateway:
         self.logprobs: dict[int, dict[int, TokenLogprobs]] = {}  # the same
         self.ends: dict[int, End] = {}
         self.cached: dict[int, int] = {}
+        self.spent: dict[tuple[int, int], Spent] = {}  # by incarnation and stream
         self.beating = True
         self.acks = True
         self.lose = 0  # batches that still get lost on the way
@@ -376,6 +377,8 @@ class ScriptedGateway:
         for end in batch.ends:
             self.ends.setdefault(end.stream_id, end)
         self.cached.update(dict(batch.cached))
+        for spent in batch.spent:
+            self.spent[batch.incarnation, spent.stream_id] = spent
         if self.acks and batch.ends:
             ack = EndAck(self.incarnation, tuple(end.stream_id for end in batch.ends))
             for worker in self._cluster.workers:

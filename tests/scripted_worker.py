@@ -29,7 +29,7 @@ from kvferry.wire.messages import Codecs
 from kvferry.wire.orders import Cancel, Ping, Pong
 from kvferry.wire.record import WorkerAddress, WorkerRecord
 from kvferry.wire.subjects import beat_subject, exit_subject, mail_subject, process_subject
-from kvferry.wire.tokens import End, EndReason, TokenBatch
+from kvferry.wire.tokens import End, EndReason, Spent, TokenBatch
 from kvferry.wire.work import Accepted, DecodeRequest, PrefillRequest, Rejected, Work
 from kvferry_gateway.service import Gateway, HttpServer, listen
 from kvferry_gateway.settings import GatewaySettings
@@ -133,6 +133,7 @@ class ScriptedWorker:
         end: tuple[EndReason, int] | None = None,
         *,
         cached: int | None = None,
+        spent: Spent | None = None,
         lose: bool = False,
         incarnation: int | None = None,
     ) -> None:
@@ -145,6 +146,7 @@ class ScriptedWorker:
             pack_tokens([token for _, token in rows]),
             () if end is None else (End(work.stream_id, end[1], end[0]),),
             () if cached is None else ((work.stream_id, cached),),
+            spent=() if spent is None else (spent,),
         )
         self.seq += 1
         if not lose:
@@ -180,9 +182,9 @@ class ScriptedWorker:
     def freeze(self) -> None:
         self.frozen = True
 
-    def hold(self, work: Work, state: Any, next_index: int) -> None:
+    def hold(self, work: Work, state: Any, next_index: int, progress: tuple[int, int] = (0, 0)) -> None:
         self.held = [row for row in self.held if row.stream_id != work.stream_id]
-        self.held.append(Held(work.stream_id, state, next_index))
+        self.held.append(Held(work.stream_id, state, next_index, 0, *progress))
         self._arrived.set()
 
     def forget(self, work: Work) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from scripted_worker import EOS, Cluster, completion, tokens_of
 
 from kvferry.wire.orders import Drain
+from kvferry.wire.tokens import Spent
 from kvferry.wire.work import DecodeRequest, PrefillRequest
 from kvferry_gateway.console import route
 from kvferry_gateway.console.route import DRAIN, PAGES, STATE
@@ -28,12 +30,12 @@ async def state_of(cluster: Cluster, **query: Any) -> dict[str, Any]:
     return shown
 
 
-async def phase_of(cluster: Cluster, wanted: str) -> dict[str, Any]:
-    """The only request, once it is in that phase: a heartbeat may have to come first."""
+async def row_of(cluster: Cluster, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """The only request, once it is as wanted: a heartbeat may have to come first."""
     async with asyncio.timeout(60):
         while True:
             (row,) = (await state_of(cluster))["requests"]
-            if row["phase"] == wanted:
+            if wanted(row):
                 return dict(row)
             await asyncio.sleep(0.02)
 
@@ -61,20 +63,27 @@ async def test_a_request_is_seen_on_its_way_and_its_timeline_tells_of_the_worker
         prefill, decode = await cluster.pair()
         decode.accepted = lambda work: decode.say(work, [EOS])
         await cluster.client.post("/v1/completions", json=completion())  # the gateway's first attempt is another's
+        prefill.accepted = lambda work: prefill.hold(work, "computing", 0, (4, 15))
         decode.accepted = lambda work: decode.hold(work, "opening", 0)
         asked = asyncio.create_task(cluster.client.post("/v1/completions", json=completion("a secret prompt")))
         work = (await prefill.wait_for(PrefillRequest, 2)).work
-        row = await phase_of(cluster, "prefill")
-        assert (row["prefill"], row["decode"], row["attempts"]) == ("prefill-0", "decode-0", 1)
-        prefill.publish(work, [(0, tokens_of("x")[0])])
-        await phase_of(cluster, "kv")
+        row = await row_of(cluster, lambda row: row["progress"] == [4, 15])
+        assert (row["phase"], row["prefill"], row["decode"]) == ("prefill", "prefill-0", "decode-0")
+        assert row["attempts"] == 1
+        prefill.publish(work, [(0, tokens_of("x")[0])], spent=Spent(work.stream_id, 0.0, 0.01))
+        decode.hold(work, "fetching", 0, (100, 400))
+        assert (await row_of(cluster, lambda row: row["progress"] == [100, 400]))["phase"] == "kv"
         decode.hold(work, "running", 1)
-        await phase_of(cluster, "decode")
+        assert (await row_of(cluster, lambda row: row["phase"] == "decode"))["progress"] is None
         second = await cluster.speaker("xyz")
         await decode.exit("crashed")
         assert (await asked).json()["choices"][0]["text"] == "xyz"
         shown = await state_of(cluster, request=row["number"])
         assert shown["requests"] == []
+        stages = dict(shown["timeline"]["stages"])
+        assert stages["prefill"] >= 0.01
+        assert {"placement", "messages", "decode"} <= set(stages)
+        assert sum(stages.values()) == pytest.approx(shown["timeline"]["seconds"], abs=0.01)
         assert shown["ended"][0]["phase"] == "stop"
         events = shown["timeline"]["events"]
         whats = [event["what"] for event in events]

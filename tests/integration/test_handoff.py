@@ -8,10 +8,11 @@ import msgspec
 import pytest
 from cluster import GREEDY, MODEL, Cluster, address_of, all_free, expected, prompt_of, settled, virtual
 
+from kvferry.runtime import now
 from kvferry.schedule.step import StepPlan, StepResult
 from kvferry.wire.sampling import Sampling
 from kvferry.wire.work import Accepted, DecodeRequest, PrefillRequest
-from kvferry.worker.report import load
+from kvferry.worker.report import held, load
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 64, 200, 400])
@@ -79,6 +80,64 @@ def test_kv_is_streamed_into_the_open_pull_while_the_prompt_is_still_computed() 
         assert ready < 0.02, "only the last chunk is left to send"
         await gateway.ended(work)
         assert gateway.text(work) == expected(prompt_of(400), GREEDY, 8)
+
+    virtual(scenario)
+
+
+def test_heartbeats_tell_how_far_a_prompt_is_computed_and_its_kv_has_come() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        prefill = await cluster.prefill(max_num_batched_tokens=32)
+        decode = await cluster.decode()
+        gateway = await cluster.gateway()
+        work = gateway.work(prompt_of(400))
+        await gateway.accepted(work, decode, prefill)
+        kv_bytes = 400 * decode.runner.kv_format.token_bytes
+        computed, come = [0], [0]
+
+        def watched() -> bool:
+            for worker, state, total, seen in (
+                (prefill, "computing", 400, computed), (decode, "fetching", kv_bytes, come),
+            ):  # fmt: skip
+                for row in held(worker).get(work.gateway, ()):
+                    if row.state == state:
+                        assert row.total == total
+                        seen.append(row.done)
+                    else:
+                        assert (row.done, row.total) == (0, 0)
+            return work.key not in prefill.scheduler.sequences
+
+        await settled(watched, within=5.0)
+        for seen, total in ((computed, 400), (come, kv_bytes)):
+            assert seen == sorted(seen)
+            assert len(set(seen)) > 5, "it is seen growing"
+            assert seen[-1] <= total
+        assert load(prefill).blocks["held"] == load(decode).blocks["fetching"] == 0
+        assert load(decode).blocks["running"] == -(-401 // decode.runner.kv_format.block_size)
+        assert sum(load(decode).blocks.values()) == decode.runner.num_blocks
+        await gateway.ended(work)
+
+    virtual(scenario)
+
+
+def test_with_the_first_token_that_a_worker_draws_it_tells_where_the_time_went() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        prefill, decode = await cluster.prefill(), await cluster.decode()
+        gateway = await cluster.gateway()
+        began = now()
+        pulled = await gateway.run(prompt_of(200), decode, prefill)
+        local = await gateway.run(prompt_of(200, seed=5), decode, None)
+        on_p = gateway.spent[prefill.incarnation, pulled.stream_id]
+        on_d = gateway.spent[decode.incarnation, pulled.stream_id]
+        alone = gateway.spent[decode.incarnation, local.stream_id]
+        assert on_p.computing_s > 0.0
+        assert (on_p.fetching_s, on_p.step_s) == (0.0, 0.0)
+        assert on_d.computing_s == 0.0
+        assert min(on_d.fetching_s, on_d.step_s) > 0.0
+        assert on_d.waiting_s + on_d.fetching_s >= on_p.computing_s, "D runs when P has computed all"
+        assert alone.computing_s > 0.0
+        assert (alone.fetching_s, alone.step_s) == (0.0, 0.0)
+        told = sum(sum((s.waiting_s, s.computing_s, s.fetching_s, s.step_s)) for s in (on_d, alone))
+        assert told < now() - began
 
     virtual(scenario)
 

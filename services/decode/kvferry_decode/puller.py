@@ -152,6 +152,15 @@ class Puller:
         self._times.clear()
         return times
 
+    def progress(self, key: Key) -> tuple[int, int]:
+        """Bytes of KV that have come for a sequence, and of all that are fetched: of the part between the leaders, for
+        the others go beside it."""
+        pull = self._pulls.get(key)
+        if pull is None or pull.landing is None:
+            return 0, 0
+        incoming = pull.landing.incoming
+        return incoming.num_bytes, incoming.num_bytes + incoming.missing_bytes
+
     # -- opening ---------------------------------------------------------------------------------------------
 
     def parts(self, address: WorkerAddress) -> tuple[Part, ...] | None:

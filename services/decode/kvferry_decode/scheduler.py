@@ -225,9 +225,10 @@ class DecodeScheduler:
         sequence.append_token(token)
         reason = sequence.end_reason(token, self._limits)
         if reason is not None:
+            sequence.enter("ended", now)
             self.cancel(sequence.key)
         elif sequence.state != "running":
-            sequence.state = "running"
+            sequence.enter("running", now)
             self._running[sequence.key] = sequence
             self.memory.move(sequence, BlockState.RUNNING, now)
         return Emission(sequence, index, token, reason, logprobs, scores)
@@ -266,11 +267,11 @@ class DecodeScheduler:
             return False
         if pull:
             del self._pulls[sequence.key]
-            sequence.state = "fetching"
+            sequence.enter("fetching", now)
             self._fetching[sequence.key] = sequence
             fetch.append(sequence)
         else:
-            sequence.state = "computing"
+            sequence.enter("computing", now)
             put_in_order(self._computing, sequence)
         return True
 

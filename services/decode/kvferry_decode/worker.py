@@ -88,6 +88,9 @@ class DecodeWorker(Worker[DecodeScheduler]):
     def released(self, sequence: Sequence, reason: str) -> None:
         self._puller.drop(sequence.key)
 
+    def progress(self, sequence: Sequence) -> tuple[int, int]:
+        return self._puller.progress(sequence.key) if sequence.state == "fetching" else super().progress(sequence)
+
     def take_pulls(self) -> tuple[PullTime, ...]:
         return self._puller.take_times()
 

@@ -152,10 +152,10 @@ class PrefillScheduler:
             del self._computing[sequence.key]
             if reason is not None:
                 del self.sequences[sequence.key]
-                sequence.state = "ended"
+                sequence.enter("ended", now)
                 self.memory.free(sequence)
                 continue
-            sequence.state = "held"
+            sequence.enter("held", now)
             self._held[sequence.key] = sequence
             self.first_tokens[sequence.key] = token
             if logprobs is not None:
@@ -219,7 +219,7 @@ class PrefillScheduler:
     def _admit(self, sequence: Sequence, now: float) -> bool:
         if not self.memory.reserve(sequence, sequence.num_context, sequence.max_hit, BlockState.RUNNING, now):
             return False
-        sequence.state = "computing"
+        sequence.enter("computing", now)
         put_in_order(self._computing, sequence)
         return True
 

@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Any, Final, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from kvferry.kv.pool import BlockPool
 
@@ -34,6 +35,9 @@ class BlockState(StrEnum):
 TIMED_STATES: Final = frozenset({BlockState.RESERVED, BlockState.FETCHING, BlockState.HELD})
 # A block shared by several holdings counts once, in the last of these states that one of them is in.
 _COUNT_ORDER: Final = (BlockState.RESERVED, BlockState.FETCHING, BlockState.HELD, BlockState.RUNNING)
+# The holdings of a block by state are one number, 15 bits a state: its size tells the last state that one is in.
+_ONE: Final = {state: 1 << 15 * place for place, state in enumerate(_COUNT_ORDER)}
+_BOUNDS: Final = np.array(list(_ONE.values()), dtype=np.int64)
 
 
 @dataclass(slots=True)
@@ -53,6 +57,8 @@ class Ledger:
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
         self._holdings: dict[Holder, Holding] = {}
+        self._named = np.zeros(pool.num_blocks, dtype=np.int64)  # [num_blocks]: sum of `_ONE` over its holdings
+        self._counts = np.zeros(1 + len(_COUNT_ORDER), dtype=np.int64)  # as `_by_state`; the first is not kept up
 
     def __len__(self) -> int:
         return len(self._holdings)
@@ -73,23 +79,29 @@ class Ledger:
         assert holder not in self._holdings, "the holder has a holding already"
         _check_deadline(state, deadline)
         self._holdings[holder] = Holding(holder, list(blocks), state, deadline, now)
+        self._count(blocks, _ONE[state])
 
     def extend(self, holder: Holder, blocks: Sequence[int]) -> None:
         """Append blocks whose references the caller has taken."""
-        self._holdings[holder].blocks.extend(blocks)
+        holding = self._holdings[holder]
+        holding.blocks.extend(blocks)
+        self._count(blocks, _ONE[holding.state])
 
     def move(self, holder: Holder, state: BlockState, deadline: float | None = None, now: float = 0.0) -> None:
         """Enter a state, or renew the deadline of the present one (its age then goes on)."""
         _check_deadline(state, deadline)
         holding = self._holdings[holder]
         if holding.state is not state:
+            self._count(holding.blocks, _ONE[state] - _ONE[holding.state])
             holding.state = state
             holding.since = now
         holding.deadline = deadline
 
     def drop(self, holder: Holder) -> list[int]:
         """End a holding. The caller releases the returned blocks in the pool."""
-        return self._holdings.pop(holder).blocks
+        holding = self._holdings.pop(holder)
+        self._count(holding.blocks, -_ONE[holding.state])
+        return holding.blocks
 
     def holding(self, holder: Holder) -> Holding | None:
         return self._holdings.get(holder)
@@ -99,18 +111,20 @@ class Ledger:
         return [h.holder for h in self._holdings.values() if h.deadline is not None and h.deadline <= now]
 
     def counts(self) -> dict[BlockState, int]:
-        """Blocks by state; every block counts once, so the sum is the size of the pool."""
-        order = np.zeros(self._pool.num_blocks, dtype=np.intp)  # [num_blocks]: 1 + index in _COUNT_ORDER
-        for rank, state in enumerate(_COUNT_ORDER, start=1):
-            for holding in self._holdings.values():
-                if holding.state is state:
-                    order[holding.blocks] = rank
-        held = np.bincount(order, minlength=len(_COUNT_ORDER) + 1).tolist()
+        """Blocks by state; every block counts once, so the sum is the size of the pool. Costs the same at any size."""
         return {
             BlockState.FREE: self._pool.num_free - self._pool.num_cached,
             BlockState.CACHED: self._pool.num_cached,
-            **dict(zip(_COUNT_ORDER, held[1:], strict=True)),
+            **dict(zip(_COUNT_ORDER, self._counts[1:].tolist(), strict=True)),
         }
+
+    def _count(self, blocks: Sequence[int], change: int) -> None:
+        """These blocks of one holding, each named once, enter, change or leave a state."""
+        index = np.asarray(blocks, dtype=np.int64)
+        before = self._named[index]
+        after = before + change
+        self._named[index] = after
+        self._counts += _by_state(after) - _by_state(before)
 
     def rows(self, now: float) -> list[dict[str, Any]]:
         """One JSON-ready object per holding, oldest first, for `GET /debug/blocks`."""
@@ -138,12 +152,22 @@ class Ledger:
             assert holding.holder == holder, "a holding stands under another holder"
             _check_deadline(holding.state, holding.deadline)
             blocks += holding.blocks
+        fresh = np.zeros_like(self._named)
+        for holding in self._holdings.values():
+            np.add.at(fresh, np.asarray(holding.blocks, dtype=np.int64), _ONE[holding.state])
+        assert (fresh == self._named).all(), "a block's holdings are miscounted"
+        assert (self._counts[1:] == _by_state(fresh)[1:]).all(), "the blocks of a state are miscounted"
         # [num_blocks]: holdings naming the block
         named = np.bincount(np.asarray(blocks, dtype=np.int64), minlength=self._pool.num_blocks)
         leaked = np.flatnonzero(self._pool.ref_counts > named).tolist()
         assert not leaked, f"referenced, but in no holding: blocks {block_ranges(leaked)}"
         unbacked = np.flatnonzero(self._pool.ref_counts < named).tolist()
         assert not unbacked, f"in a holding, but not referenced: blocks {block_ranges(unbacked)}"
+
+
+def _by_state(named: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How many of these blocks are nobody's, and how many in each state of `_COUNT_ORDER`."""
+    return np.bincount(np.searchsorted(_BOUNDS, named, side="right"), minlength=1 + len(_COUNT_ORDER))
 
 
 def block_ranges(blocks: Sequence[int]) -> list[list[int]]:

@@ -54,6 +54,8 @@ class Sequence:
         "pins",
         "root",
         "sequence_id",
+        "since",
+        "spent",
         "state",
         "work",
     )
@@ -89,6 +91,8 @@ class Sequence:
         self.hashes: list[bytes] = block_hashes(self.root, self.context, block_size)
         self.mask: TokenMask | None = None  # of the request's grammar, once that is compiled
         self.state: SequenceState = "waiting"
+        self.since = now  # when it entered its state; one that waits may wait for another reason meanwhile
+        self.spent: dict[SequenceState, float] = {}  # seconds in the states that it has left
         self.journal: Journal | None = None  # None: its trace is not recorded
         self.blocked_since: float | None = None
         self.deadline = None if work.deadline is None else now + work.deadline
@@ -160,6 +164,10 @@ class Sequence:
         """Tokens that may be rows of a step now; the last one draws, and waits for the grammar (or for ever)."""
         return self.num_tokens - self.num_computed - (0 if self.may_draw else 1)
 
+    def enter(self, state: SequenceState, now: float) -> None:
+        self.spent[self.state] = self.spent.get(self.state, 0.0) + now - self.since
+        self.state, self.since = state, now
+
     def append_blocks(self, blocks: list[int]) -> None:
         self._table[self.num_blocks : self.num_blocks + len(blocks)] = blocks
         self.num_blocks += len(blocks)
@@ -224,6 +232,12 @@ class Emission:
     def first(self) -> bool:
         """Whether it has the first token of this attempt."""
         return self.token is not None and self.index * 4 == len(self.sequence.work.generated)
+
+    @property
+    def first_drawn(self) -> bool:
+        """Whether it has the first token that this worker drew: the first one of a pull comes with it."""
+        num_before = len(self.sequence.work.generated) // 4 + ("fetching" in self.sequence.spent)
+        return self.token is not None and self.index == num_before
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from kvferry.wire.record import WorkerRecord
 from kvferry.wire.work import NUM_PRIORITY_CLASSES
 
 MAX_RECENT_PULLS: Final = 32  # in one heartbeat
+MAX_BLOCK_STATES: Final = 16
 
 WorkerState = Literal["loading", "ready", "draining", "wedged"]
 SequenceState = Literal["waiting", "computing", "held", "opening", "fetching", "running", "ended"]
@@ -32,6 +33,8 @@ class Load(Message, frozen=True):
     # `waiting_tokens` by priority class; empty from a worker that does not say.
     queued_tokens: Annotated[tuple[Count, ...], Meta(max_length=NUM_PRIORITY_CLASSES)] = ()
     pulls: Annotated[tuple[PullTime, ...], Meta(max_length=MAX_RECENT_PULLS)] = ()  # ended since the last heartbeat
+    # How many of its blocks are in which state, as its ledger names them; empty from a worker that does not say.
+    blocks: Annotated[dict[Name, Count], Meta(max_length=MAX_BLOCK_STATES)] = {}  # noqa: RUF012 - msgspec copies it
 
 
 class Held(Message, frozen=True):
@@ -41,6 +44,9 @@ class Held(Message, frozen=True):
     state: SequenceState
     next_index: U32
     next_scored: U32 = 0  # position behind the prompt's last token whose log-probabilities were sent; 0: none were
+    # How far it is: `computing` counts tokens of the text, `fetching` bytes of KV. A `total` of 0 says nothing.
+    done: Count = 0
+    total: Count = 0
 
 
 class Heartbeat(Message, frozen=True, tag="heartbeat"):

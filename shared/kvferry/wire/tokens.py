@@ -7,7 +7,7 @@ from typing import Annotated, Final, Literal
 from msgspec import Meta
 
 from kvferry.wire.codec import Message
-from kvferry.wire.fields import MAX_ROWS, U32, U64, Text, Tokens
+from kvferry.wire.fields import MAX_ROWS, U32, U64, Seconds, Text, Tokens
 
 MAX_SCORED_ROWS: Final = 512  # tokens of prompts whose log-probabilities are in one message, up to 168 bytes each
 
@@ -33,6 +33,16 @@ class End(Message, frozen=True):
     index: U32  # generated index that would have come next
     reason: EndReason
     detail: Text = ""
+
+
+class Spent(Message, frozen=True):
+    """Where the time of one stream went on one worker, until the first token that it drew itself."""
+
+    stream_id: U32
+    waiting_s: Seconds  # until it was computed here, or its KV was fetched
+    computing_s: Seconds = 0.0  # the text, its first token drawn at the end
+    fetching_s: Seconds = 0.0  # from Fetch to the verified manifest
+    step_s: Seconds = 0.0  # after a fetch: until the first token
 
 
 class LogprobColumns(Message, frozen=True):
@@ -82,3 +92,4 @@ class TokenBatch(Message, frozen=True, tag="tokens"):
     cached: Annotated[tuple[tuple[U32, U32], ...], Meta(max_length=MAX_ROWS)] = ()  # (stream_id, cached tokens)
     logprobs: LogprobColumns | None = None  # of the rows whose sequences want any
     prompts: Annotated[tuple[PromptLogprobColumns, ...], Meta(max_length=MAX_SCORED_ROWS)] = ()
+    spent: Annotated[tuple[Spent, ...], Meta(max_length=MAX_ROWS)] = ()  # of streams whose first own token is here

@@ -13,7 +13,7 @@ from typing import Final
 from kvferry.wire.beats import Held
 from kvferry.wire.fields import pack_tokens
 from kvferry.wire.logprobs import PromptLogprobs, TokenLogprobs, pack_logprobs, pack_prompt_logprobs
-from kvferry.wire.tokens import MAX_SCORED_ROWS, End, EndReason, PromptLogprobColumns, TokenBatch
+from kvferry.wire.tokens import MAX_SCORED_ROWS, End, EndReason, PromptLogprobColumns, Spent, TokenBatch
 from kvferry.wire.work import Work
 
 REPEAT_END_S: Final = 0.5
@@ -22,6 +22,7 @@ MAX_BATCH_TOKENS: Final = 1 << 15
 MAX_BATCH_LOGPROBS: Final = 1 << 11  # rows that have log-probabilities, up to 172 bytes each
 MAX_BATCH_ENDS: Final = 96
 MAX_BATCH_CACHED: Final = 1 << 13
+MAX_BATCH_SPENT: Final = 1 << 9  # 42 bytes each
 
 
 @dataclass(slots=True)
@@ -31,6 +32,7 @@ class _Stream:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of every token, or empty if they are not wanted
     cached_tokens: int = 0
+    spent: Spent | None = None
     end: End | None = None
     repeat_at: float = 0.0
     prompt: list[PromptLogprobs] = field(default_factory=list)  # not acknowledged, by position
@@ -60,6 +62,7 @@ class _Mailbox:
     logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)  # (row of the columns above, …)
     ends: list[End] = field(default_factory=list)
     cached: list[tuple[int, int]] = field(default_factory=list)
+    spent: list[Spent] = field(default_factory=list)
     prompts: list[tuple[int, PromptLogprobs]] = field(default_factory=list)  # (stream_id, a run), each within a batch
 
     def add(self, stream: _Stream, offset: int) -> None:
@@ -72,7 +75,7 @@ class _Mailbox:
 
     @property
     def waiting(self) -> bool:
-        return bool(self.tokens or self.ends or self.cached or self.prompts)
+        return bool(self.tokens or self.ends or self.cached or self.prompts or self.spent)
 
     @property
     def num_rows_of_batch(self) -> int:
@@ -123,6 +126,14 @@ class Outbox:
         if logprobs is not None:
             stream.logprobs.append(logprobs)
         box.add(stream, len(stream.tokens) - 1)
+
+    def spent(self, work: Work, seconds: Spent) -> None:
+        """Where the time of a stream went until the first token that was drawn here."""
+        found = self._find(work)
+        if found is not None:
+            box, stream = found
+            stream.spent = seconds
+            box.spent.append(seconds)
 
     def scored(self, work: Work, prompt: PromptLogprobs) -> None:
         """Log-probabilities of the prompt's tokens behind those that were given before."""
@@ -206,6 +217,8 @@ class Outbox:
                 box.ends.append(stream.end)
             if stream.cached_tokens:
                 box.cached.append((stream_id, stream.cached_tokens))
+            if stream.spent is not None:
+                box.spent.append(stream.spent)
         for stream_id, position in dict(prompts).items() if box else ():
             assert box is not None
             if (stream := box.streams.get(stream_id)) is not None:
@@ -235,6 +248,7 @@ class Outbox:
                     tuple(box.cached[:MAX_BATCH_CACHED]),
                     pack_logprobs([item for item in box.logprobs if item[0] < num_rows]) if box.logprobs else None,
                     box.take_prompts() if box.prompts else (),
+                    tuple(box.spent[:MAX_BATCH_SPENT]),
                 )
                 for column in (box.stream_ids, box.indices, box.tokens):
                     del column[:num_rows]
@@ -242,6 +256,7 @@ class Outbox:
                     box.logprobs = [(row - num_rows, found) for row, found in box.logprobs if row >= num_rows]
                 del box.ends[:MAX_BATCH_ENDS]
                 del box.cached[:MAX_BATCH_CACHED]
+                del box.spent[:MAX_BATCH_SPENT]
                 box.batch_seq = (box.batch_seq + 1) & 0xFFFFFFFF
                 batches.append((box.subject, batch))
         return batches

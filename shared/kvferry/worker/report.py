@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from kvferry.runtime import now
+from kvferry.schedule.sequence import Sequence
 from kvferry.transport.slots import SlotState
 from kvferry.wire.beats import Held, Load
 from kvferry.wire.record import Feature, WorkerAddress, WorkerRecord
+from kvferry.wire.tokens import Spent
 
 if TYPE_CHECKING:
     from kvferry.worker.worker import Worker
@@ -70,6 +72,7 @@ def load(worker: Worker[Any]) -> Load:
         cache_seq=worker.cache_news.seq,
         queued_tokens=queued,
         pulls=worker.take_pulls(),
+        blocks=_block_counts(worker),
     )
 
 
@@ -78,9 +81,21 @@ def held(worker: Worker[Any]) -> dict[str, tuple[Held, ...]]:
     rows = worker.outbox.held()
     for sequence in worker.scheduler.sequences.values():
         scored = 0 if sequence.work.scoring is None else worker.outbox.next_scored(sequence.work)
-        row = Held(sequence.work.stream_id, sequence.state, sequence.next_index, scored)
+        row = Held(sequence.work.stream_id, sequence.state, sequence.next_index, scored, *worker.progress(sequence))
         rows.setdefault(sequence.work.gateway, []).append(row)
     return {subject: tuple(held) for subject, held in rows.items()}
+
+
+def spent(sequence: Sequence, moment: float) -> Spent:
+    """Where its time went on this worker until now, when it has drawn its first token."""
+    seconds = sequence.spent
+    return Spent(
+        sequence.work.stream_id,
+        waiting_s=seconds.get("waiting", 0.0) + seconds.get("opening", 0.0),
+        computing_s=seconds.get("computing", 0.0),
+        fetching_s=seconds.get("fetching", 0.0),
+        step_s=seconds.get("running", 0.0) + (moment - sequence.since if sequence.state == "running" else 0.0),
+    )
 
 
 def blocks(worker: Worker[Any]) -> dict[str, Any]:
@@ -90,7 +105,7 @@ def blocks(worker: Worker[Any]) -> dict[str, Any]:
         "role": worker.role,
         "incarnation": f"{worker.incarnation:016x}",
         "num_blocks": memory.pool.num_blocks,
-        "counts": {state.value: count for state, count in memory.ledger.counts().items()},
+        "counts": _block_counts(worker),
         "holdings": memory.ledger.rows(now()),
         "slots": worker.slots.counts(),
         "sequences": len(worker.scheduler.sequences),
@@ -105,8 +120,8 @@ def refresh_metrics(worker: Worker[Any]) -> None:
     metrics.running.set(worker.scheduler.num_running)
     rate = worker.scheduler.chunk.tokens_per_s
     metrics.queued_prefill.set(sum(worker.scheduler.queued_tokens) / rate if rate else 0.0)
-    for state, count in memory.ledger.counts().items():
-        metrics.blocks.labels(state.value).set(count)
+    for state, count in _block_counts(worker).items():
+        metrics.blocks.labels(state).set(count)
     slots = worker.slots.counts()
     for name in get_args(SlotState):
         metrics.slots.labels(name).set(slots.get(name, 0))
@@ -116,3 +131,7 @@ def refresh_metrics(worker: Worker[Any]) -> None:
         metrics.wire_errors.labels("data", kind).inc(count - known)
     metrics.prefix_hits.inc(memory.hit_tokens - metrics.value("kvferry_prefix_cache_hit_token_total"))
     metrics.prefix_queries.inc(memory.queried_tokens - metrics.value("kvferry_prefix_cache_query_token_total"))
+
+
+def _block_counts(worker: Worker[Any]) -> dict[str, int]:
+    return {state.value: count for state, count in worker.scheduler.memory.ledger.counts().items()}

@@ -39,6 +39,7 @@ from kvferry.worker.outbox import Outbox
 from kvferry.worker.parts import Parts
 from kvferry.worker.post import Post
 from kvferry.worker.pulse import Pulse
+from kvferry.worker.report import spent
 from kvferry.worker.scheduler import Decision, Scheduler
 from kvferry.worker.settings import WorkerSettings
 from kvferry.worker.traces import Traces
@@ -177,6 +178,10 @@ class Worker(ABC, Generic[S]):
         """The pulls into this worker that have ended since the last call. The default has none."""
         return ()
 
+    def progress(self, sequence: Sequence) -> tuple[int, int]:
+        """(done, total) of what its state does, as `Held` has them. The default knows of computing."""
+        return (sequence.num_computed, sequence.num_context) if sequence.state == "computing" else (0, 0)
+
     @abstractmethod
     def attach(self, connection: Connection) -> None:
         """A peer has connected on the data plane and proved the data key."""
@@ -198,6 +203,8 @@ class Worker(ABC, Generic[S]):
             self.outbox.scored(work, emission.scores)
         if emission.token is not None:
             self.outbox.token(work, emission.index, emission.token, emission.logprobs)
+            if emission.first_drawn:
+                self.outbox.spent(work, spent(emission.sequence, now()))
         if emission.reason is not None:
             self._end(emission.sequence, emission.reason, "")
 

@@ -24,7 +24,7 @@ from kvferry.wire.messages import Codecs
 from kvferry.wire.orders import CacheResync, Cancel, Drain, EndAck, Fence, Ping, Pong, Resend
 from kvferry.wire.record import WorkerAddress, WorkerRecord
 from kvferry.wire.sampling import Grammar, Sampling, Scoring
-from kvferry.wire.tokens import End, TokenBatch
+from kvferry.wire.tokens import End, Spent, TokenBatch
 from kvferry.wire.work import Accepted, DecodeRequest, PrefillRequest, Rejected, TraceContext, Work
 
 GOLDEN = Path(__file__).with_name("golden_v1.json")
@@ -103,8 +103,8 @@ RECORD = WorkerRecord(
     features=("scoring", "a later one"),
     ranks=4,
 )
-LOAD = Load(1, 2, 3, 4, 1500.5, 0.0125, 99, 12, (0, 1, 2), ((0xBB, 1 << 20, 0.5),))
-HELD = Held(5, "running", 17, 40)
+LOAD = Load(1, 2, 3, 4, 1500.5, 0.0125, 99, 12, (0, 1, 2), ((0xBB, 1 << 20, 0.5),), {"free": 4, "a later one": 2})
+HELD = Held(5, "computing", 17, 40, 512, 2048)
 
 TO_WORKER: list[Message] = [
     PrefillRequest(WORK),
@@ -128,6 +128,7 @@ TO_GATEWAY: list[Message] = [
         ((6, 16),),
         LOGPROBS,
         (PROMPT_LOGPROBS,),
+        (Spent(5, 0.25, 0.5, 0.125, 0.0625),),
     ),
 ]
 ANSWERS: list[Message] = [
@@ -174,41 +175,71 @@ BEFORE_PENALTIES = msgspec.structs.replace(
         BEFORE_LOGIT_BIAS.sampling, presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0
     ),
 )
+BATCH_BEFORE_TIMES = msgspec.structs.replace(TO_GATEWAY[0], spent=())
 BEFORE_LOGPROBS = (
-    msgspec.structs.replace(TO_GATEWAY[0], logprobs=None, prompts=()),
+    msgspec.structs.replace(BATCH_BEFORE_TIMES, logprobs=None, prompts=()),
     msgspec.structs.replace(MANIFESTS[0], logprobs=None),
 )
-BEFORE_CACHE_NEWS = msgspec.structs.replace(LOAD, cache_seq=0, queued_tokens=(), pulls=())
+LOAD_BEFORE_BLOCKS = msgspec.structs.replace(LOAD, blocks={})
+BEFORE_CACHE_NEWS = msgspec.structs.replace(LOAD_BEFORE_BLOCKS, cache_seq=0, queued_tokens=(), pulls=())
 RECORD_BEFORE_SHARDS = msgspec.structs.replace(RECORD, address=ADDRESS_BEFORE_SHARDS)
 RECORD_BEFORE_RANKS = msgspec.structs.replace(RECORD_BEFORE_SHARDS, ranks=1)
 RECORD_BEFORE_SCORING = msgspec.structs.replace(RECORD_BEFORE_RANKS, kv_dtype="", vocabulary_id="", features=())
 RECORD_BEFORE_GRAMMARS = msgspec.structs.replace(RECORD_BEFORE_SCORING, grammars=False)
-HELD_BEFORE_SCORING = msgspec.structs.replace(HELD, next_scored=0)
+HELD_BEFORE_PROGRESS = Held(5, "running", 17, 40)
+HELD_BEFORE_SCORING = msgspec.structs.replace(HELD_BEFORE_PROGRESS, next_scored=0)
 BEFORE_EXACT = msgspec.structs.replace(RECORD_BEFORE_GRAMMARS, exact=False, engine="", engine_reason="")
 OLDER: dict[str, tuple[Codec[Any], Message]] = {  # what senders of version 1 wrote before a field was appended
     "DecodeRequest before shards": (Codecs().to_worker, DecodeRequest(WORK, ADDRESS_BEFORE_SHARDS)),
     "Fetch before shards": (flow.FlowCodec(), flow.Fetch(1, 16, 8)),
     "Heartbeat before shards": (
         Codecs().beat,
-        Heartbeat(8, "ready", RECORD_BEFORE_SHARDS, LOAD, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD,)}),
+        Heartbeat(
+            8,
+            "ready",
+            RECORD_BEFORE_SHARDS,
+            LOAD_BEFORE_BLOCKS,
+            {"kvferry.c1.gateway.g0.00000000000000aa": (HELD_BEFORE_PROGRESS,)},
+        ),
     ),
+    "Heartbeat before blocks": (
+        Codecs().beat,
+        Heartbeat(
+            8,
+            "ready",
+            RECORD,
+            LOAD_BEFORE_BLOCKS,
+            {"kvferry.c1.gateway.g0.00000000000000aa": (HELD_BEFORE_PROGRESS,)},
+        ),
+    ),
+    "TokenBatch before times": (Codecs().to_gateway, BATCH_BEFORE_TIMES),
     "PrefillRequest before scoring": (Codecs().to_worker, PrefillRequest(BEFORE_SCORING)),
     "DecodeRequest before scoring": (Codecs().to_worker, DecodeRequest(BEFORE_SCORING, ADDRESS_BEFORE_SHARDS)),
     "Resend before scoring": (Codecs().to_worker, Resend(0xAA, ((5, 17), (6, 0)))),
     "EndAck before scoring": (Codecs().to_worker, EndAck(0xAA, (5, 6))),
     "TokenBatch before scoring": (
         Codecs().to_gateway,
-        msgspec.structs.replace(TO_GATEWAY[0], prompts=()),
+        msgspec.structs.replace(BATCH_BEFORE_TIMES, prompts=()),
     ),
     "Heartbeat before scoring": (
         Codecs().beat,
         Heartbeat(
-            8, "ready", RECORD_BEFORE_SCORING, LOAD, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD_BEFORE_SCORING,)}
+            8,
+            "ready",
+            RECORD_BEFORE_SCORING,
+            LOAD_BEFORE_BLOCKS,
+            {"kvferry.c1.gateway.g0.00000000000000aa": (HELD_BEFORE_SCORING,)},
         ),
     ),
     "Heartbeat before ranks": (
         Codecs().beat,
-        Heartbeat(8, "ready", RECORD_BEFORE_RANKS, LOAD, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD,)}),
+        Heartbeat(
+            8,
+            "ready",
+            RECORD_BEFORE_RANKS,
+            LOAD_BEFORE_BLOCKS,
+            {"kvferry.c1.gateway.g0.00000000000000aa": (HELD_BEFORE_PROGRESS,)},
+        ),
     ),
     "PrefillRequest before penalties": (Codecs().to_worker, PrefillRequest(BEFORE_PENALTIES)),
     "DecodeRequest before penalties": (Codecs().to_worker, DecodeRequest(BEFORE_PENALTIES, ADDRESS_BEFORE_SHARDS)),
@@ -244,7 +275,11 @@ OLDER: dict[str, tuple[Codec[Any], Message]] = {  # what senders of version 1 wr
     "Heartbeat before grammars": (
         Codecs().beat,
         Heartbeat(
-            8, "ready", RECORD_BEFORE_GRAMMARS, LOAD, {"kvferry.c1.gateway.g0.00000000000000aa": (HELD_BEFORE_SCORING,)}
+            8,
+            "ready",
+            RECORD_BEFORE_GRAMMARS,
+            LOAD_BEFORE_BLOCKS,
+            {"kvferry.c1.gateway.g0.00000000000000aa": (HELD_BEFORE_SCORING,)},
         ),
     ),
 }

@@ -10,11 +10,12 @@ from kvferry.wire.fields import unpack_tokens
 from kvferry.wire.logprobs import PromptLogprobs, TokenLogprobs, unpack_logprobs, unpack_prompt_logprobs
 from kvferry.wire.messages import Codecs
 from kvferry.wire.sampling import MAX_LOGPROBS
-from kvferry.wire.tokens import MAX_SCORED_ROWS, TokenBatch
+from kvferry.wire.tokens import MAX_SCORED_ROWS, Spent, TokenBatch
 from kvferry.worker.outbox import (
     MAX_BATCH_CACHED,
     MAX_BATCH_ENDS,
     MAX_BATCH_LOGPROBS,
+    MAX_BATCH_SPENT,
     MAX_BATCH_TOKENS,
     REPEAT_END_S,
     Outbox,
@@ -114,14 +115,31 @@ def test_a_flood_is_split_and_the_largest_batch_stays_under_the_default_payload_
         outbox.token(works[0], index, (1 << 32) - 1)
     for _ in range(MAX_BATCH_CACHED):
         outbox.cached(works[0], 1 << 31)
+    for _ in range(MAX_BATCH_SPENT + 1):
+        outbox.spent(works[0], Spent((1 << 32) - 1, 0.1, 0.2, 0.3, 0.4))
     outbox.scored(works[0], of_prompt(1, 1 + MAX_SCORED_ROWS))
     for work in works:
         outbox.end(work, "transfer_failed", "\U0001f600" * 2000, 0.0)
     batches = taken(outbox)
     assert [len(rows(batch)) for batch in batches] == [MAX_BATCH_TOKENS, 1]
     assert [len(batch.ends) for batch in batches] == [MAX_BATCH_ENDS, 1]
+    assert [len(batch.spent) for batch in batches] == [MAX_BATCH_SPENT, 1]
     assert [batch.batch_seq for batch in batches] == [0, 1]
     assert len(Codecs().to_gateway.encode(batches[0])) < 1 << 20
+
+
+def test_where_the_time_of_a_stream_went_is_told_again_with_its_tokens() -> None:
+    outbox = Outbox(9)
+    work = work_of(4)
+    spent = Spent(work.stream_id, 0.25, 0.5)
+    outbox.open(work)
+    outbox.token(work, 0, 11)
+    outbox.spent(work, spent)
+    assert [batch.spent for batch in taken(outbox)] == [(spent,)]
+    outbox.token(work, 1, 12)
+    assert [batch.spent for batch in taken(outbox)] == [()]
+    outbox.resend(work.gateway_incarnation, ((work.stream_id, 0),))
+    assert [batch.spent for batch in taken(outbox)] == [(spent,)]
 
 
 def test_a_forgotten_gateway_leaves_nothing() -> None:

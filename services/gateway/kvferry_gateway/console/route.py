@@ -34,6 +34,7 @@ PAGES: Final = {  # path -> file of `page/`, its type
     "/console/chat.js": ("chat.js", _SCRIPT),
     "/console/element.js": ("element.js", _SCRIPT),
     "/console/models.js": ("models.js", _SCRIPT),
+    "/console/pool.js": ("pool.js", _SCRIPT),
     "/console/requests.js": ("requests.js", _SCRIPT),
     "/console/timeline.js": ("timeline.js", _SCRIPT),
     "/console/workers.js": ("workers.js", _SCRIPT),

@@ -4,37 +4,18 @@ from __future__ import annotations
 
 import math
 from itertools import islice
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from prometheus_client.registry import Collector
 
 from kvferry_gateway.fleet.fleet import Fleet
 from kvferry_gateway.placement.placer import shown
-from kvferry_gateway.streams.attempt import Attempt
+from kvferry_gateway.streams.phase import phase_of, progress_of
+from kvferry_gateway.streams.stages import STAGES
 from kvferry_gateway.streams.timeline import Timeline
 
 MAX_REQUESTS_SHOWN: Final = 256  # under way, the oldest first
 MAX_ENDED_SHOWN: Final = 32
-
-Phase = Literal["queued", "prefill", "kv", "decode"]
-
-
-def phase_of(attempt: Attempt | None) -> Phase:
-    """Where a request is, by what came from its workers: tokens at once, states with each heartbeat."""
-    if attempt is None or not attempt.accepted:
-        return "queued"
-    on_decode = attempt.states.get(attempt.decode.incarnation)
-    has_token = len(attempt.stream.tokens) > attempt.first_index
-    if attempt.prefill is None:
-        if has_token or on_decode == "running":
-            return "decode"
-        return "prefill" if on_decode == "computing" else "queued"
-    if attempt.running:
-        return "decode"
-    on_prefill = attempt.states.get(attempt.prefill.incarnation)
-    if has_token or on_prefill in ("held", "ended"):
-        return "kv"
-    return "prefill" if on_prefill == "computing" else "queued"
 
 
 def state(fleet: Fleet, moment: float, followed: int | None) -> dict[str, Any]:
@@ -64,12 +45,15 @@ def _model(fleet: Fleet, name: str) -> dict[str, Any]:
 def _row(timeline: Timeline, moment: float) -> dict[str, Any]:
     attempt = timeline.attempt
     prefill = None if attempt is None else attempt.prefill
+    phase = timeline.outcome or phase_of(attempt)
+    progress = None if attempt is None else progress_of(attempt)
     return {
         "number": timeline.number,
         "request_id": timeline.request_id,
         "model": timeline.model,
         "choice": timeline.choice,
-        "phase": timeline.outcome or phase_of(attempt),
+        "phase": phase,
+        "progress": progress,
         "prefill": None if prefill is None else prefill.name,
         "decode": None if attempt is None else attempt.decode.name,
         "attempts": timeline.num_attempts,
@@ -83,8 +67,10 @@ def _timeline(fleet: Fleet, number: int, moment: float) -> dict[str, Any] | None
     timeline = fleet.timelines.find(number)
     if timeline is None:
         return None
+    shares = timeline.shares(moment)
     return {
         **_row(timeline, moment),
+        "stages": [[stage, round(shares[stage], 4)] for stage in STAGES if stage in shares],
         "events": [
             {
                 "at_s": round(event.at - timeline.since, 4),

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from kvferry.trace.open_span import OpenSpan
-from kvferry.wire.beats import Held, SequenceState
+from kvferry.wire.beats import Held
 from kvferry.wire.record import WorkerRecord
-from kvferry.wire.tokens import End, EndReason
+from kvferry.wire.tokens import End, EndReason, Spent
 from kvferry_gateway.answers.answer import FinishReason
 from kvferry_gateway.placement.forecast import Forecast
 from kvferry_gateway.reasons import LostReason
@@ -72,7 +72,8 @@ class Attempt:
     missing_scores: int = 0  # heartbeats of the worker that scores its prompt that don't know it
     promised_scores: int = 0  # position up to which that worker had scored it at its last heartbeat
     promised: dict[int, int] = field(default_factory=dict)  # incarnation -> next index in its last heartbeat
-    states: dict[int, SequenceState] = field(default_factory=dict)  # incarnation -> as its last heartbeat had it
+    rows: dict[int, Held] = field(default_factory=dict)  # incarnation -> as its last heartbeat had it
+    spent: dict[int, tuple[float, Spent]] = field(default_factory=dict)  # incarnation -> what it told, and when
 
     @property
     def running(self) -> bool:
@@ -226,5 +227,5 @@ def audit(incarnation: int, rows: Iterable[Held], attempts: Iterable[Attempt]) -
         if attempt.promised.get(incarnation, 0) > held:  # sent before the last heartbeat, and still not here
             resend.append((attempt.stream_id, held))
         attempt.promised[incarnation] = row.next_index
-        attempt.states[incarnation] = row.state
+        attempt.rows[incarnation] = row
     return Audit(tuple(resend), tuple(resend_prompts), tuple(forgotten), tuple(unclaimed.values()))

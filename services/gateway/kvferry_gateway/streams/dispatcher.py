@@ -78,6 +78,9 @@ class Dispatcher:
         for stream_id, count in batch.cached:
             if (attempt := attempts.get(stream_id)) is not None:
                 attempt.stream.cached_tokens = count
+        for spent in batch.spent:
+            if (attempt := attempts.get(spent.stream_id)) is not None:
+                attempt.spent.setdefault(batch.incarnation, (asyncio.get_running_loop().time(), spent))
         for end in batch.ends:
             attempt = attempts.get(end.stream_id)
             # An unknown one is confirmed, too: the worker would repeat it for ever.

@@ -9,6 +9,8 @@ from typing import Any, Final, Literal
 
 from kvferry.runtime import now
 from kvferry_gateway.streams.attempt import Attempt
+from kvferry_gateway.streams.phase import phase_of
+from kvferry_gateway.streams.stages import Course, Shares, Stage, add, shares_of
 from kvferry_gateway.streams.stream import TokenStream
 
 MAX_ENDED: Final = 128  # requests kept after their end
@@ -41,6 +43,11 @@ class Timeline:
     outcome: str | None = None  # why it ended
     ended_at: float | None = None
     _num_tokens: int = 0
+    _free_since: float = 0.0  # the loss of the latest attempt that was lost, else the arrival
+    _shares: Shares = field(default_factory=dict)  # until then; all of them, once it has ended
+
+    def __post_init__(self) -> None:
+        self._free_since = self.since
 
     @property
     def num_tokens(self) -> int:
@@ -66,8 +73,10 @@ class Timeline:
 
     def lost(self, reason: str) -> None:
         """The attempt is over and the choice is not complete."""
+        moment = now()
         self.note("lost", attempt=self.num_attempts, reason=reason)
-        self.attempt = None
+        self._shares = self._until(moment, lost=True)
+        self.attempt, self._free_since = None, moment
 
     def told(self) -> Iterable[Event]:
         """What is known by now, in order. The first token is noted by its stream alone: it is the hot path."""
@@ -76,13 +85,43 @@ class Timeline:
             return self.events
         return sorted((*self.events, Event(stream.first_token_at, "first token", {})), key=lambda event: event.at)
 
+    def shares(self, moment: float) -> Shares:
+        """Where its time went until now, or until its end."""
+        return self._shares if self.ended_at is not None else self._until(moment)
+
+    def _until(self, moment: float, *, lost: bool = False) -> Shares:
+        attempt, shares = self.attempt, self._shares.copy()
+        placed_at = moment if attempt is None else attempt.forecast.placed_at
+        add(shares, {"placement": placed_at - self._free_since})
+        if attempt is not None:
+            add(shares, shares_of(course_of(attempt, moment, lost=lost)))
+        return shares
+
     def end(self, outcome: str) -> None:
         assert self.stream is not None, "it ends once"
         self.events = deque(self.told(), MAX_EVENTS)
         self._num_tokens = len(self.stream.tokens)
         self.outcome, self.ended_at = outcome, now()
+        self._shares = self._until(self.ended_at)
         self.note("ended", outcome=outcome, num_tokens=self._num_tokens)
         self.stream = self.attempt = None
+
+
+def course_of(attempt: Attempt, moment: float, *, lost: bool) -> Course:
+    asked: Stage = "placement" if not attempt.accepted else "queue" if phase_of(attempt) == "queued" else "prefill"
+    computed = attempt.spent.get(attempt.scorer.incarnation)
+    drawn = None if attempt.prefill is None else attempt.spent.get(attempt.decode.incarnation)
+    return Course(
+        placed_at=attempt.forecast.placed_at,
+        until=moment,
+        pulls=attempt.prefill is not None,
+        waits_in="lost" if lost else asked,
+        first_token_at=attempt.forecast.first_token_at,
+        computed=None if computed is None else computed[1],
+        drawn_at=None if drawn is None else drawn[0],
+        drawn=None if drawn is None else drawn[1],
+        running=attempt.running,
+    )
 
 
 class Timelines:

@@ -3,6 +3,7 @@
 import { byId, make, Rows, setText } from "./element.js";
 
 const PHASES = { queued: "queued", prefill: "prefill", kv: "KV on its way", decode: "decode" };
+const numbers = new Intl.NumberFormat("en");
 const counts = new Map([...document.querySelectorAll("#flow dd")].map(node => [node.dataset.phase, node]));
 
 let followed = null; // number of the request whose timeline is shown
@@ -16,21 +17,32 @@ function create(row) {
   button.addEventListener("click", () => { followed = row.number; });
   const cells = Array.from({ length: 6 }, () => make("td", { role: "cell" }));
   const node = make("tr", { role: "row" }, make("th", { role: "rowheader", scope: "row" }, button), ...cells);
-  return { node, button, cells };
+  return { node, button, cells, texts: [] };
 }
 
-function update({ node, button, cells }, row) {
+// How far it is in its phase, as its worker's last heartbeat had it.
+function phase(row) {
+  if (row.progress === null) return PHASES[row.phase] ?? row.phase;
+  const [done, total] = row.progress;
+  if (row.phase === "kv") return `KV ${Math.floor(100 * done / total)} %`;
+  return `${PHASES[row.phase]} ${numbers.format(done)} of ${numbers.format(total)}`;
+}
+
+function update({ node, button, cells, texts }, row) {
   const pressed = String(row.number === followed);
   if (button.ariaPressed !== pressed) button.ariaPressed = pressed;
   const over = !(row.phase in PHASES);
   if (node.classList.contains("over") !== over) node.classList.toggle("over", over);
   const again = row.attempts > 1 ? `, attempt ${row.attempts}` : "";
-  setText(cells[0], row.model);
-  setText(cells[1], (PHASES[row.phase] ?? row.phase) + again);
-  setText(cells[2], row.decode === null ? "" : row.prefill === null ? row.decode : `${row.prefill} → ${row.decode}`);
-  setText(cells[3], row.prompt_tokens);
-  setText(cells[4], row.tokens);
-  setText(cells[5], over ? row.seconds.toFixed(2) : row.seconds.toFixed(0));
+  const told = [
+    row.model,
+    phase(row) + again,
+    row.decode === null ? "" : row.prefill === null ? row.decode : `${row.prefill} → ${row.decode}`,
+    row.prompt_tokens,
+    row.tokens,
+    over ? row.seconds.toFixed(2) : row.seconds.toFixed(0),
+  ];
+  for (let at = 0; at < told.length; at++) if (texts[at] !== told[at]) setText(cells[at], texts[at] = told[at]);
 }
 
 const rows = new Rows(byId("requests"), row => row.number, create, update);

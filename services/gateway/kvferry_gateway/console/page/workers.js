@@ -1,7 +1,8 @@
-// The workers: their state, their load, how much of their block pool is held, and the button that drains one.
+// The workers: their state, their load, a map of their block pool, and the button that drains one.
 
 import { ask, hasKey, problemOf } from "./access.js";
 import { byId, make, Rows, setText } from "./element.js";
+import { PoolMap } from "./pool.js";
 
 let known = null; // name -> state, as last announced
 let chosen = null; // the worker that the dialog is about
@@ -9,8 +10,7 @@ let chosen = null; // the worker that the dialog is about
 function create(row) {
   const state = make("span");
   const load = make("span", { className: "load" });
-  const used = make("span");
-  const blocks = make("div", { className: "blocks", role: "img" }, used);
+  const pool = new PoolMap();
   const button = make("button", { type: "button", textContent: "Drain" });
   button.setAttribute("aria-label", `Drain ${row.name}`);
   button.addEventListener("click", () => {
@@ -19,24 +19,17 @@ function create(row) {
     byId("draining").showModal();
   });
   const title = make("div", {}, make("strong", { textContent: row.name }), " ", state, make("br"), load);
-  return { node: make("li", {}, title, button, blocks), state, load, used, blocks, button, label: "" };
+  return { node: make("li", {}, title, button, pool.canvas, pool.text), state, load, pool, button };
 }
 
 function update(parts, row) {
-  const held = row.num_blocks - row.load.free_blocks;
-  const share = row.num_blocks ? Math.min(1, Math.max(0, held / row.num_blocks)) : 0;
   setText(parts.state, row.unserved === null ? row.state : `${row.state}, but gets no request: ${row.unserved}`);
   parts.state.className = row.state === "ready" && row.unserved === null ? "load" : "not-ready";
   const rate = row.role === "prefill"
     ? `${Math.round(row.load.prefill_tokens_per_s)} tokens/s`
     : `step ${(row.load.decode_step_s * 1000).toFixed(1)} ms`;
   setText(parts.load, `${row.model}: ${row.load.num_running} running, ${row.load.num_waiting} waiting, ${rate}`);
-  const label = `${held} of ${row.num_blocks} blocks held, the others free or evictable`;
-  if (label !== parts.label) {
-    parts.label = label;
-    parts.blocks.ariaLabel = parts.blocks.title = label;
-    parts.used.style.transform = `scaleX(${share.toFixed(4)})`;
-  }
+  parts.pool.show(row.load.blocks, row.load.free_blocks, row.num_blocks);
   parts.button.disabled = !hasKey() || row.state === "draining";
   parts.button.title = hasKey() ? "" : "Draining takes a key";
 }
