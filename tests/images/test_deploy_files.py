@@ -95,6 +95,14 @@ def test_by_default_prometheus_and_grafana_run_too_and_the_gateway_alone_has_a_p
     assert more == {"grafana": {"ports": ["127.0.0.1:${KVFERRY_GRAFANA_PORT:-3000}:3000"]}}
 
 
+def test_the_documents_name_each_image_that_no_test_can_have() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    foreign = {service["image"] for service in services.values() if not service["image"].startswith("kvferry/")}
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    named = re.findall(r"`([\w./-]+:v?[\d.]+)`", page.partition("## Not tested here")[2])
+    assert set(named) == foreign
+
+
 @pytest.mark.parametrize("role", ["gateway", *ROLES])
 def test_compose_starts_each_service_as_its_scaling_file_says(role: Role) -> None:
     document = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
