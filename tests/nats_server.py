@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from kvferry.bus.base import BusSettings
@@ -44,7 +46,12 @@ class NatsServer:
         await self.embedded.start()
 
     def freeze(self) -> None:
+        """Returns when every thread has stopped: on a busy machine one still answers for a while."""
         os.kill(self.embedded.pid, signal.SIGSTOP)
+        threads = Path(f"/proc/{self.embedded.pid}/task").glob("*/stat")
+        for stat in list(threads):
+            while stat.read_text().rpartition(")")[2].split()[0] != "T":
+                time.sleep(0.001)
 
     def thaw(self) -> None:
         os.kill(self.embedded.pid, signal.SIGCONT)
