@@ -126,8 +126,8 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
 
 
 class Library:
-    """One loaded library. Raises `LibraryUnavailable` for a file that is none, that is of another interface, or that the
-    kernel does not let run."""
+    """One loaded library. Raises `LibraryUnavailable` for a file that is none, or of another interface, or whose registers
+    the kernel does not give."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
