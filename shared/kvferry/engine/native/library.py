@@ -126,8 +126,10 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
 
 
 class Library:
-    """One loaded library. Raises `LibraryUnavailable` for a file that is none, or of another interface, or whose registers
-    the kernel does not give."""
+    """One loaded library.
+
+    Raises `LibraryUnavailable` for a file that is none, of another interface, or that the kernel does not let run.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
