@@ -16,6 +16,8 @@ from typing import Any
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PATIENCE_S = 120.0
 MAX_MESSAGE_BYTES = 64 << 20
+KEY_CODES = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32}  # of keys that are no letters: Windows' numbers
+SHIFT = 8
 HIGH = 20  # descriptors from here on are in nobody's way: Chromium reads 3 and writes 4
 
 # Resolves once `expression` is true; looks again whenever the document changes.
@@ -105,6 +107,24 @@ class Chromium:
     async def until(self, expression: str) -> Any:
         """The first true value of what stands in the page."""
         return await self.value(WAIT % expression)
+
+    async def press(self, key: str, *, shift: bool = False) -> None:
+        """A key of the keyboard goes down and up: a character, or a name of `KEY_CODES`. Returns once the page has
+        dealt with it."""
+        text = "\r" if key == "Enter" else key if len(key) == 1 else ""
+        code = KEY_CODES.get(key) or (ord(key.upper()) if key.isalnum() else 0)  # 46, a dot, would delete
+        event = {"key": key, "windowsVirtualKeyCode": code, "modifiers": SHIFT if shift else 0}
+        await self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **event)
+        await self.call("Input.dispatchKeyEvent", type="keyUp", **event)
+
+    async def type(self, text: str) -> None:
+        for character in text:
+            await self.press(character)
+
+    async def tree(self) -> list[dict[str, Any]]:
+        """What a screen reader is told: the nodes of the accessibility tree that are not ignored, in order."""
+        nodes = (await self.call("Accessibility.getFullAXTree"))["nodes"]
+        return [node for node in nodes if not node["ignored"]]
 
     async def start_trace(self) -> None:
         self._events.clear()

@@ -61,10 +61,12 @@ async def test_the_page_and_all_it_asks_for_come_from_the_gateway_under_a_strict
 async def test_a_request_is_seen_on_its_way_and_its_timeline_tells_of_the_worker_it_lost(tmp_path: Path) -> None:
     async with Cluster(tmp_path) as cluster:
         prefill, decode = await cluster.pair()
+        decode.accepted = lambda work: decode.say(work, [EOS])
+        await cluster.client.post("/v1/completions", json=completion())  # the gateway's first attempt is another's
         prefill.accepted = lambda work: prefill.hold(work, "computing", 0, (4, 15))
         decode.accepted = lambda work: decode.hold(work, "opening", 0)
         asked = asyncio.create_task(cluster.client.post("/v1/completions", json=completion("a secret prompt")))
-        work = (await prefill.wait_for(PrefillRequest)).work
+        work = (await prefill.wait_for(PrefillRequest, 2)).work
         row = await row_of(cluster, lambda row: row["progress"] == [4, 15])
         assert (row["phase"], row["prefill"], row["decode"]) == ("prefill", "prefill-0", "decode-0")
         assert row["attempts"] == 1
@@ -86,11 +88,12 @@ async def test_a_request_is_seen_on_its_way_and_its_timeline_tells_of_the_worker
         events = shown["timeline"]["events"]
         whats = [event["what"] for event in events]
         assert whats == ["arrived", "placed", "accepted", "first token", "lost", "placed", "accepted", "ended"]
+        assert [event["attempt"] for event in events if "attempt" in event] == [1, 1, 1, 2, 2]
         assert events[4]["reason"] == "decode_gone"
         assert events[5]["decode"] == second.record.name
         assert events[1]["why"]
         assert [event["at_s"] for event in events] == sorted(event["at_s"] for event in events)
-        assert sum(count for _, count in shown["models"][0]["ttft"]) == 1
+        assert sum(count for _, count in shown["models"][0]["ttft"]) == 2
         assert "secret" not in str(shown)
 
 

@@ -216,7 +216,7 @@ class Flight:
                 self._bind(attempt)
                 kind = "local" if attempt.prefill is None else "pair"
                 self._fleet.metrics.placements.labels(self.unit.model, kind).inc()
-                self._timeline.note("accepted", attempt=attempt.number)
+                self._timeline.accepted()
                 if attempt.span is not None:
                     attempt.span.event("accepted", now())
                 return

@@ -39,7 +39,7 @@ class Timeline:
     stream: TokenStream | None  # None: it has ended, and nothing of its text is kept
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=MAX_EVENTS))
     attempt: Attempt | None = None  # the latest; None before the first, and after the end
-    num_attempts: int = 0
+    num_attempts: int = 0  # so far; the latest bears this number in the events
     outcome: str | None = None  # why it ended
     ended_at: float | None = None
     _num_tokens: int = 0
@@ -63,14 +63,18 @@ class Timeline:
         self.num_attempts += 1
         prefill = attempt.prefill
         self.note(
-            "placed", attempt=attempt.number, decode=attempt.decode.name,
+            "placed", attempt=self.num_attempts, decode=attempt.decode.name,
             prefill=None if prefill is None else prefill.name, **asdict(attempt.forecast.reason),
         )  # fmt: skip
+
+    def accepted(self) -> None:
+        """By all of the attempt's workers."""
+        self.note("accepted", attempt=self.num_attempts)
 
     def lost(self, reason: str) -> None:
         """The attempt is over and the choice is not complete."""
         moment = now()
-        self.note("lost", attempt=None if self.attempt is None else self.attempt.number, reason=reason)
+        self.note("lost", attempt=self.num_attempts, reason=reason)
         self._shares = self._until(moment, lost=True)
         self.attempt, self._free_since = None, moment
 

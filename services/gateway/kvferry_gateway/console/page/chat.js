@@ -16,18 +16,19 @@ function say(className, text) {
   return node;
 }
 
-// Collects text, and writes it into `node` with the next frame.
+// `write` collects text for the next frame, which writes it into `node`; `flush` waits for none.
 function writer(node) {
   let waiting = "";
-  const write = () => {
+  const flush = () => {
     node.append(waiting);
     waiting = "";
     log.scrollTop = log.scrollHeight;
   };
-  return text => {
-    if (waiting === "") requestAnimationFrame(write);
+  const write = text => {
+    if (waiting === "") requestAnimationFrame(flush);
     waiting += text;
   };
+  return { write, flush };
 }
 
 async function* events(response) {
@@ -54,7 +55,7 @@ async function answer(signal) {
     signal,
   });
   if (!response.ok) throw new Error(await problemOf(response));
-  const write = writer(say("assistant", ""));
+  const { write, flush } = writer(say("assistant", ""));
   let text = "";
   try {
     for await (const event of events(response)) {
@@ -65,8 +66,15 @@ async function answer(signal) {
       if (piece) write(piece);
     }
   } finally {
+    flush();
     messages.push({ role: "assistant", content: text });
   }
+}
+
+// A button that can't be pressed for now would lose the focus: the message gets it.
+function disable(button) {
+  if (document.activeElement === button) byId("prompt").focus();
+  button.disabled = true;
 }
 
 async function send() {
@@ -74,7 +82,7 @@ async function send() {
   if (!prompt || running !== null) return;
   running = new AbortController();
   byId("prompt").value = "";
-  byId("send").disabled = true;
+  disable(byId("send"));
   byId("stop").disabled = false;
   log.ariaBusy = "true"; // a screen reader reads the answer once it is whole
   messages.push({ role: "user", content: prompt });
@@ -88,7 +96,7 @@ async function send() {
   running = null;
   log.ariaBusy = "false";
   byId("send").disabled = false;
-  byId("stop").disabled = true;
+  disable(byId("stop"));
 }
 
 byId("chat").addEventListener("submit", event => {

@@ -16,7 +16,8 @@ export function setText(node, value) {
 }
 
 // Children of `parent` by key: `create(row)` makes one's parts, `update(parts, row)` shows a row in them; `parts.node`
-// is the child. Those whose key is gone are removed; the order is that of the rows.
+// is the child. Those whose key is gone are removed; the order is that of the rows. The focus stays on what has it,
+// or goes to what holds the rows when that is gone or disabled.
 export class Rows {
   constructor(parent, keyOf, create, update) {
     Object.assign(this, { parent, keyOf, create, update });
@@ -24,6 +25,7 @@ export class Rows {
   }
 
   show(rows) {
+    const focused = this.parent.contains(document.activeElement) ? document.activeElement : null;
     const before = this.shown;
     this.shown = new Map();
     for (const row of rows) {
@@ -39,5 +41,8 @@ export class Rows {
       if (node === next) next = next.nextSibling;
       else this.parent.insertBefore(node, next);
     }
+    if (focused === null) return;
+    const keeps = focused.isConnected && !focused.disabled;
+    (keeps ? focused : this.parent.closest("[tabindex]")).focus({ preventScroll: true });
   }
 }

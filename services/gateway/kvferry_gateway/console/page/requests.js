@@ -16,7 +16,7 @@ function create(row) {
   const button = make("button", { type: "button", textContent: row.request_id + (row.choice ? ` #${row.choice}` : "") });
   button.addEventListener("click", () => { followed = row.number; });
   const cells = Array.from({ length: 6 }, () => make("td", { role: "cell" }));
-  const node = make("tr", { role: "row" }, make("td", { role: "cell" }, button), ...cells);
+  const node = make("tr", { role: "row" }, make("th", { role: "rowheader", scope: "row" }, button), ...cells);
   return { node, button, cells, texts: [] };
 }
 

@@ -49,6 +49,9 @@ export function showWorkers(workers) {
   return news.join(", ");
 }
 
+byId("draining").addEventListener("close", () => {
+  if (!rows.shown.has(chosen.incarnation)) byId("workers").focus(); // the button is gone with its worker
+});
 byId("drain-no").addEventListener("click", () => byId("draining").close());
 byId("drain-yes").addEventListener("click", async () => {
   byId("draining").close();
