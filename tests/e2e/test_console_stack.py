@@ -166,7 +166,7 @@ async def test_requests_are_seen_to_move_from_prefill_to_decode(console: Console
     async with busy(trio):
         await console.page.until("document.querySelector('#flow [data-phase=prefill]').textContent > 0")
         await console.page.until("document.querySelector('#flow [data-phase=decode]').textContent > 0")
-        moved = "Object.values(phases).some(seen => /(prefill|KV on its way),decode.*,length/.test(seen.join()))"
+        moved = "Object.values(phases).some(seen => /(prefill|KV)[^,]*,decode.*,length/.test(seen.join()))"
         await console.page.until(moved)
     await console.page.until("document.getElementById('flow-title').textContent === 'Under way: 0'")
 
