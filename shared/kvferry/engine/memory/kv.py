@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -75,12 +76,15 @@ def restore(kv_format: KVFormat, lanes: Lanes, heads: range) -> np.uint64:
     return np.uint64(int.from_bytes(hashlib.blake2b(lanes.tobytes(), digest_size=8).digest(), "little"))
 
 
+@lru_cache
 def _places(kv_format: KVFormat, heads: range) -> npt.NDArray[np.uint64]:
-    """What sets the words of (layer, kind, head, word) apart, flat."""
+    """What sets the words of (layer, kind, head, word) apart, flat; not to be written."""
     num_layers, kinds, _, num_heads, row = lanes_shape(kv_format, 0)
     shape = (num_layers * kinds, num_heads, -(-row // 8))
     places = np.arange(math.prod(shape), dtype=np.uint64).reshape(shape)
-    return np.ravel(places[:, heads.start : heads.stop]) << np.uint64(32)
+    flat = np.ravel(places[:, heads.start : heads.stop]) << np.uint64(32)
+    flat.flags.writeable = False
+    return flat
 
 
 def unmix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -16,6 +16,7 @@ from kvferry.schedule.step import BlockTable, KVFormat, SequenceStep
 from kvferry.wire.frame import DTYPE_BYTES, Piece
 
 _UNWRITTEN: Final = 0xFF  # NaN in every float format, and no state that a sequence has
+_MAX_KNOWN: Final = 4096
 
 
 class MemoryCache:
@@ -41,13 +42,15 @@ class MemoryCache:
         else:
             self._blocks = np.frombuffer(memory(int(np.prod(shape))), np.uint8).reshape(shape)
         self._blocks[:] = _UNWRITTEN
+        self._states: dict[bytes, np.uint64] = {}  # what `restore` makes of one position's bytes, to be spared the work
 
     def write(self, steps: Sequence[SequenceStep], root: np.uint64) -> None:
         """The KV of a step's rows. `root`: the state before position 0."""
         for step in steps:
             slots = slots_of(step.block_table, 0, step.start + len(step.tokens), self._format.block_size)
-            before = self._read_state(slots[step.start - 1]) if step.start else root
-            self._blocks[:, :, slots[step.start :]] = expand(self._format, chain(before, step.tokens), self.heads)
+            states = chain(self._read_state(slots[step.start - 1]) if step.start else root, step.tokens)
+            lanes = self._blocks[:, :, slots[step.start :]] = expand(self._format, states, self.heads)
+            self._know(lanes[:, :, -1].tobytes(), states[-1])
 
     def read(self, slots: Slots) -> Lanes:
         return self._blocks[:, :, slots]
@@ -78,7 +81,15 @@ class MemoryCache:
 
         The chain goes on from what lies in the block, not from the plan, so that a wrong byte spreads.
         """
-        return restore(self._format, self._blocks[:, :, [slot]], self.heads)
+        content = self._blocks[:, :, slot].tobytes()
+        if content not in self._states:
+            self._know(content, restore(self._format, self._blocks[:, :, [slot]], self.heads))
+        return self._states[content]
+
+    def _know(self, content: bytes, state: np.uint64) -> None:
+        if len(self._states) >= _MAX_KNOWN:
+            self._states.clear()
+        self._states[content] = state
 
 
 class MemoryFollower:

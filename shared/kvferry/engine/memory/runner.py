@@ -21,7 +21,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -78,12 +78,18 @@ class MemorySettings:
 
     @property
     def kv_format(self) -> KVFormat:
-        identity = (
-            self.model, self.num_layers, self.num_kv_heads, self.head_dim, self.dtype, self.block_size,
-            self.vocab_size,
-        )  # fmt: skip
-        format_id = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
-        return KVFormat(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype, self.block_size, format_id)
+        return _kv_format(
+            self.model, self.num_layers, self.num_kv_heads, self.head_dim, self.dtype, self.block_size, self.vocab_size
+        )
+
+
+@lru_cache
+def _kv_format(
+    model: str, num_layers: int, num_kv_heads: int, head_dim: int, dtype: str, block_size: int, vocab_size: int
+) -> KVFormat:
+    identity = (model, num_layers, num_kv_heads, head_dim, dtype, block_size, vocab_size)
+    format_id = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
+    return KVFormat(num_layers, num_kv_heads, head_dim, dtype, block_size, format_id)
 
 
 class MemoryRunner:
@@ -97,6 +103,7 @@ class MemoryRunner:
         """`num_remote`: how many of the ranks hand their KV over by themselves."""
         self._settings = settings = settings or MemorySettings()
         self._format = settings.kv_format
+        self._root = root_state(settings)
         self.limits = Limits(self._format, settings.num_blocks, settings.max_model_len, settings.vocab_size)
         self._followers = followers
         if followers is None:
@@ -142,7 +149,7 @@ class MemoryRunner:
         self.limits.check_plan(plan)
         drawing = draws_of(plan)
         with self._told(plan, drawing):
-            self.caches[0].write(plan.steps, root_state(self._settings))
+            self.caches[0].write(plan.steps, self._root)
         drawn = Drawn([], [])
         scored: dict[int, PromptLogprobs] = {}
         for index, step in enumerate(plan.steps):
