@@ -52,6 +52,7 @@ def _rounds(options: Options) -> list[str]:
 # Programs of their own, so that nothing of this process shares their cores' caches or their UCX settings.
 PROGRAMS: Final[Mapping[str, Callable[[Options], list[str]]]] = {
     "engine": lambda options: ["-m", "bench.engine", str(options.model_dir)],
+    "isas": lambda options: ["-m", "bench.isas", str(options.model_dir), *_rounds(options)],
     "ranks": lambda options: ["-m", "bench.ranks", str(options.model_dir), *_rounds(options)],
     "chunks": lambda options: ["-m", "bench.chunks", str(options.model_dir)],
     "accuracy": lambda options: ["-m", "bench.accuracy", str(options.model_dir)],

@@ -110,6 +110,13 @@ MACHINE: Final = Section(
     "engine",
 )  # fmt: skip
 
+ISAS: Final = Section(
+    "What an instruction set is worth",
+    "The same engine on one thread, built for each instruction set of one processor, in turn; beside torch, whose "
+    "oneDNN takes the best that it knows. On `amx`, products run on tile registers.",
+    ("isas",),
+)
+
 TOKEN_TIME: Final = Section(
     "Where the time of a token goes",
     "A single worker on all cores, over HTTP. What its step takes beyond the engine alone is the way to the engine's "
@@ -259,6 +266,7 @@ SECTIONS: Final = (
     RIVALS,
     SERVING,
     MACHINE,
+    ISAS,
     TOKEN_TIME,
     MEMORY,
     ACCURACY,
