@@ -68,14 +68,16 @@ void two_blocks(const bf16* panel, int steps, const bf16* x, ptrdiff_t x_bytes, 
 // The sums of a group, scaled by row and column, onto `out`.
 void add_group(int rows, const int32_t* sums, const bf16* scales, const Int8Rows& x, int group, int groups,
                float* out) {
-  for (int v = 0; v < Isa::kPanelVectors; ++v) {
-    const Isa::F scale = Isa::load_bf16(scales + v * Isa::kLanes);
-    for (int row = 0; row < rows; ++row) {
-      const ptrdiff_t of_row = static_cast<ptrdiff_t>(row) * groups + group;
-      const int at = row * kPanelColumns + v * Isa::kLanes;
-      const Isa::I sum = Isa::add_int(Isa::load_bytes(sums + at), Isa::set1_int(x.offsets[of_row]));
-      const Isa::F scaled = Isa::mul(Isa::to_float(sum), Isa::set1(x.scales[of_row]));
-      Isa::store(out + at, Isa::fma(scaled, scale, Isa::load(out + at)));
+  Isa::F scale[Isa::kPanelVectors];
+  for (int v = 0; v < Isa::kPanelVectors; ++v) scale[v] = Isa::load_bf16(scales + v * Isa::kLanes);
+  for (int row = 0; row < rows; ++row, sums += kPanelColumns, out += kPanelColumns) {
+    const ptrdiff_t of_row = static_cast<ptrdiff_t>(row) * groups + group;
+    const Isa::I offset = Isa::set1_int(x.offsets[of_row]);
+    const Isa::F row_scale = Isa::set1(x.scales[of_row]);
+    for (int v = 0; v < Isa::kPanelVectors; ++v) {
+      const Isa::I sum = Isa::add_int(Isa::load_bytes(sums + v * Isa::kLanes), offset);
+      float* to = out + v * Isa::kLanes;
+      Isa::store(to, Isa::fma(Isa::mul(Isa::to_float(sum), row_scale), scale[v], Isa::load(to)));
     }
   }
 }
