@@ -33,7 +33,7 @@ FLAGS: Final = (
 )  # fmt: skip
 _AVX512: Final = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")
 ISA_FLAGS: Final[Mapping[str, tuple[str, ...]]] = {
-    "amx": (*_AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+    "amx": (*_AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-DKVF_AMX"),  # compilers differ in what they define
     "avx512": _AVX512,
     "avx2": ("-march=x86-64-v3",),
     "portable": (),

@@ -168,7 +168,10 @@ def open_library(isa: str = "auto", building: Callable[[str], None] | None = Non
         packaged = PACKAGED / packaged_name(candidate)
         try:
             path = packaged if packaged.is_file() else build_cached(candidate, cache_dir() / "native", building)
-            return Library(path)
+            library = Library(path)
+            if library.isa != candidate:  # a compiler that did not know what it was asked for
+                raise LibraryUnavailable(f"{path}: built for {library.isa}, not {candidate}")
+            return library
         except (BuildError, LibraryUnavailable) as error:
             problem = problem or str(error)
     raise LibraryUnavailable(problem)

@@ -1,7 +1,7 @@
 // A tile of attention on tile registers: pages of keys and of values lie as their products read them.
 #include "attention_tile.h"
 
-#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#if defined(KVF_AMX)
 
 #include <algorithm>
 #include <cstring>

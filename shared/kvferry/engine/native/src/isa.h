@@ -35,7 +35,7 @@
 // No alignment is asked for anywhere else. exp over F is vector_math.h.
 #pragma once
 
-#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#if defined(KVF_AMX)
 #include "amx.h"
 #elif defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include "avx512.h"
@@ -48,7 +48,7 @@ using Isa = Avx512;
 #include "portable.h"
 #endif
 
-#if !defined(__AMX_BF16__)
+#if !defined(KVF_AMX)
 namespace kvferry {
 struct TileRegisters {};  // vectors need nothing shaped
 }

@@ -27,7 +27,7 @@ double thread_seconds() {
 volatile float sink;
 
 // Returns the floating-point operations done.
-#if defined(__AMX_BF16__)
+#if defined(KVF_AMX)
 double multiply_add() {
   TileRegisters registers;
   registers.shape(TileUse::Product, kTileRegisterRows);

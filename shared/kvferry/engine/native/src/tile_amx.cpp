@@ -1,7 +1,7 @@
 // Micro-kernels on tile registers: 16 rows of x times the three tiles side by side in a step of a panel, or 32 rows.
 #include "tile.h"
 
-#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#if defined(KVF_AMX)
 
 #include <sys/syscall.h>
 #include <unistd.h>

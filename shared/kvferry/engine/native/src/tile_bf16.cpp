@@ -1,4 +1,4 @@
-#if !defined(__AMX_BF16__)  // see tile_amx.cpp
+#if !defined(KVF_AMX)  // see tile_amx.cpp
 
 #include <array>
 #include <utility>
