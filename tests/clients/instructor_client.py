@@ -22,7 +22,7 @@ found = []
 for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
     client = instructor.from_openai(OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0), mode=mode)
     answer = client.chat.completions.create(
-        model="smollm2", temperature=0, max_tokens=48, max_retries=0, response_model=SetLight,
+        model="smollm2", temperature=0, max_tokens=128, max_retries=0, response_model=SetLight,
         messages=[{"role": "user", "content": prompt}],
     )  # fmt: skip
     found.append(answer.model_dump())

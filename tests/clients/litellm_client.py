@@ -21,7 +21,7 @@ asked = {
     "model": "openai/smollm2", "api_base": f"{url}/v1", "api_key": "unused", "temperature": 0, "max_tokens": 48,
     "messages": [{"role": "user", "content": prompt}],
 }  # fmt: skip
-demand = {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
+demand = asked | {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 128}
 
 
 def call_of(answer):
@@ -30,8 +30,8 @@ def call_of(answer):
 
 
 chunks = list(litellm.completion(**asked, stream=True))
-call = call_of(litellm.completion(**asked, **demand))
-assert call == call_of(litellm.stream_chunk_builder(list(litellm.completion(**asked, **demand, stream=True))))
+call = call_of(litellm.completion(**demand))
+assert call == call_of(litellm.stream_chunk_builder(list(litellm.completion(**demand, stream=True))))
 shown = {
     "text": litellm.completion(**asked).choices[0].message.content,
     "streamed": litellm.stream_chunk_builder(chunks).choices[0].message.content,

@@ -18,7 +18,7 @@ let streamed = "";
 for await (const chunk of await client.chat.completions.create({ ...asked, stream: true })) {
   streamed += chunk.choices[0]?.delta?.content ?? "";
 }
-const demand = { tools, tool_choice: "required", parallel_tool_calls: false };
+const demand = { tools, tool_choice: "required", parallel_tool_calls: false, max_tokens: 128 };
 const answer = await client.chat.completions.stream({ ...asked, ...demand }).finalChatCompletion();
 const call = answer.choices[0].message.tool_calls[0].function;
 const events = client.responses.stream({ model: "smollm2", input: prompt, temperature: 0, max_output_tokens: 48 });
