@@ -37,37 +37,42 @@ class Part:
 
 def parts(config: ModelConfig, shard: Shard) -> Iterator[Part]:
     """What a shard has of every tensor of a checkpoint, in the order of `expected_shapes`."""
-    hidden, head_dim = range(config.hidden_size), range(config.head_dim)
-    queries, keys = shard.query_rows(config.head_dim), shard.key_rows(config.head_dim)
-    yield Part("model.embed_tokens.weight", shard.vocab, Weight.EMBEDDING)
+    shapes = expected_shapes(config)
+
+    def part(tensor: str, weight: Weight, layer: int = 0, first_row: int = 0) -> Part:
+        rows = shard.rows(tensor, config)
+        return Part(tensor, range(shapes[tensor][0]) if rows is None else rows, weight, layer, first_row)
+
+    yield part("model.embed_tokens.weight", Weight.EMBEDDING)
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}"
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        yield Part(f"{prefix}.input_layernorm.weight", hidden, Weight.INPUT_NORM, layer)
+        yield part(f"{prefix}.input_layernorm.weight", Weight.INPUT_NORM, layer)
         first_row = 0
-        for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-            yield Part(f"{attention}.{name}.weight", rows, Weight.QKV, layer, first_row)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            projection = part(f"{attention}.{name}.weight", Weight.QKV, layer, first_row)
+            yield projection
             if config.qkv_bias:
-                yield Part(f"{attention}.{name}.bias", rows, Weight.QKV_BIAS, layer, first_row)
-            first_row += len(rows)
+                yield part(f"{attention}.{name}.bias", Weight.QKV_BIAS, layer, first_row)
+            first_row += len(projection.rows)
         if config.qk_norm:
-            yield Part(f"{attention}.q_norm.weight", head_dim, Weight.Q_NORM, layer)
-            yield Part(f"{attention}.k_norm.weight", head_dim, Weight.K_NORM, layer)
-        yield Part(f"{attention}.o_proj.weight", shard.hidden, Weight.OUTPUT, layer)
+            yield part(f"{attention}.q_norm.weight", Weight.Q_NORM, layer)
+            yield part(f"{attention}.k_norm.weight", Weight.K_NORM, layer)
+        yield part(f"{attention}.o_proj.weight", Weight.OUTPUT, layer)
         if config.output_bias:
-            yield Part(f"{attention}.o_proj.bias", shard.hidden, Weight.OUTPUT_BIAS, layer)
-        yield Part(f"{prefix}.post_attention_layernorm.weight", hidden, Weight.POST_NORM, layer)
-        for name, rows, weight, bias in (
-            ("gate_proj", shard.intermediate, Weight.GATE, Weight.GATE_BIAS),
-            ("up_proj", shard.intermediate, Weight.UP, Weight.UP_BIAS),
-            ("down_proj", shard.hidden, Weight.DOWN, Weight.DOWN_BIAS),
+            yield part(f"{attention}.o_proj.bias", Weight.OUTPUT_BIAS, layer)
+        yield part(f"{prefix}.post_attention_layernorm.weight", Weight.POST_NORM, layer)
+        for name, weight, bias in (
+            ("gate_proj", Weight.GATE, Weight.GATE_BIAS),
+            ("up_proj", Weight.UP, Weight.UP_BIAS),
+            ("down_proj", Weight.DOWN, Weight.DOWN_BIAS),
         ):
-            yield Part(f"{mlp}.{name}.weight", rows, weight, layer)
+            yield part(f"{mlp}.{name}.weight", weight, layer)
             if config.mlp_bias:
-                yield Part(f"{mlp}.{name}.bias", rows, bias, layer)
-    yield Part("model.norm.weight", hidden, Weight.NORM)
+                yield part(f"{mlp}.{name}.bias", bias, layer)
+    yield part("model.norm.weight", Weight.NORM)
     if not config.tie_word_embeddings:
-        yield Part("lm_head.weight", shard.vocab, Weight.HEAD)
+        yield part("lm_head.weight", Weight.HEAD)
 
 
 def stream(

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from kvferry.engine.checkpoint import Checkpoint, expected_shapes, open_checkpoint
@@ -53,57 +51,51 @@ class _Loader:
         self._linear_class = linear_class(device, dtype)
 
     def load(self) -> Weights:
-        config, shard = self._config, self._shard
+        config = self._config
         layers = []
-        embedding = self._rows("model.embed_tokens.weight", shard.vocab)
+        embedding = self._tensor("model.embed_tokens.weight")
         for index in range(config.num_layers):
             layers.append(self._layer(f"model.layers.{index}"))
             self._progress((index + 1) / (config.num_layers + 1))
         # A tied head is packed from the embedding, which stays for the lookup.
         tied = config.tie_word_embeddings
-        head = self._linear_class(embedding, None) if tied else self._linear([("lm_head", shard.vocab)])
+        head = self._linear_class(embedding, None) if tied else self._linear(["lm_head"])
         self._progress(1.0)
-        return Weights(embedding, tuple(layers), self._vector("model.norm.weight"), head)
+        return Weights(embedding, tuple(layers), self._tensor("model.norm.weight"), head)
 
     def _layer(self, prefix: str) -> Layer:
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
         config, shard = self._config, self._shard
-        queries, keys = shard.query_rows(config.head_dim), shard.key_rows(config.head_dim)
-        qkv = [(f"{attention}.{name}_proj", rows) for name, rows in (("q", queries), ("k", keys), ("v", keys))]
-        gate_up = [(f"{mlp}.{name}_proj", shard.intermediate) for name in ("gate", "up")]
         qk_norm = None
         if config.qk_norm:
-            query, key = self._vector(f"{attention}.q_norm.weight"), self._vector(f"{attention}.k_norm.weight")
+            query, key = self._tensor(f"{attention}.q_norm.weight"), self._tensor(f"{attention}.k_norm.weight")
             qk_norm = torch.cat(
                 (query.expand(len(shard.heads), -1), key.expand(len(shard.kv_heads), -1))
             )  # [num_heads + num_kv_heads, head_dim]
         return Layer(
-            input_norm=self._vector(f"{prefix}.input_layernorm.weight"),
-            qkv=self._linear(qkv, config.qkv_bias),
+            input_norm=self._tensor(f"{prefix}.input_layernorm.weight"),
+            qkv=self._linear([f"{attention}.{name}_proj" for name in "qkv"], config.qkv_bias),
             qk_norm=qk_norm,
-            output=self._linear([(f"{attention}.o_proj", shard.hidden)], config.output_bias),
-            post_norm=self._vector(f"{prefix}.post_attention_layernorm.weight"),
-            gate_up=self._linear(gate_up, config.mlp_bias),
-            down=self._linear([(f"{mlp}.down_proj", shard.hidden)], config.mlp_bias),
+            output=self._linear([f"{attention}.o_proj"], config.output_bias),
+            post_norm=self._tensor(f"{prefix}.post_attention_layernorm.weight"),
+            gate_up=self._linear([f"{mlp}.gate_proj", f"{mlp}.up_proj"], config.mlp_bias),
+            down=self._linear([f"{mlp}.down_proj"], config.mlp_bias),
         )
 
-    def _vector(self, name: str) -> torch.Tensor:
-        return self._tensor(self._checkpoint.tensor(name))
-
-    def _rows(self, name: str, rows: range) -> torch.Tensor:
-        return self._tensor(self._checkpoint.rows(name, rows))
-
-    def _tensor(self, stored: npt.NDArray[Any]) -> torch.Tensor:
+    def _tensor(self, name: str) -> torch.Tensor:
+        """The shard's rows of it."""
+        rows = self._shard.rows(name, self._config)
+        stored = self._checkpoint.tensor(name) if rows is None else self._checkpoint.rows(name, rows)
         tensor = torch.from_numpy(stored)
         if stored.dtype == np.uint16:
             tensor = tensor.view(torch.bfloat16)  # it is kept as its bits
         return tensor.to(device=self._device, dtype=self._dtype)
 
-    def _linear(self, parts: list[tuple[str, range]], bias: bool = False) -> Linear:
+    def _linear(self, names: list[str], bias: bool = False) -> Linear:
         """One projection out of rows of several with the same input."""
-        weight = self._merged("weight", parts)
-        return self._linear_class(weight, self._merged("bias", parts) if bias else None)
+        weight = self._merged("weight", names)
+        return self._linear_class(weight, self._merged("bias", names) if bias else None)
 
-    def _merged(self, kind: str, wanted: list[tuple[str, range]]) -> torch.Tensor:
-        parts = [self._rows(f"{name}.{kind}", rows) for name, rows in wanted]
+    def _merged(self, kind: str, names: list[str]) -> torch.Tensor:
+        parts = [self._tensor(f"{name}.{kind}") for name in names]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
