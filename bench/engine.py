@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -106,6 +106,12 @@ class Contestant:
         return MEASURES[name][0] / self.seconds[name]
 
 
+def add_rates(report: Report, by_name: Mapping[str, Contestant]) -> None:
+    for name, each in by_name.items():
+        for what in MEASURES:
+            report.add(f"{name}: {what}", each.rate(what), "tok/s")
+
+
 def native_name(quantization: str, threads: int) -> str:
     kind = "bf16" if quantization == "none" else quantization
     return f"native {kind}, {threads} thread{'s' if threads > 1 else ''}"
@@ -161,9 +167,7 @@ def add_figures(
 ) -> None:
     report.add("machine, 1 thread: multiply-adds in registers", machine.flops / 1e9, "GFLOP/s")
     report.add("machine, 1 thread: reading memory", machine.read / 1e9, "GB/s")
-    for name, each in by_name.items():
-        for what in MEASURES:
-            report.add(f"{name}: {what}", each.rate(what), "tok/s")
+    add_rates(report, by_name)
     one = by_name[native_name("none", 1)]
     prefill = {name: prefill_flops(config, MEASURES[name][0]) / one.seconds[name] for name in MEASURES if "pre" in name}
     for name, flops in prefill.items():

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-from bench.engine import MAX_MODEL_LEN, MEASURES, NUM_BLOCKS, ROUNDS, Contestant
+from bench.engine import MAX_MODEL_LEN, MEASURES, NUM_BLOCKS, ROUNDS, Contestant, add_rates
 from bench.report import Report
 from kvferry.engine.native.cpu import cpu_flags, usable_isas
 from kvferry.engine.native.library import open_library
@@ -48,9 +48,8 @@ def measure(settings: EngineSettings, rounds: int) -> Report:
             each.take_turn()
     for name, each in runners.items():
         report.conditions[name] = each.runner.numerics_id
-        for what in MEASURES:
-            report.add(f"{name}: {what}", each.rate(what), "tok/s")
         each.runner.close()
+    add_rates(report, runners)
     for better, other in pairwise(isas):
         for kind in KINDS:
             for what in MEASURES:

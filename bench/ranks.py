@@ -25,7 +25,7 @@ from typing import Final
 
 import uvloop
 
-from bench.engine import CHUNK, MAX_MODEL_LEN, MEASURES, NUM_BLOCKS, Contestant, tables
+from bench.engine import CHUNK, MAX_MODEL_LEN, MEASURES, NUM_BLOCKS, Contestant, add_rates, tables
 from bench.ranks_ends import hand_offs, ranked
 from bench.ranks_exchange import Ranks, exchanges
 from bench.report import Report
@@ -121,9 +121,7 @@ def measure(settings: EngineSettings, rounds: int) -> Report:
                 for what, seconds in copy_seconds(runners[name], slots).items():
                     copies[name][what] = min(copies[name].get(what, float("inf")), seconds)
         memory = [size / 1e6 for size in runners[RANKS].rank_weight_bytes]
-    for name, each in contestants.items():
-        for what in MEASURES:
-            report.add(f"{name}: {what}", each.rate(what), "tok/s")
+    add_rates(report, contestants)
     for what in MEASURES:
         report.add(f"{what}: {RANKS} ÷ {THREADS}", contestants[RANKS].rate(what) / contestants[THREADS].rate(what))
     for rank, size in enumerate(memory):

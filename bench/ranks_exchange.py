@@ -15,12 +15,11 @@ from typing import Final
 import numpy as np
 
 from kvferry.engine.config import ModelConfig
-from kvferry.engine.native.library import Library
+from kvferry.engine.native.library import BARRIER_BYTES, Library
 from kvferry.engine.ranks.shard import cut
 from kvferry.engine.ranks.shared_memory import SharedMemory
 from kvferry.runtime import mapped_memory
 
-STATE_BYTES: Final = 256  # KVF_BARRIER_BYTES
 BF16_BYTES: Final = 2
 TRIES: Final = 5  # the best counts: others may use the cores
 ROUND_BYTES: Final = 1 << 26  # of one try; at most MAX_ROUNDS
@@ -86,7 +85,7 @@ class Ranks:
         """Seconds of the slowest rank, and what each has read."""
         memory = SharedMemory.create(1)
         try:
-            shared = memory.exchange(STATE_BYTES + 2 * rows * row)
+            shared = memory.exchange(BARRIER_BYTES + 2 * rows * row)
             wholes = [np.zeros((rows, row), np.uint8) for _ in range(self._size)]
             told = [(shared, self._size, rank, whole) for rank, whole in enumerate(wholes)]
             return max(self._pool.map(lambda each: self._one(*each), told)), wholes
@@ -94,7 +93,7 @@ class Ranks:
             memory.close()
 
     def _alone(self, rows: int, row: int) -> float:
-        private = mapped_memory(STATE_BYTES + 2 * rows * row)
+        private = mapped_memory(BARRIER_BYTES + 2 * rows * row)
         return self._one(memoryview(private), 1, 0, np.zeros((rows, row), np.uint8))
 
     def _one(self, memory: memoryview, ranks: int, rank: int, whole: np.ndarray) -> float:

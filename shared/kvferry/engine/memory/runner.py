@@ -21,7 +21,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -78,18 +78,12 @@ class MemorySettings:
 
     @property
     def kv_format(self) -> KVFormat:
-        return _kv_format(
-            self.model, self.num_layers, self.num_kv_heads, self.head_dim, self.dtype, self.block_size, self.vocab_size
-        )
-
-
-@lru_cache
-def _kv_format(
-    model: str, num_layers: int, num_kv_heads: int, head_dim: int, dtype: str, block_size: int, vocab_size: int
-) -> KVFormat:
-    identity = (model, num_layers, num_kv_heads, head_dim, dtype, block_size, vocab_size)
-    format_id = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
-    return KVFormat(num_layers, num_kv_heads, head_dim, dtype, block_size, format_id)
+        identity = (
+            self.model, self.num_layers, self.num_kv_heads, self.head_dim, self.dtype, self.block_size,
+            self.vocab_size,
+        )  # fmt: skip
+        format_id = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
+        return KVFormat(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype, self.block_size, format_id)
 
 
 class MemoryRunner:

@@ -19,6 +19,7 @@ from kvferry.engine.native.build import PACKAGED, BuildError, build_cached, pack
 from kvferry.engine.native.cpu import cpu_flags, isas_to_try
 
 ABI: Final = 6  # KVF_ABI
+BARRIER_BYTES: Final = 256  # KVF_BARRIER_BYTES
 PAGE_TOKENS: Final = 16  # KVF_PAGE_TOKENS: block sizes are multiples of it
 OUT_OF_MEMORY: Final = -5  # KVF_E_MEMORY
 

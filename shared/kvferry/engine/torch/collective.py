@@ -15,14 +15,13 @@ from typing import Any, Final, TypeAlias
 import torch
 import torch.distributed
 
-from kvferry.engine.native.library import Library, LibraryUnavailable, open_library
+from kvferry.engine.native.library import BARRIER_BYTES, Library, LibraryUnavailable, open_library
 from kvferry.engine.ranks.followers import Exchange
 from kvferry.engine.ranks.shared_memory import SharedMemory
 
 distributed: Any = torch.distributed  # its stores and groups have no types
 Store: TypeAlias = Any
 CPU: Final = torch.device("cpu")
-STATE_BYTES: Final = 256  # KVF_BARRIER_BYTES
 # For all ranks to come to a step over the network. A worker whose step takes too long ends earlier, by `step_timeout`;
 # a rank whose leader is cut off ends by this.
 EXCHANGE_TIMEOUT: Final = timedelta(minutes=5)
@@ -61,7 +60,7 @@ class SharedGather(Collective):
         self._buffers = [torch.frombuffer(memory, dtype=torch.uint8, count=BUFFER_BYTES, offset=at) for at in _OFFSETS]
         self._turn = 0
 
-    num_bytes: Final = STATE_BYTES + 2 * BUFFER_BYTES
+    num_bytes: Final = BARRIER_BYTES + 2 * BUFFER_BYTES
 
     def gather(self, part: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
         whole = torch.empty(len(part), sum(widths), dtype=part.dtype)
@@ -78,7 +77,7 @@ class SharedGather(Collective):
         return whole
 
 
-_OFFSETS: Final = (STATE_BYTES, STATE_BYTES + BUFFER_BYTES)
+_OFFSETS: Final = (BARRIER_BYTES, BARRIER_BYTES + BUFFER_BYTES)
 
 
 class NetworkGather(Collective):
