@@ -17,9 +17,21 @@ constexpr ptrdiff_t kSumBytes = ptrdiff_t{kPanelColumns} * 4;   // of a row of s
 constexpr int kTileValues = kTileRegisterBytes / static_cast<int>(sizeof(bf16));
 static_assert(kTileValues == kDepth && kTileRegisterBytes == kGroup);
 
+// Three registers of sums side by side, as wide as a panel.
+template <int First>
+void zero_sums() {
+  tile_zero<First>(), tile_zero<First + 1>(), tile_zero<First + 2>();
+}
+template <int First, typename Sum>
+void store_sums(Sum* out) {
+  tile_store<First>(out, kSumBytes);
+  tile_store<First + 1>(out + Isa::kLanes, kSumBytes);
+  tile_store<First + 2>(out + 2 * Isa::kLanes, kSumBytes);
+}
+
 // Up to 16 rows: registers 0 to 2 are sums, 3 is x, 6 and 7 weights.
 void one_block(const bf16* panel, int steps, const bf16* x, ptrdiff_t x_bytes, float* out) {
-  tile_zero<0>(), tile_zero<1>(), tile_zero<2>();
+  zero_sums<0>();
   const char* weights = reinterpret_cast<const char*>(panel);
   for (int step = 0; step < steps; ++step, weights += kTileRegisterRows * kStepBytes, x += kTileValues) {
     tile_load<3>(x, x_bytes);
@@ -30,14 +42,12 @@ void one_block(const bf16* panel, int steps, const bf16* x, ptrdiff_t x_bytes, f
     tile_load<6>(weights + 2 * kTileRegisterBytes, kStepBytes);
     tile_dot_bf16<2, 3, 6>();
   }
-  tile_store<0>(out, kSumBytes);
-  tile_store<1>(out + Isa::kLanes, kSumBytes);
-  tile_store<2>(out + 2 * Isa::kLanes, kSumBytes);
+  store_sums<0>(out);
 }
 
 // 32 rows: registers 0 to 5 are sums, 6 is x, 7 weights.
 void two_blocks(const bf16* panel, int steps, const bf16* x, ptrdiff_t x_bytes, float* out) {
-  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>(), tile_zero<4>(), tile_zero<5>();
+  zero_sums<0>(), zero_sums<3>();
   const char* weights = reinterpret_cast<const char*>(panel);
   const bf16* below = x + kTileRegisterRows * (x_bytes / static_cast<ptrdiff_t>(sizeof(bf16)));
   for (int step = 0; step < steps; ++step, weights += kTileRegisterRows * kStepBytes) {
@@ -56,13 +66,8 @@ void two_blocks(const bf16* panel, int steps, const bf16* x, ptrdiff_t x_bytes, 
     tile_load<6>(lower, x_bytes);
     tile_dot_bf16<5, 6, 7>();
   }
-  float* out_below = out + kTileRegisterRows * kPanelColumns;
-  tile_store<0>(out, kSumBytes);
-  tile_store<1>(out + Isa::kLanes, kSumBytes);
-  tile_store<2>(out + 2 * Isa::kLanes, kSumBytes);
-  tile_store<3>(out_below, kSumBytes);
-  tile_store<4>(out_below + Isa::kLanes, kSumBytes);
-  tile_store<5>(out_below + 2 * Isa::kLanes, kSumBytes);
+  store_sums<0>(out);
+  store_sums<3>(out + kTileRegisterRows * kPanelColumns);
 }
 
 // The sums of a group, scaled by row and column, onto `out`.
@@ -107,7 +112,7 @@ void tile_int8(TileRegisters& registers, int rows, const std::byte* panel, int g
   for (int group = 0; group < groups; ++group, panel += kGroupBytes) {
     const std::byte* codes = panel + kPanelColumns * sizeof(bf16);
     alignas(64) int32_t sums[kTileRowsInt8 * kPanelColumns];
-    tile_zero<0>(), tile_zero<1>(), tile_zero<2>();
+    zero_sums<0>();
     tile_load<3>(x.codes + static_cast<ptrdiff_t>(group) * kGroup, x_bytes);
     tile_load<6>(codes, kStepBytes);
     tile_dot_int8<0, 3, 6>();
@@ -115,9 +120,7 @@ void tile_int8(TileRegisters& registers, int rows, const std::byte* panel, int g
     tile_dot_int8<1, 3, 7>();
     tile_load<6>(codes + 2 * kTileRegisterBytes, kStepBytes);
     tile_dot_int8<2, 3, 6>();
-    tile_store<0>(sums, kSumBytes);
-    tile_store<1>(sums + Isa::kLanes, kSumBytes);
-    tile_store<2>(sums + 2 * Isa::kLanes, kSumBytes);
+    store_sums<0>(sums);
     add_group(rows, sums, reinterpret_cast<const bf16*>(panel), x, group, groups, out);
   }
 }
