@@ -133,6 +133,12 @@ class Scene:
             await self.page.press("Tab")
         raise AssertionError(f"Tab never comes to {wanted}")
 
+    async def chat(self, text: str) -> None:
+        """Write and send it in the chat box, with keys alone."""
+        await self.stop_at("prompt")
+        await self.page.type(text)
+        await self.page.press("Enter")
+
     async def updated(self) -> None:
         """Two states of the gateway later."""
         before = await self.page.value("+document.getElementById('main').dataset.updates || 0")
@@ -298,9 +304,7 @@ async def test_an_answer_is_whole_as_soon_as_it_is_said_to_be(scene: Scene) -> N
     page = scene.page
     await page.until("document.getElementById('model').value")
     await page.value("window.requestAnimationFrame = () => 0")
-    await scene.stop_at("prompt")
-    await page.type("Hi")
-    await page.press("Enter")
+    await scene.chat("Hi")
     await page.until("document.getElementById('conversation').ariaBusy === 'false'")
     assert await page.value("document.querySelector('#conversation .assistant').textContent") == GREETING
 
@@ -309,9 +313,7 @@ async def test_a_screen_reader_is_told_names_roles_and_news_and_which_column_a_c
     page = scene.page
     await scene.ask("first")
     scene.script("Well", ends=False)
-    await scene.stop_at("prompt")
-    await page.type("Go on")
-    await page.press("Enter")
+    await scene.chat("Go on")
     await page.until("document.querySelector('#conversation .assistant')?.textContent === 'Well'")
     await page.until("document.querySelectorAll('#requests tr').length === 2")
     nodes = await page.tree()
@@ -391,14 +393,11 @@ async def show_everything(scene: Scene) -> None:
     """Every colour that the page has: of an answer, an error, a worker that leaves, requests that run and ended."""
     page = scene.page
     await scene.ask("first")
-    await scene.stop_at("prompt")
-    await page.type("Hi")
-    await page.press("Enter")
+    await scene.chat("Hi")
     await page.until("document.querySelector('#conversation .assistant')?.textContent === 'Good day.'")
     await page.until("!document.getElementById('send').disabled")
     scene.script("Well", ends=False)
-    await page.type("Go on")
-    await page.press("Enter")
+    await scene.chat("Go on")
     await page.until("[...document.querySelectorAll('#conversation .assistant')].at(-1).textContent === 'Well'")
     await page.value("document.getElementById('stop').click()")
     await page.until("document.querySelector('#conversation .problem') !== null")
