@@ -43,8 +43,13 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
+# What these tests may run under hands to its children: a container engine, and make's own flags, of which its `-w`
+# prints a line after the last one of `make test`.
+INHERITED = {"DOCKER_HOST", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"}
+
+
 def run(checkout: Path) -> subprocess.CompletedProcess[str]:
-    environ = {name: value for name, value in os.environ.items() if name != "DOCKER_HOST"}
+    environ = {name: value for name, value in os.environ.items() if name not in INHERITED}
     environ["PATH"] = f"{checkout.parent / 'bin'}:{environ['PATH']}"
     command = ["bash", str(checkout / ".ci" / "run")]
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
