@@ -53,8 +53,9 @@ FIRST     ?= 0
 # Without OMP_NUM_THREADS, to which nproc would bow.
 PROCESSES ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 
-simulate: $(VENV)/.dev ## Whole clusters on a virtual clock under drawn faults (SEEDS=5000 FIRST=0 PROCESSES=2)
-	$(BIN)/python tests/simulation sweep --seeds $(SEEDS) --first $(FIRST) --processes $(PROCESSES)
+simulate: $(VENV)/.dev ## Whole clusters on a virtual clock under drawn faults (SEEDS=5000 FIRST=0 PROCESSES=2 RECORD=FILE: goes on with it)
+	$(BIN)/python tests/simulation sweep --seeds $(SEEDS) --first $(FIRST) --processes $(PROCESSES) \
+		$(if $(RECORD),--record $(RECORD))
 
 simulate-plants: $(VENV)/.dev ## Look for the seeds that find planted bugs; the tests replay them
 	$(BIN)/python tests/simulation plants --processes $(PROCESSES)

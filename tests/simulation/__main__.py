@@ -32,7 +32,13 @@ def seed_command(arguments: argparse.Namespace) -> int:
 def sweep_command(arguments: argparse.Namespace) -> int:
     from sweep import sweep
 
-    failed = sweep(arguments.first, arguments.seeds, arguments.processes, first_failure=arguments.first_failure)
+    failed = sweep(
+        arguments.first,
+        arguments.seeds,
+        arguments.processes,
+        first_failure=arguments.first_failure,
+        record=arguments.record,
+    )
     return min(1, failed)
 
 
@@ -64,6 +70,7 @@ def main() -> int:
     many.add_argument("--first", type=int, default=0)
     many.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     many.add_argument("--first-failure", action="store_true", help="end with the first seed that fails")
+    many.add_argument("--record", type=Path, help="a file to keep, and to go on from where the sources are the same")
     many.set_defaults(run=sweep_command)
     plants = commands.add_parser("plants", help="look for the seeds that find planted bugs")
     plants.add_argument("--processes", type=int, default=os.cpu_count() or 1)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 
 from seed import FailedSeed, Story, play
+from tally import begin
 
 AHEAD = 3  # seeds in hand for each process
 REPORT_S = 30.0
@@ -52,43 +54,32 @@ def outcomes(seeds: Iterable[int], num_processes: int) -> Iterator[Outcome]:
             yield waiting.popleft().result()
 
 
-def sweep(first: int, count: int, num_processes: int, *, first_failure: bool = False) -> int:
-    """Prints violations as they come, and at the end what was done. Returns how many seeds failed."""
+def sweep(
+    first: int, count: int, num_processes: int, *, first_failure: bool = False, record: Path | None = None
+) -> int:
+    """Prints violations as they come, and at the end what was done. Returns how many seeds failed.
+
+    `record`: a file that it keeps up to date, and goes on from.
+    """
+    tally = begin(first, record)
+    if tally.num_seeds:
+        print(f"{record} has {tally.num_seeds} seeds of these sources, {len(tally.failed)} violations", flush=True)
+    num_before, seconds_before = tally.num_seeds, tally.seconds
     began = reported = time.monotonic()
-    failed: list[int] = []
-    hits: Counter[str] = Counter()
-    num_requests = num_steps = num_poor = 0
-    cpu_s: list[float] = []
-    for done, outcome in enumerate(outcomes(range(first, first + count), num_processes), start=1):
-        story = outcome.story
-        if story is None:
-            failed.append(outcome.seed)
+    for outcome in outcomes(range(first + num_before, first + count), num_processes):
+        tally.add(outcome.seed, outcome.story)
+        tally.seconds = seconds_before + time.monotonic() - began
+        if outcome.story is None:
             print(f"seed {outcome.seed}: {outcome.failure}", flush=True)
             if first_failure:
                 return 1
-        else:
-            hits.update(story.hits)
-            num_requests += story.num_requests
-            num_steps += story.num_steps
-            num_poor += not story.is_rich
-            cpu_s.append(story.cpu_s)
         if time.monotonic() - reported > REPORT_S:
             reported = time.monotonic()
-            print(
-                f"{done} of {count} seeds, {len(failed)} violations, {done / (reported - began):.2f} seeds/s",
-                flush=True,
-            )
-    seconds = time.monotonic() - began
-    cpu_s.sort()
-    print(
-        f"{count} seeds from {first} on in {seconds:.0f} s by {num_processes} processes "
-        f"({count / seconds:.2f} seeds/s): {len(failed)} violations {failed or ''}"
-    )
-    if cpu_s:
-        print(
-            f"{num_requests} requests, {num_steps} engine steps, {sum(hits.values())} faults that hit a live request, "
-            f"{num_poor} seeds with less than was asked for; "
-            f"CPU per seed: median {cpu_s[len(cpu_s) // 2]:.2f} s, most {cpu_s[-1]:.2f} s"
-        )
-        print(", ".join(f"{kind} {number}" for kind, number in sorted(hits.items())))
-    return len(failed)
+            rate = (tally.num_seeds - num_before) / (reported - began)
+            print(f"{tally.num_seeds} of {count} seeds, {len(tally.failed)} violations, {rate:.2f} seeds/s", flush=True)
+            if record is not None:
+                tally.save(record)
+    if record is not None:
+        tally.save(record)
+    print(tally)
+    return len(tally.failed)

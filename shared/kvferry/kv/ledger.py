@@ -147,18 +147,20 @@ class Ledger:
         Raises AssertionError naming the blocks that leaked or are held without a reference.
         """
         self._pool.check_integrity()
-        blocks: list[int] = []
+        listed: list[int] = []
+        ones: list[int] = []
         for holder, holding in self._holdings.items():
             assert holding.holder == holder, "a holding stands under another holder"
             _check_deadline(holding.state, holding.deadline)
-            blocks += holding.blocks
+            listed += holding.blocks
+            ones += [_ONE[holding.state]] * len(holding.blocks)
+        blocks = np.asarray(listed, dtype=np.int64)
         fresh = np.zeros_like(self._named)
-        for holding in self._holdings.values():
-            np.add.at(fresh, np.asarray(holding.blocks, dtype=np.int64), _ONE[holding.state])
+        np.add.at(fresh, blocks, np.asarray(ones, dtype=np.int64))
         assert (fresh == self._named).all(), "a block's holdings are miscounted"
         assert (self._counts[1:] == _by_state(fresh)[1:]).all(), "the blocks of a state are miscounted"
         # [num_blocks]: holdings naming the block
-        named = np.bincount(np.asarray(blocks, dtype=np.int64), minlength=self._pool.num_blocks)
+        named = np.bincount(blocks, minlength=self._pool.num_blocks)
         leaked = np.flatnonzero(self._pool.ref_counts > named).tolist()
         assert not leaked, f"referenced, but in no holding: blocks {block_ranges(leaked)}"
         unbacked = np.flatnonzero(self._pool.ref_counts < named).tolist()

@@ -58,9 +58,21 @@ def expand(kv_format: KVFormat, states: npt.NDArray[np.uint64], heads: range | N
     """KV bytes of positions with these states: of all heads, or some.
 
     The first word of each (layer, kind, head) row is mix(state ^ place); a row is cut or repeated from words.
+    Not to be written.
     """
-    num_layers, kinds, _, _, row = lanes_shape(kv_format, 0)
     heads = range(kv_format.num_kv_heads) if heads is None else heads
+    return _expand_one(kv_format, int(states[0]), heads) if len(states) == 1 else _expand(kv_format, states, heads)
+
+
+@lru_cache(1 << 12)  # a step of decoding: other ranks, other workers and the check of the answer ask for the same
+def _expand_one(kv_format: KVFormat, state: int, heads: range) -> Lanes:
+    lanes = _expand(kv_format, np.array([state], np.uint64), heads)
+    lanes.flags.writeable = False
+    return lanes
+
+
+def _expand(kv_format: KVFormat, states: npt.NDArray[np.uint64], heads: range) -> Lanes:
+    num_layers, kinds, _, _, row = lanes_shape(kv_format, 0)
     num_words = -(-row // 8)
     words = mix(states[:, None] ^ _places(kv_format, heads))  # [positions, places]
     shaped = words.view(np.uint8).reshape(len(states), num_layers, kinds, len(heads), num_words * 8)

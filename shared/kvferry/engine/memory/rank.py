@@ -47,9 +47,11 @@ class MemoryCache:
     def write(self, steps: Sequence[SequenceStep], root: np.uint64) -> None:
         """The KV of a step's rows. `root`: the state before position 0."""
         for step in steps:
-            slots = slots_of(step.block_table, 0, step.start + len(step.tokens), self._format.block_size)
-            states = chain(self._read_state(slots[step.start - 1]) if step.start else root, step.tokens)
-            lanes = self._blocks[:, :, slots[step.start :]] = expand(self._format, states, self.heads)
+            known = min(step.start, 1)  # positions before the chunk that it goes on from
+            end = step.start + len(step.tokens)
+            slots = slots_of(step.block_table, step.start - known, end, self._format.block_size)
+            states = chain(self._read_state(slots[0]) if known else root, step.tokens)
+            lanes = self._blocks[:, :, slots[known:]] = expand(self._format, states, self.heads)
             self._know(lanes[:, :, -1].tobytes(), states[-1])
 
     def read(self, slots: Slots) -> Lanes:

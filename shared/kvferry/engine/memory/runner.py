@@ -21,7 +21,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -270,10 +270,10 @@ def pick(context: Lanes, wanted: Draw, settings: MemorySettings) -> tuple[int, L
     )
     if not adjusts(unpenalised) and wanted.num_logprobs is None:
         return token, None
-    row = logits_row(value, token, settings.vocab_size)
     if adjusts(unpenalised):
-        token = greedy(adjust(row, unpenalised))
-    return token, None if wanted.num_logprobs is None else find_logprobs(row, token, wanted.num_logprobs)
+        token = greedy(adjust(logits_row(value, settings.vocab_size), unpenalised))
+    count = wanted.num_logprobs
+    return token, None if count is None else _logprobs(value, token, count, settings.vocab_size)
 
 
 def score(context: Lanes, target: int, num_top: int, settings: MemorySettings) -> Logprobs:
@@ -281,12 +281,17 @@ def score(context: Lanes, target: int, num_top: int, settings: MemorySettings) -
     digest = hashlib.blake2b(np.ascontiguousarray(context).data, digest_size=8)
     digest.update((settings.numerics + settings.draws).encode())
     value = int.from_bytes(digest.digest(), "little")
-    return find_logprobs(logits_row(value, value % settings.vocab_size, settings.vocab_size), target, num_top)
+    return _logprobs(value, target, num_top, settings.vocab_size)
 
 
-def logits_row(value: int, best: int, vocab_size: int) -> npt.NDArray[np.float32]:
-    """Logits [vocab] in [-4, 4) that follow from a digest's value, and 4 for `best`."""
+@lru_cache(1 << 14)  # whoever has the same context asks for the same: another worker, or the check of its answer
+def _logprobs(value: int, token: int, num_top: int, vocab_size: int) -> Logprobs:
+    return find_logprobs(logits_row(value, vocab_size), token, num_top)
+
+
+def logits_row(value: int, vocab_size: int) -> npt.NDArray[np.float32]:
+    """Logits [vocab] in [-4, 4) that follow from a digest's value, and 4 for the token that it gives by itself."""
     words = mix(np.arange(vocab_size, dtype=np.uint64) ^ np.uint64(value))
     row = (words >> np.uint64(40)).astype(np.float32) / np.float32(1 << 21) - np.float32(4)
-    row[best] = 4
+    row[value % vocab_size] = 4
     return row
