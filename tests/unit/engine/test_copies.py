@@ -63,7 +63,7 @@ def some(first: int, most: int) -> st.SearchStrategy[tuple[int, int]]:
 
 
 @given(some(0, 3), some(0, 4 * KV.block_size), some(0, 5), st.binary(min_size=8, max_size=8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_piece_is_copied_as_beside_the_leader_and_other_heads_are_left_alone(
     pair: Pair, layers: tuple[int, int], tokens: tuple[int, int], heads: tuple[int, int], noise: bytes
 ) -> None:

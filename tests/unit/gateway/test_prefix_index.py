@@ -252,7 +252,7 @@ class LossyBus(RuleBasedStateMachine):
             self.index.check_integrity()
 
 
-THOROUGH = settings(max_examples=150, stateful_step_count=30, deadline=None)
+THOROUGH = settings(max_examples=150, stateful_step_count=30)
 TestLossyBus = LossyBus.TestCase
 TestLossyBus.settings = THOROUGH
 

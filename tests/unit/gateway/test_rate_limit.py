@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry_gateway.errors import ApiError
@@ -50,7 +50,6 @@ def played(limit: int, steps: list[tuple[float, int, float, int]]) -> tuple[Buck
     return bucket, taken, now
 
 
-@settings(deadline=None)
 @given(LIMITS, STEPS)
 def test_no_span_of_time_holds_more_than_the_burst_and_the_rate(
     limit: int, steps: list[tuple[float, int, float, int]]
@@ -63,7 +62,6 @@ def test_no_span_of_time_holds_more_than_the_burst_and_the_rate(
             assert sums[last + 1] - sums[first] <= limit * (1 + span / MINUTE) + 1e-6
 
 
-@settings(deadline=None)
 @given(LIMITS, STEPS)
 def test_after_settling_the_bucket_is_as_if_no_more_had_been_taken_than_was_used(
     limit: int, steps: list[tuple[float, int, float, int]]
@@ -75,7 +73,6 @@ def test_after_settling_the_bucket_is_as_if_no_more_had_been_taken_than_was_used
     assert bucket.missing(now) == pytest.approx(plain.missing(now), abs=1e-6)
 
 
-@settings(deadline=None)
 @given(LIMITS, STEPS)
 def test_after_the_wait_that_was_told_it_is_to_be_had_and_not_before(
     limit: int, steps: list[tuple[float, int, float, int]]

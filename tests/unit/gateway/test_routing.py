@@ -345,7 +345,7 @@ workers = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(workers, st.integers(1, 500), st.sets(st.integers(0, 29)), st.integers(0, 1 << 64), st.booleans())
 def test_a_decision_is_allowed_pure_and_near_the_best_of_all_pairs(
     specs: list[tuple[str, int, int, int, int]], num_tokens: int, refused: set[int], seed: int, local: bool
@@ -379,7 +379,7 @@ worker_kinds = st.tuples(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(worker_kinds, max_size=8), st.sampled_from([None, "a", "b"]), st.sets(st.integers(0, 7)), st.booleans())
 def test_no_decision_mixes_numerics_where_exactness_is_promised(
     specs: list[tuple[str, str, bool, int, int]], bound_to: str | None, refused: set[int], local: bool

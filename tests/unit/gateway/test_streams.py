@@ -150,7 +150,7 @@ async def turn() -> None:
     await asyncio.sleep(0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_order_and_any_duplicates_give_the_text_once(texts: TokenTexts, data: st.DataObject) -> None:
     rows = list(enumerate(TOKENS))
@@ -222,7 +222,6 @@ async def test_nothing_beyond_the_limit_is_taken(texts: TokenTexts) -> None:
 LETTERS = 'ab"\\\n✈'
 
 
-@settings(deadline=None)
 @given(text=st.text(LETTERS, max_size=30), stops=st.lists(st.text(LETTERS, min_size=1, max_size=3), max_size=3))
 def test_a_text_ends_before_the_first_stop_string_to_be_complete(
     texts: TokenTexts, text: str, stops: list[str]

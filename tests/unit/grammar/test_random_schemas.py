@@ -7,7 +7,7 @@ from typing import Any
 
 import jsonschema
 import numpy as np
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_worker import EOS, text_of
 from unit.grammar.conftest import VOCAB_SIZE
@@ -70,7 +70,7 @@ SCHEMAS = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(SCHEMAS, st.integers(0, 2**32))
 def test_every_text_is_an_instance_of_its_schema(compiler: GrammarCompiler, schema: dict[str, Any], seed: int) -> None:
     schema = {**schema, "$defs": {"leaf": {"type": "boolean"}}}

@@ -193,8 +193,6 @@ class DecodeMachine(SchedulerMachine):
         super().advance()
 
 
-PrefillMachine.TestCase.settings = DecodeMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None
-)
+PrefillMachine.TestCase.settings = DecodeMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestPrefillMachine = PrefillMachine.TestCase
 TestDecodeMachine = DecodeMachine.TestCase

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.text.dequantize import BLOCK_FORMATS, to_bfloat16
@@ -120,7 +120,6 @@ def test_a_changed_bit_changes_a_value(name: str) -> None:
     assert (FORMATS[name].dequantize(blocks.tobytes()) != before).any()
 
 
-@settings(deadline=None)
 @given(bits=st.lists(st.integers(0, 0xFFFFFFFF), min_size=1, max_size=50))
 def test_bfloat16_is_the_nearest_with_ties_to_even(bits: list[int]) -> None:
     values = np.array(bits, dtype=np.uint32).view(np.float32)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvferry.text.detokenizer import MAX_OPEN_TOKENS, Detokenizer, TokenTexts, byte_level_alphabet
@@ -18,7 +18,6 @@ def stream_text(stream: Detokenizer, token_ids: list[int]) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None)
 @given(token_ids=TOKENS)
 def test_streamed_text_equals_the_text_of_the_whole_sequence(
     kinds: dict[str, Tokenizer], kind: str, token_ids: list[int]
@@ -27,7 +26,6 @@ def test_streamed_text_equals_the_text_of_the_whole_sequence(
     assert stream_text(TokenTexts(tokenizer).stream(), token_ids) == tokenizer.decode(token_ids)
 
 
-@settings(deadline=None)
 @given(data=st.lists(st.integers(0, 255), max_size=80))
 @example(data=[*"😀".encode(), 0xFF])
 @example(data=[0xE2, 0x82, 0x41, 0xF0, 0x9F, 0x98])
@@ -40,7 +38,6 @@ def test_arbitrary_bytes_come_out_as_the_library_decodes_them(kinds: dict[str, T
         assert stream_text(TokenTexts(tokenizer).stream(), token_ids) == tokenizer.decode(token_ids)
 
 
-@settings(deadline=None)
 @given(token_ids=TOKENS)
 def test_the_fast_path_and_push_together_give_the_same_text(kinds: dict[str, Tokenizer], token_ids: list[int]) -> None:
     tokenizer = kinds["byte-level"]

@@ -100,7 +100,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         GgufFile(tmp_path / "absent.gguf")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(cut=st.integers(0, 900), at=st.integers(0, 900), value=st.integers(0, 255))
 def test_cut_and_damaged_files_give_the_typed_error_or_a_whole_file(
     write: Callable[[bytes], Path], cut: int, at: int, value: int

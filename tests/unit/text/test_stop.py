@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.text.stop import MAX_STOP_CHARS, MAX_STOP_STRINGS, StopMatcher
@@ -32,7 +32,6 @@ def run(pieces: list[str], stops: list[str]) -> tuple[str, str | None]:
     return shown + matcher.finish(), matcher.matched
 
 
-@settings(deadline=None)
 @given(text=st.text("abc✈", max_size=40), stops=STOPS, cuts=st.lists(st.integers(0, 40), max_size=10))
 def test_any_cutting_of_the_text_gives_the_text_before_the_first_stop(
     text: str, stops: list[str], cuts: list[int]
@@ -42,7 +41,6 @@ def test_any_cutting_of_the_text_gives_the_text_before_the_first_stop(
     assert run(pieces, stops) == expected(text, stops)
 
 
-@settings(deadline=None)
 @given(text=st.text("ab", max_size=30), stops=STOPS)
 def test_only_what_may_become_a_stop_string_is_held_back(text: str, stops: list[str]) -> None:
     matcher = StopMatcher(stops)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.errors import CheckpointError
@@ -13,7 +13,6 @@ from kvferry.text.tokenizer import Tokenizer
 from .tiny_models import MakeModel, byte_level_tokenizer
 
 
-@settings(deadline=None)
 @given(text=st.text(max_size=200))
 def test_byte_level_text_survives_the_round_trip(kinds: dict[str, Tokenizer], text: str) -> None:
     tokenizer = kinds["byte-level"]

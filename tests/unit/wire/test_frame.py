@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.errors import CorruptFrame
@@ -47,7 +47,6 @@ def refusal(slot: memoryview, received: int) -> str:
 u16, u32 = st.integers(0, (1 << 16) - 1), st.integers(0, (1 << 32) - 1)
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from([KIND_KV, KIND_MANIFEST, KIND_PAD]),
     u32,
@@ -132,7 +131,6 @@ def test_a_wrong_field_is_a_header_error_before_anything_is_summed(place: int, v
     assert refusal(slot, length) == "header"
 
 
-@settings(deadline=None)
 @given(st.binary(min_size=0, max_size=200), st.integers(0, 200))
 def test_garbage_is_a_corrupt_frame_and_nothing_else(garbage: bytes, received: int) -> None:
     slot = memoryview(bytearray(garbage.ljust(256, b"\0")))

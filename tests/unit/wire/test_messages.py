@@ -50,7 +50,7 @@ def test_there_is_a_sample_of_every_message_of_every_union() -> None:
 
 
 @every_union
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_message_comes_back_equal(union: str, data: st.DataObject) -> None:
     types, codec = UNIONS[union]
@@ -132,7 +132,7 @@ def test_a_message_of_another_union_is_malformed(codec: Codec[Any], sample: Mess
 
 
 @every_union
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(payload=st.binary(max_size=200))
 def test_garbage_is_a_wire_error_and_nothing_else(union: str, payload: bytes) -> None:
     _, codec = UNIONS[union]
@@ -142,7 +142,7 @@ def test_garbage_is_a_wire_error_and_nothing_else(union: str, payload: bytes) ->
 
 
 @every_union
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_a_message_with_flipped_bytes_is_a_message_or_a_wire_error(union: str, data: st.DataObject) -> None:
     _, codec = UNIONS[union]
