@@ -383,6 +383,36 @@ def test_a_live_pulls_number_gets_no_kv_without_its_ticket_and_attempt(whose: st
     virtual(scenario)
 
 
+def test_a_part_that_is_over_before_the_leaders_fetch_comes_keeps_nothing() -> None:
+    """What a shard of D and its leader say comes in any order: nobody would say again that such a part is over."""
+
+    async def scenario(cluster: Cluster) -> None:
+        prefill, decode = await pair(cluster, OPEN, OPEN)
+        gateway = await cluster.gateway()
+        slots = [decode.slots.try_acquire("test") for _ in range(decode.slots.num_slots)]  # D's leader waits for one
+        work = gateway.work(prompt_of(100))
+        await gateway.accepted(work, decode, prefill)
+        await settled(lambda: len(prefill._sender._by_key) == 1, within=3.0)
+        (pull,) = prefill._sender._by_key.values()
+        plane = next(iter(cluster.planes["prefill-0"]))
+        other = await Stranger.at(cluster, decode, plane)
+        other.say(FetchPart(pull.pull_id, work.ticket, work.attempt, 0, 1, (1, 2)))
+        await settled(lambda: len(plane.server) == 1, within=1.0)
+        other.say(Abort(pull.pull_id))
+        await settled(lambda: len(plane.server) == 0, within=1.0)
+        await asyncio.sleep(0.1)  # P's leader has heard of both
+        assert pull.outgoing is None, "D's leader has not asked yet"
+        for slot in slots:
+            assert slot is not None
+            decode.slots.release(slot)
+        await gateway.ended(work)
+        assert gateway.text(work) == expected(prompt_of(100), GREEDY, 8, HEADS)
+        other.connection.abort()
+        await settled(lambda: all_free(prefill, decode) and planes_free(cluster), within=1.0)
+
+    virtual(scenario)
+
+
 @pytest.mark.parametrize("heads", [(0, 1), (1, 1), (1, 3), (2, 1)], ids=str)
 def test_heads_that_a_shard_has_not_end_the_connection(heads: tuple[int, int]) -> None:
     async def scenario(cluster: Cluster) -> None:

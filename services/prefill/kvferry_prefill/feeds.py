@@ -1,6 +1,7 @@
 """The parts of this worker's pulls that are sent by a shard of it to a shard of D, but for the one between the leaders.
 
     Asked ──> waits for D's Fetch ──> served ──> told to stop, or D has it all ──Served──> gone
+                └── D's shard has given up ──Served──> gone
 
 The sequence is pinned from Serve until the shard has said Served.
 """
@@ -44,6 +45,7 @@ class Feeds:
                 self._on_asked(place, shard, word)
             case Served(number, num_bytes):
                 feed = self._feeds.pop((place, number))
+                feed.over = True
                 if shard.is_remote:
                     self._metrics.kv_bytes.labels("sent").inc(num_bytes)
                 if feed.source is not None:
@@ -65,8 +67,8 @@ class Feeds:
 
     def _serve(self, pull: Pull, feed: Feed) -> None:
         sequence, outgoing = pull.sequence, pull.outgoing
-        if sequence is None or outgoing is None:
-            return  # `fetched` will come
+        if feed.over or sequence is None or outgoing is None:
+            return  # `fetched` will come, or has come too late
         source = self._sources.of(sequence)
         table = source.block_table
         if feed.from_token != outgoing.from_token or table is None:

@@ -21,6 +21,7 @@ class Feed:
     from_token: int
     source: SequenceSource | None = None  # while it is served
     finished: bool = False
+    over: bool = False  # the shard has said so, once: it would not say it of what it is told to serve after that
 
 
 @dataclass(slots=True, eq=False)
