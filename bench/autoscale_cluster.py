@@ -38,7 +38,7 @@ class ElasticCluster(Cluster):
         self.num_ended_early = 0  # workers that ended with something left to do: always 0
 
     def run(self, requests: list[TraceRequest]) -> Outcome:
-        self.replicas.append((0.0, *(self._ordered(role) for role in SCALED)))  # type: ignore[arg-type]
+        self.replicas.append((0.0, *self._all_ordered()))
         self._schedule(LOOK_S, self._look)
         outcome = super().run(requests)
         for incarnation in self._paid_from:
@@ -54,6 +54,9 @@ class ElasticCluster(Cluster):
         ready = [worker for worker in self._workers(role) if worker.incarnation not in self._draining]
         return len(ready) + self._starting[role]
 
+    def _all_ordered(self) -> tuple[int, int]:
+        return self._ordered("prefill"), self._ordered("decode")
+
     def _look(self, now: float) -> None:
         replicas = {role: self._ordered(role) for role in SCALED}
         views = [self._view(worker, role, now) for role in SCALED for worker in self._workers(role)]
@@ -62,9 +65,9 @@ class ElasticCluster(Cluster):
                 self._order(role, now)
             for worker in self._least_loaded(role)[: max(0, replicas[role] - advice.replicas)]:
                 self._drain(worker, now)
-        after = tuple(self._ordered(role) for role in SCALED)
-        if after != tuple(replicas[role] for role in SCALED):
-            self.replicas.append((now, *after))  # type: ignore[arg-type]
+        after = self._all_ordered()
+        if after != (replicas["prefill"], replicas["decode"]):
+            self.replicas.append((now, *after))
         self._schedule(now + LOOK_S, self._look)
 
     def _view(self, worker: Any, role: Role, now: float) -> WorkerView:

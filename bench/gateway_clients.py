@@ -113,7 +113,7 @@ class Client(asyncio.Protocol):
     async def over(self) -> None:
         await self._over
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # a TCP connection has no other
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:

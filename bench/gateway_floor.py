@@ -26,7 +26,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, asked: dict[asyncio.Transport, None]) -> None:
         self._asked = asked  # those of all connections, in the order of asking
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # a TCP connection has no other
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from bench import placement_scale, traces
 from bench.placement_cluster import NUM_GATEWAYS, Cluster, Outcome
@@ -107,11 +107,11 @@ def describe(report: Report, case: Case, load: float, outcomes: dict[str, list[O
     rows = {}
     for policy, runs in outcomes.items():
         fields = ("ttft_p50", "ttft_p99", "itl_p99", "goodput", "hit_rate", "utilisation", "local_share")
-        row = {name: statistics.fmean(getattr(run, name) for run in runs) for name in fields}
+        row: dict[str, Any] = {name: statistics.fmean(getattr(run, name) for run in runs) for name in fields}
         for ttft in OTHER_TTFT_S:
             row[f"goodput_ttft_{ttft:g}s"] = statistics.fmean(run.goodput_at(ttft, report_itl(report)) for run in runs)
-        row["goodput_by_seed"] = [run.goodput for run in runs]  # type: ignore[assignment]
-        row["ttft_p50_by_seed"] = [run.ttft_p50 for run in runs]  # type: ignore[assignment]
+        row["goodput_by_seed"] = [run.goodput for run in runs]
+        row["ttft_p50_by_seed"] = [run.ttft_p50 for run in runs]
         rows[policy] = row
         print(
             f"   {case.trace:8} {case.workers:3} at {load:4.0%} {policy:13} TTFT {row['ttft_p50'] * 1e3:6.0f} / "

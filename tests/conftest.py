@@ -6,6 +6,7 @@
 - `model_dir`: the real default model, from KVFERRY_TEST_MODEL (`make test` sets it).
 - `setup_logging` configures a whole process: after each test it is undone.
 - With several processes (`--dist loadgroup`), the tests of a file share one, with its fixtures.
+- Property tests have no deadline for an example; pytest's timeout ends a hang.
 - With KVFERRY_ALLOWED_SKIPS (CI sets it) a skip that the named list does not allow fails the run.
 """
 
@@ -19,10 +20,17 @@ from pathlib import Path
 
 import pytest
 import structlog
+from hypothesis import HealthCheck, settings
 from leaks import Holdings, leaks_since
 from nats_server import NatsServer, running_nats
 
 pytest_plugins = ("pytester",)  # the rules below are tested, too
+
+# How long an example takes depends on who else uses the machine: no reason to fail.
+settings.register_profile(
+    "shared machine", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("shared machine")
 
 TEST_MODEL = "KVFERRY_TEST_MODEL"
 ALLOWED_SKIPS = "KVFERRY_ALLOWED_SKIPS"

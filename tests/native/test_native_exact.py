@@ -27,7 +27,6 @@ NAMES = ("llama-gqa3-tied", "mistral-window", "qwen2-upper-window", "qwen3-qk-no
 Property = Callable[[], None]
 RULES = settings(
     max_examples=16,
-    deadline=None,
     derandomize=True,  # a build is judged by the same journeys on every machine
     phases=(Phase.generate,),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],

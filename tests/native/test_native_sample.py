@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from masks import FixedMask, mask_of
 from native.compiling import COMPILER, HERE, ISAS, SANITIZED, Compiled, engine, run
@@ -84,7 +84,7 @@ def draws(draw: st.DrawFn, vocab: int) -> Draw:
     )
 
 
-@settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=250)
 @given(st.data())
 def test_tokens_and_logprobs_equal_those_of_numpy_to_the_bit(library: ctypes.CDLL, data: st.DataObject) -> None:
     row = data.draw(rows())

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from native.compiling import COMPILER, HERE, ISAS, LIBRARY, RACES, SANITIZED, Compiled, product, run
 from native.step_model import (
@@ -145,7 +145,7 @@ def test_bits_do_not_depend_on_chunks_threads_or_tables(model: Callable[..., Nat
             expected = found
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30)
 @given(data=st.data())
 @pytest.mark.parametrize("name", ["llama", "windows", "8:1, head size 96, odd sizes", "int8"])
 def test_bits_do_not_depend_on_what_else_is_in_the_batch(best_library: Library, name: str, data: st.DataObject) -> None:
@@ -366,7 +366,7 @@ def test_shapes_and_loads_that_do_not_fit_are_refused(library: Library) -> None:
     library.c.kvf_model_free(handle)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(data=st.data())
 @pytest.mark.parametrize("head_dim", [20, 64, 80, 128])
 def test_pieces_are_what_their_definition_says(library: Library, head_dim: int, data: st.DataObject) -> None:

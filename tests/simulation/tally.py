@@ -11,15 +11,16 @@ import msgspec
 from seed import Story
 
 ROOT = Path(__file__).parents[2]
-# What a seed runs: nothing else can change what it comes to.
+# What a seed runs, pytest's files among them aside: nothing else can change what it comes to.
 SOURCES = ("shared/**/*.py", "services/**/*.py", "tests/*.py", "tests/simulation/*.py")
+PYTESTS = ("conftest.py", "test_")
 
 
 class Tally(msgspec.Struct, kw_only=True):
     """Of `num_seeds` seeds from `first` on."""
 
-    sources: str  # which sources and Python they ran on
     first: int
+    sources: str = ""  # which sources and Python they ran on, where that is kept
     num_seeds: int = 0
     failed: list[int] = []  # msgspec copies it
     digest: str = ""  # over the seeds' digests, in their order
@@ -66,17 +67,21 @@ class Tally(msgspec.Struct, kw_only=True):
 
 def begin(first: int, path: Path | None = None) -> Tally:
     """An empty tally; or what `path` has, if it is of these seeds on these very sources."""
+    if path is None:
+        return Tally(first=first)
     sources = sources_digest()
-    if path is not None and path.exists():
+    if path.exists():
         kept = msgspec.json.decode(path.read_bytes(), type=Tally)
         if (kept.sources, kept.first) == (sources, first):
             kept.num_pieces += 1
             return kept
-    return Tally(sources=sources, first=first)
+    return Tally(first=first, sources=sources)
 
 
 def sources_digest() -> str:
     digest = hashlib.sha256(f"python {sys.version_info.major}.{sys.version_info.minor}".encode())
     for file in sorted({file for pattern in SOURCES for file in ROOT.glob(pattern)}):
+        if file.name.startswith(PYTESTS):
+            continue
         digest.update(f"\n{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:32]

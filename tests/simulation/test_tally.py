@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from sweep import sweep
-from tally import Tally, begin
+from tally import Tally, begin, sources_digest
 
 
 def test_a_sweep_in_two_pieces_comes_to_what_one_comes_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,16 +27,15 @@ def test_a_sweep_in_two_pieces_comes_to_what_one_comes_to(tmp_path: Path, capsys
 def test_what_ran_on_other_sources_or_from_another_seed_on_is_not_counted(
     tmp_path: Path, sources: str | None, first: int
 ) -> None:
-    fresh = begin(40)
     record = tmp_path / "record.json"
-    kept = Tally(sources=sources or fresh.sources, first=first, num_seeds=7)
+    kept = Tally(sources=sources or sources_digest(), first=first, num_seeds=7)
     kept.save(record)
     assert begin(40, record).num_seeds == 0
     assert begin(first, record).num_seeds == (0 if sources else 7)
 
 
 def test_a_seed_that_failed_stays_failed(tmp_path: Path) -> None:
-    tally = begin(3)
+    tally = begin(3, tmp_path / "record.json")
     tally.add(3, None)
     tally.save(tmp_path / "record.json")
     assert begin(3, tmp_path / "record.json").failed == [3]

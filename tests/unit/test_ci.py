@@ -14,6 +14,9 @@ RUN = Path(__file__).parents[2] / ".ci" / "run"
 TOOLS = (
     "chromium", "npm", "aarch64-linux-gnu-g++", "qemu-aarch64", "clang++", "ip", "prometheus", "promtool",
 )  # fmt: skip
+# What these tests may run under hands to its children: a container engine, and make's own flags, of which its `-w`
+# prints a line after the last one of `make test`.
+INHERITED = {"DOCKER_HOST", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"}
 NO_DOCKER = "exit 1"
 ENGINE = """
 echo "$1" >> "$(dirname "$0")/asked"
@@ -41,11 +44,6 @@ def checkout(tmp_path: Path) -> Path:
         program(tmp_path / "bin" / tool, "exit 0")
     program(tmp_path / "bin" / "docker", NO_DOCKER)
     return folder
-
-
-# What these tests may run under hands to its children: a container engine, and make's own flags, of which its `-w`
-# prints a line after the last one of `make test`.
-INHERITED = {"DOCKER_HOST", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"}
 
 
 def run(checkout: Path) -> subprocess.CompletedProcess[str]:

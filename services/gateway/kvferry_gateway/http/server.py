@@ -21,13 +21,13 @@ class GatewayProtocol(BoundedProtocol):
     def refusal(self, status: int, problem: str) -> bytes:
         return ApiError(status, problem, code=CODES.get(status)).body
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # a TCP connection has no other
         super().connection_made(transport)
         self._client = TransportConnection(transport)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["extensions"] = {EXTENSION: self._client}  # type: ignore[dict-item]
+        self.scope["extensions"] = {EXTENSION: self._client}  # type: ignore[dict-item]  # ASGI lets a server give anything
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
