@@ -57,7 +57,7 @@ def outcomes(seeds: Iterable[int], num_processes: int) -> Iterator[Outcome]:
 def sweep(
     first: int, count: int, num_processes: int, *, first_failure: bool = False, record: Path | None = None
 ) -> int:
-    """Prints violations as they come, and at the end what was done. Returns how many seeds failed.
+    """Prints violations as they come, and at the end what was done. Returns how many seeds failed, or had too little.
 
     `record`: a file that it keeps up to date, and goes on from.
     """
@@ -68,18 +68,19 @@ def sweep(
     began = reported = time.monotonic()
     for outcome in outcomes(range(first + num_before, first + count), num_processes):
         tally.add(outcome.seed, outcome.story)
-        tally.seconds = seconds_before + time.monotonic() - began
+        now = time.monotonic()
+        tally.seconds = seconds_before + now - began
         if outcome.story is None:
             print(f"seed {outcome.seed}: {outcome.failure}", flush=True)
             if first_failure:
-                return 1
-        if time.monotonic() - reported > REPORT_S:
-            reported = time.monotonic()
-            rate = (tally.num_seeds - num_before) / (reported - began)
+                break
+        if now - reported > REPORT_S:
+            reported = now
+            rate = (tally.num_seeds - num_before) / (now - began)
             print(f"{tally.num_seeds} of {count} seeds, {len(tally.failed)} violations, {rate:.2f} seeds/s", flush=True)
             if record is not None:
                 tally.save(record)
     if record is not None:
         tally.save(record)
     print(tally)
-    return len(tally.failed)
+    return len(tally.failed) + len(tally.poor)

@@ -30,7 +30,7 @@ class Tally(msgspec.Struct, kw_only=True):
     most_cpu_s: float = 0.0
     num_requests: int = 0
     num_steps: int = 0
-    num_poor: int = 0  # seeds with less than a seed must have
+    poor: list[int] = []  # seeds with less than a seed must have
     hits: dict[str, int] = {}
 
     def add(self, seed: int, story: Story | None) -> None:
@@ -44,7 +44,8 @@ class Tally(msgspec.Struct, kw_only=True):
         self.most_cpu_s = max(self.most_cpu_s, story.cpu_s)
         self.num_requests += story.num_requests
         self.num_steps += story.num_steps
-        self.num_poor += not story.is_rich
+        if not story.is_rich:
+            self.poor.append(seed)
         self.hits = dict(sorted((Counter(self.hits) + Counter(story.hits)).items()))
 
     def __str__(self) -> str:
@@ -54,7 +55,7 @@ class Tally(msgspec.Struct, kw_only=True):
             f"({self.num_seeds / max(self.seconds, 1e-9):.2f} seeds/s): {len(self.failed)} violations "
             f"{self.failed or ''}\n{self.num_requests} requests, {self.num_steps} engine steps, "
             f"{sum(self.hits.values())} faults that hit a live request, "
-            f"{self.num_poor} seeds with less than was asked for; CPU per seed: mean "
+            f"{len(self.poor)} seeds with less than a seed must have {self.poor or ''}; CPU per seed: mean "
             f"{self.cpu_s / max(1, self.num_seeds - len(self.failed)):.2f} s, most {self.most_cpu_s:.2f} s\n"
             + ", ".join(f"{kind} {number}" for kind, number in self.hits.items())
         )

@@ -18,7 +18,7 @@ def test_a_sweep_in_two_pieces_comes_to_what_one_comes_to(tmp_path: Path, capsys
     assert "has 1 seeds of these sources" in capsys.readouterr().out
     one, two = (msgspec.json.decode(path.read_bytes(), type=Tally) for path in (whole, pieces))
     assert (one.num_pieces, two.num_pieces) == (1, 2)
-    for name in ("sources", "num_seeds", "failed", "digest", "num_requests", "num_steps", "hits"):
+    for name in ("sources", "num_seeds", "failed", "digest", "poor", "num_requests", "num_steps", "hits"):
         assert getattr(one, name) == getattr(two, name), name
     assert one.num_seeds == 2
 
