@@ -6,7 +6,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from sweep import sweep
+import seed as seeds
+import sweep as sweeps
+from sweep import Outcome, sweep
 from tally import Tally, begin, sources_digest
 
 
@@ -40,3 +42,21 @@ def test_a_seed_that_failed_stays_failed(tmp_path: Path) -> None:
     tally.save(tmp_path / "record.json")
     assert begin(3, tmp_path / "record.json").failed == [3]
     assert "1 violations [3]" in str(tally)
+
+
+def test_a_seed_with_less_than_a_seed_must_have_is_named_and_fails_the_sweep(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(seeds, "MIN_STEPS", 10**9)
+    monkeypatch.setattr(seeds, "MAX_ROUNDS", 1)
+    assert sweep(40, 1, 1) == 1
+    assert "1 seeds with less than a seed must have [40]" in capsys.readouterr().out
+
+
+def test_a_sweep_that_ends_with_the_first_failure_has_recorded_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeps, "outcome_of", lambda seed: Outcome(seed, None, "planted"))
+    assert sweep(7, 5, 1, first_failure=True, record=tmp_path / "record.json") == 1
+    kept = begin(7, tmp_path / "record.json")
+    assert (kept.num_seeds, kept.failed) == (1, [7])
