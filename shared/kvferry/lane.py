@@ -36,6 +36,10 @@ class Lane(ABC):
         this thread and the interpreter's lock, which a call needs for its first lines."""
 
     @abstractmethod
+    def take_back(self, future: asyncio.Future[Any]) -> bool:
+        """Cancel a call that has not begun. False: it has, and runs to its end."""
+
+    @abstractmethod
     def close(self) -> None:
         """Wait for what runs, but for a daemon's, then end the thread. Calls that have not started are cancelled."""
 
@@ -80,6 +84,17 @@ class ThreadLane(Lane):
             self._visiting = True
             self._executor.submit(self._visit, loop)
         return future
+
+    def take_back(self, future: asyncio.Future[Any]) -> bool:
+        call = next((call for call in list(self._calls) if call.future is future), None)
+        if call is None:
+            return False
+        try:
+            self._calls.remove(call)  # or the thread has taken it meanwhile
+        except ValueError:
+            return False
+        future.cancel()
+        return True
 
     def _visit(self, loop: asyncio.AbstractEventLoop) -> None:
         """On the thread: run what waits, until nothing does."""
@@ -136,6 +151,9 @@ class InlineLane(Lane):
             future.set_exception(error)
         return future
 
+    def take_back(self, future: asyncio.Future[Any]) -> bool:
+        return False
+
     def close(self) -> None:
         pass
 
@@ -162,7 +180,7 @@ class _DaemonExecutor:
             call()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Call:
     """A call on its way through a lane, and its outcome."""
 

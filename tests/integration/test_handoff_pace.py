@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from cluster import MODEL, Cluster, prompt_of, settled, virtual
 
+from kvferry.schedule.step import StepPlan, StepResult
 from kvferry.wire.sampling import Sampling
 from kvferry.worker.report import load
 
@@ -26,13 +27,13 @@ def test_kv_that_waits_at_p_comes_a_few_frames_at_a_time_while_a_stream_decodes(
         await gateway.accepted(stream, decode, prefill)
         await settled(lambda: load(decode).num_running == 1, within=1.0)
         received = [decode.metrics.value("kvferry_kv_bytes_total", direction="received")]
-        decide = decode.decide
+        execute = decode.runner.execute
 
-        def counting(moment: float):  # type: ignore[no-untyped-def]
+        def counting(plan: StepPlan) -> StepResult:
             received.append(decode.metrics.value("kvferry_kv_bytes_total", direction="received"))
-            return decide(moment)
+            return execute(plan)
 
-        decode.decide = counting  # type: ignore[method-assign]
+        decode.runner.execute = counting  # type: ignore[method-assign]
         work = gateway.work(prompt_of(NUM_TOKENS, seed=1))
         await gateway.accepted(work, decode, prefill)
         assert (await gateway.ended(work)).reason == "length"

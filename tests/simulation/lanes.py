@@ -27,7 +27,7 @@ def step_seconds(plan: StepPlan) -> float:
     return SECONDS_PER_STEP + plan.num_tokens * SECONDS_PER_TOKEN
 
 
-@dataclass
+@dataclass(eq=False)
 class _Call:
     call: Callable[[], Any]
     future: asyncio.Future[Any]
@@ -59,6 +59,14 @@ class SimulatedLane(Lane):
         if self._timer is None:
             self._begin()
         return future
+
+    def take_back(self, future: asyncio.Future[Any]) -> bool:
+        waiting = next((call for call in tuple(self._calls)[1:] if call.future is future), None)
+        if waiting is None:
+            return False
+        self._calls.remove(waiting)
+        future.cancel()
+        return True
 
     def close(self) -> None:
         """What runs is waited for: it ends now, as far as anybody can see."""

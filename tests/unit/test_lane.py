@@ -115,6 +115,46 @@ async def test_a_cancelled_call_does_not_begin_and_a_running_one_goes_on() -> No
     lane.close()
 
 
+async def test_a_call_is_taken_back_only_before_it_has_begun() -> None:
+    lane = ThreadLane("test")
+    begun, end = threading.Event(), threading.Event()
+    seen: list[str] = []
+
+    def block() -> None:
+        begun.set()
+        assert end.wait(10)
+        seen.append("running")
+
+    running, waiting, last = lane.run(block), lane.run(seen.append, "waiting"), lane.run(seen.append, "last")
+    assert begun.wait(10)
+    assert not lane.take_back(running)
+    assert lane.take_back(waiting)
+    assert not lane.take_back(waiting)
+    end.set()
+    await last
+    assert not lane.take_back(last)
+    assert seen == ["running", "last"]
+    assert waiting.cancelled()
+    assert await running is None
+    lane.close()
+
+
+async def test_what_is_taken_back_while_the_thread_takes_calls_has_either_run_or_not() -> None:
+    lane = ThreadLane("test")
+    seen: list[int] = []
+    taken = []
+    for number in range(3000):
+        future = lane.run(seen.append, number)
+        if lane.take_back(future):
+            taken.append(number)
+        if number % 50 == 0:
+            await asyncio.sleep(0)
+    await lane.drain()
+    assert sorted(seen + taken) == list(range(3000))
+    assert seen == sorted(seen)
+    lane.close()
+
+
 async def test_nobody_waits_for_what_a_daemon_runs() -> None:
     lane = ThreadLane("test", daemon=True)
     begun, end = threading.Event(), threading.Event()

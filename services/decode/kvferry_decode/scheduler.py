@@ -17,6 +17,7 @@ from kvferry.schedule.memory import KVMemory
 from kvferry.schedule.queue import AdmissionQueue, to_displace
 from kvferry.schedule.sequence import Dropped, Emission, Key, ModelLimits, Sequence, pick_alone, put_in_order
 from kvferry.schedule.step import SequenceStep, StepPlan, StepResult
+from kvferry.schedule.under_way import StepsUnderWay
 from kvferry.wire.logprobs import PromptLogprobs, TokenLogprobs
 from kvferry.wire.work import RejectReason
 
@@ -56,7 +57,7 @@ class DecodeScheduler:
         self._computing: dict[Key, Sequence] = {}
         self._fetching: dict[Key, Sequence] = {}
         self._running: dict[Key, Sequence] = {}
-        self._in_step: dict[int, Sequence] = {}
+        self.under_way = StepsUnderWay(memory)
         self._turn = 0
 
     @property
@@ -131,7 +132,7 @@ class DecodeScheduler:
 
     def plan(self, now: float) -> DecodeDecision:
         """Grow what runs, admit what fits, cut the next step. Its sequences are pinned until `finish`."""
-        assert not self._in_step, "a step is under way"
+        assert not self.under_way, "a step is under way"
         dropped = self._drop_late(now)
         ready = self._grow_running(dropped)
         fetch: list[Sequence] = []
@@ -140,6 +141,7 @@ class DecodeScheduler:
         self._turn += 1
         budget = self.chunk.step(num_decoding=len(ready))
         steps: list[SequenceStep] = []
+        stepping: list[Sequence] = []
         for sequence in chosen:
             if sequence.key not in self.sequences:
                 continue  # preempted by an older one after it had grown
@@ -151,10 +153,29 @@ class DecodeScheduler:
             if rows <= 0:
                 break
             steps.append(sequence.step(rows))
-            self._in_step[sequence.sequence_id] = sequence
-            self.memory.pin(sequence)
-        plan = StepPlan(tuple(steps)) if steps else None
-        return DecodeDecision(plan, tuple(fetch), tuple(dropped))
+            stepping.append(sequence)
+        if not steps:
+            return DecodeDecision(None, tuple(fetch), tuple(dropped))
+        self.under_way.begin(stepping)
+        return DecodeDecision(StepPlan(tuple(steps)), tuple(fetch), tuple(dropped))
+
+    def plan_ahead(self) -> StepPlan | None:
+        """The step behind the one that is under way, as if no token that is being drawn ended its sequence: the engine
+        need not wait for a decision then. A sequence that has ended all the same gets nothing from it.
+
+        None where more may be to decide than that: if anything but decoding is to be done, or if there is no block.
+        """
+        stepping = {sequence.key: sequence for sequence in self.under_way.newest}
+        running = self._running.values()
+        if len(self.under_way) > 1 or self._waiting or self._computing:
+            return None
+        if not all(stepping.get(sequence.key) is sequence and sequence.runs_freely for sequence in running):
+            return None
+        going_on = [sequence for sequence in running if sequence.goes_on(self._limits)]
+        if not going_on or not all(self.memory.grow(sequence, 1) for sequence in going_on):
+            return None
+        self.under_way.begin(going_on)
+        return StepPlan(tuple(sequence.step_ahead() for sequence in going_on))
 
     def finish(self, plan: StepPlan, result: StepResult, now: float) -> list[Emission]:
         """Account for a step: tokens are appended, full blocks become findable, ended sequences freed."""
@@ -162,8 +183,8 @@ class DecodeScheduler:
         prefilled = [(step.start, len(step.tokens)) for step in plan.steps if len(step.tokens) > 1]
         if prefilled:
             self.chunk.observe(prefilled, result.seconds)
-        for place, (step, token) in enumerate(zip(plan.steps, result.tokens, strict=True)):
-            sequence = self._in_step.pop(step.sequence_id)
+        rows = zip(self.under_way.end(), plan.steps, result.tokens, strict=True)
+        for place, (sequence, step, token) in enumerate(rows):
             sequence.num_computed += len(step.tokens)
             if not sequence.doomed:
                 self.memory.publish(sequence, sequence.num_computed)
@@ -182,12 +203,8 @@ class DecodeScheduler:
         return emissions
 
     def abandon_step(self, detail: str) -> list[Dropped]:
-        """The step failed: every sequence in it is given up."""
-        failed = list(self._in_step.values())
-        self._in_step.clear()
-        for sequence in failed:
-            self.memory.unpin(sequence)
-        return [Dropped(s, "error", detail) for s in failed if self.cancel(s.key) is not None]
+        """The step failed, and what was planned on it: every sequence in it is given up."""
+        return [Dropped(s, "error", detail) for s in self.under_way.abandon() if self.cancel(s.key) is not None]
 
     def expire(self, now: float) -> list[Dropped]:
         """Drop what waits past its deadline, and pulls that did not end in time."""

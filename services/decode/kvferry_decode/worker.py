@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from kvferry.runtime import now
 from kvferry.schedule.sequence import Dropped, Emission, Key, Sequence
+from kvferry.schedule.step import StepPlan
 from kvferry.transport.base import Connection
 from kvferry.transport.pool import ConnectionPool
 from kvferry.wire.beats import PullTime
@@ -79,6 +80,12 @@ class DecodeWorker(Worker[DecodeScheduler]):
         for sequence in decision.fetch:
             self._puller.fetch(sequence)
         return decision
+
+    def decide_ahead(self) -> StepPlan | None:
+        plan = self.scheduler.plan_ahead()
+        if plan is not None:
+            self._puller.begin_step(self.engine_loop.step_s)
+        return plan
 
     def stepped(self, emissions: list[Emission]) -> None:
         for emission in emissions:

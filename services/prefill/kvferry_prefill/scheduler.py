@@ -18,6 +18,7 @@ from kvferry.schedule.memory import KVMemory
 from kvferry.schedule.queue import AdmissionQueue, to_displace
 from kvferry.schedule.sequence import Dropped, Emission, Key, ModelLimits, Sequence, pick_alone, put_in_order
 from kvferry.schedule.step import SequenceStep, StepPlan, StepResult
+from kvferry.schedule.under_way import StepsUnderWay
 from kvferry.wire.logprobs import TokenLogprobs
 from kvferry.wire.work import RejectReason
 
@@ -53,7 +54,7 @@ class PrefillScheduler:
         self._waiting = AdmissionQueue(policy.overtake_s)
         self._computing: dict[Key, Sequence] = {}
         self._held: dict[Key, Sequence] = {}
-        self._in_step: dict[int, Sequence] = {}
+        self.under_way = StepsUnderWay(memory)
         self._turn = 0
         # Set by the sender: is there a live Open for this key? Its KV is reclaimed last, its lease renewed.
         self.has_open: Callable[[Key], bool] = lambda _key: False
@@ -106,11 +107,12 @@ class PrefillScheduler:
 
     def plan(self, now: float) -> PrefillDecision:
         """Admit what fits, then cut the next step. The step's sequences are pinned until `finish`."""
-        assert not self._in_step, "a step is under way"
+        assert not self.under_way, "a step is under way"
         dropped = self._drop_late(now)
         self._waiting.admit(now, lambda s: self._admit(s, now), lambda s: self._reclaim(s, dropped))
         budget = self.chunk.step()
         steps: list[SequenceStep] = []
+        stepping: list[Sequence] = []
         for sequence in pick_alone(self._computing.values(), self._turn):
             rows = sequence.num_rows
             if rows == 0:
@@ -119,18 +121,19 @@ class PrefillScheduler:
             if rows <= 0:
                 break
             steps.append(sequence.step(rows))
-            self._in_step[sequence.sequence_id] = sequence
-            self.memory.pin(sequence)
+            stepping.append(sequence)
         self._turn += 1
-        plan = StepPlan(tuple(steps)) if steps else None
-        return PrefillDecision(plan, tuple(self._in_step.values()), tuple(dropped))
+        if not steps:
+            return PrefillDecision(None, (), tuple(dropped))
+        self.under_way.begin(stepping)
+        return PrefillDecision(StepPlan(tuple(steps)), tuple(stepping), tuple(dropped))
 
     def finish(self, plan: StepPlan, result: StepResult, now: float) -> list[Emission]:
         """Account for a step. Full blocks become findable; a finished prompt is held for its pull."""
         emissions: list[Emission] = []
         self.chunk.observe(((step.start, len(step.tokens)) for step in plan.steps), result.seconds)
-        for place, (step, token) in enumerate(zip(plan.steps, result.tokens, strict=True)):
-            sequence = self._in_step.pop(step.sequence_id)
+        rows = zip(self.under_way.end(), plan.steps, result.tokens, strict=True)
+        for place, (sequence, step, token) in enumerate(rows):
             sequence.num_computed += len(step.tokens)
             if not sequence.doomed:
                 self.memory.publish(sequence, sequence.num_computed)
@@ -165,11 +168,7 @@ class PrefillScheduler:
 
     def abandon_step(self, detail: str) -> list[Dropped]:
         """The step failed: every sequence in it is given up."""
-        failed = list(self._in_step.values())
-        self._in_step.clear()
-        for sequence in failed:
-            self.memory.unpin(sequence)
-        return [Dropped(s, "error", detail) for s in failed if self.cancel(s.key) is not None]
+        return [Dropped(s, "error", detail) for s in self.under_way.abandon() if self.cancel(s.key) is not None]
 
     def expire(self, now: float) -> list[Dropped]:
         """Drop what waits past its deadline, and held KV whose lease has run out; an open pull renews the lease."""

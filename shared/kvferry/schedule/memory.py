@@ -81,9 +81,10 @@ class KVMemory:
             tokens[priority_class(sequence.work.priority)] += sequence.num_context - sequence.num_computed
         return tuple(tokens)
 
-    def grow(self, sequence: Sequence) -> bool:
-        """A block for the next token, if it needs one. False when the pool is out of blocks."""
-        wanted = self.blocks_for(sequence.num_tokens) - sequence.num_blocks
+    def grow(self, sequence: Sequence, num_drawing: int = 0) -> bool:
+        """A block for the last token, if it needs one; or for the `num_drawing` behind it. False when the pool is out
+        of blocks."""
+        wanted = self.blocks_for(sequence.num_tokens + num_drawing) - sequence.num_blocks
         if wanted <= 0:
             return True
         try:

@@ -29,7 +29,8 @@ class ModelLimits:
 
 
 class Sequence:
-    """Tokens are prompt + generated; both buffers are append-only, so views of them may cross to the engine thread.
+    """Tokens are prompt + generated; both buffers are append-only, so views of them may cross to the engine thread,
+    which puts each drawn token into its place; it counts from `append_token` on.
 
     `num_computed` counts the tokens whose KV is in the blocks.
     """
@@ -189,15 +190,22 @@ class Sequence:
 
     def step(self, num_rows: int) -> SequenceStep:
         """The next `num_rows` tokens as rows of a step; draws when they reach the end."""
-        end = self.num_computed + num_rows
-        draw = None
-        if end == self.num_tokens:
-            draw = Draw.of(
-                self.work.sampling, self.work.choice, self.next_index, self.tokens, self.num_prompt,
-                self.eos_token_ids, self.mask,
-            )  # fmt: skip
-        rows = self._tokens[self.num_computed : end]
-        return SequenceStep(self.sequence_id, rows, self.num_computed, self.block_table, draw, self._score(end))
+        start, end = self.num_computed, self.num_computed + num_rows
+        draw = self._draw(self.next_index, end) if end == self.num_tokens else None
+        return SequenceStep(self.sequence_id, self._tokens[start:end], start, self.block_table, draw, self._score(end))
+
+    def step_ahead(self) -> SequenceStep:
+        """The row of the token that the step under way draws, and the draw behind it."""
+        start, end = self.num_tokens, self.num_tokens + 1
+        draw = self._draw(self.next_index + 1, end)
+        return SequenceStep(self.sequence_id, self._tokens[start:end], start, self.block_table, draw)
+
+    def _draw(self, index: int, end: int) -> Draw:
+        """Of the token at position `end`, which has the generated index `index`."""
+        return Draw.of(
+            self.work.sampling, self.work.choice, index, self._tokens[:end], self.num_prompt, self.eos_token_ids,
+            self.mask, self._tokens[end : end + 1],
+        )  # fmt: skip
 
     def _score(self, end: int) -> Score | None:
         """What the rows before position `end` tell of the prompt's tokens."""
@@ -207,6 +215,15 @@ class Sequence:
         first = max(self.num_computed + 1, scoring.start)
         targets = self._tokens[first : min(end + 1, self.num_prompt)]
         return Score(first - 1 - self.num_computed, targets, scoring.num_top) if len(targets) else None
+
+    @property
+    def runs_freely(self) -> bool:
+        """Whether its next step depends on nothing but the token drawn before."""
+        return self.work.sampling.grammar is None and not self.work.alone
+
+    def goes_on(self, limits: ModelLimits) -> bool:
+        """Whether the token that is being drawn can't end the sequence by its length."""
+        return self.next_index + 1 < self.work.sampling.max_tokens and self.num_tokens + 1 < limits.max_model_len
 
     def end_reason(self, token: int, limits: ModelLimits) -> FinalReason | None:
         """Why the sequence ends with `token`, which `append_token` has just added."""

@@ -87,6 +87,8 @@ class Draw:
     banned: tuple[int, ...] = ()  # tokens that must not be drawn
     num_logprobs: int | None = None  # None: no log-probability wanted; n: the drawn token's, and the n best tokens'
     mask: TokenMask | None = field(default=None, compare=False)  # None: no grammar
+    # Where the token is put as soon as it is drawn: a step that was planned ahead reads it there. u32 [1]
+    place: TokenArray | None = field(default=None, compare=False)
 
     @classmethod
     def of(
@@ -98,11 +100,12 @@ class Draw:
         num_prompt: int,
         eos_token_ids: frozenset[int] = frozenset(),
         mask: TokenMask | None = None,
+        place: TokenArray | None = None,
     ) -> Draw:
         """The draw that a request's sampling asks for at a generated index. `tokens`: prompt and text before it."""
         return cls(
             sampling, choice, index, tokens, num_prompt, sampling.logit_bias,
-            sampling.banned_at(index, eos_token_ids), sampling.num_logprobs, mask,
+            sampling.banned_at(index, eos_token_ids), sampling.num_logprobs, mask, place,
         )  # fmt: skip
 
     def allowed(self) -> MaskWords | None:

@@ -8,6 +8,7 @@ from kvferry.schedule.chunk import ChunkBudget
 from kvferry.schedule.memory import KVMemory
 from kvferry.schedule.sequence import Dropped, Emission, Key, Sequence
 from kvferry.schedule.step import StepPlan, StepResult
+from kvferry.schedule.under_way import StepsUnderWay
 
 
 class Decision(Protocol):
@@ -24,6 +25,7 @@ class Scheduler(Protocol):
     memory: KVMemory
     chunk: ChunkBudget
     sequences: dict[Key, Sequence]
+    under_way: StepsUnderWay
 
     @property
     def num_waiting(self) -> int: ...

@@ -20,6 +20,7 @@ from kvferry.lane import Lane
 from kvferry.log import get_logger
 from kvferry.runtime import TaskSet, now
 from kvferry.schedule.sequence import Dropped, Emission, Key, Sequence
+from kvferry.schedule.step import StepPlan
 from kvferry.trace.tracer import Tracer
 from kvferry.transport.base import Connection
 from kvferry.wire.beats import PullTime, WorkerState
@@ -161,6 +162,10 @@ class Worker(ABC, Generic[S]):
     @abstractmethod
     def decide(self, moment: float) -> Decision:
         """Ask the scheduler for the next step and carry out what it decided besides."""
+
+    def decide_ahead(self) -> StepPlan | None:
+        """Plan the step behind the one that runs, where that needs no decision. The default never does."""
+        return None
 
     @abstractmethod
     def stepped(self, emissions: list[Emission]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from masks import mask_of
 from sequences import BLOCK, assert_all_free, result_of, sequence_of
 
@@ -183,7 +184,7 @@ def _last(scheduler: DecodeScheduler) -> tuple[Any, Any, float]:
     """Arguments of `finish` for the step that is under way."""
     from kvferry.schedule.step import StepPlan
 
-    plan = StepPlan(tuple(s.step(1) for s in scheduler._in_step.values()))
+    plan = StepPlan(tuple(s.step(1) for s in scheduler.under_way.newest))
     return plan, result_of(plan), 0.0
 
 
@@ -253,6 +254,113 @@ def test_a_sequence_that_must_run_alone_shares_no_step() -> None:
         ids = {s.sequence_id for s in plan.steps}
         assert len(ids & {alone.sequence_id, other.sequence_id}) == 1
         scheduler.finish(plan, result_of(plan), 0.0)
+
+
+def test_the_step_behind_one_that_only_decodes_is_planned_on_the_token_that_is_being_drawn() -> None:
+    scheduler = scheduler_of(num_blocks=20)
+    sequence = sequence_of(7, max_tokens=20)
+    pulled(scheduler, sequence)
+    plan = scheduler.plan(0.0).plan
+    ahead = scheduler.plan_ahead()
+    assert plan is not None
+    assert ahead is not None
+    assert scheduler.plan_ahead() is None, "one step ahead, and no more"
+    [now_step], [then_step] = plan.steps, ahead.steps
+    assert now_step.draw is not None
+    assert now_step.draw.place is not None
+    now_step.draw.place[0] = 9  # as the runner does
+    assert (then_step.start, then_step.tokens.tolist()) == (now_step.start + 1, [9])
+    assert len(then_step.block_table) * BLOCK >= then_step.start + 1
+    assert then_step.draw is not None
+    assert then_step.draw.index == now_step.draw.index + 1
+    assert then_step.draw.tokens.tolist() == [*now_step.draw.tokens.tolist(), 9]
+    [emission] = scheduler.finish(plan, result_of(plan, 9), 0.0)
+    assert (emission.index, emission.token, emission.reason) == (1, 9, None)
+    [emission] = scheduler.finish(ahead, result_of(ahead, 4), 0.0)
+    assert (emission.index, emission.token, emission.reason) == (2, 4, None)
+    assert sequence.tokens.tolist()[-2:] == [9, 4]
+    assert sequence.num_computed == sequence.num_tokens - 1
+
+
+def test_no_row_is_planned_for_a_sequence_that_ends_with_the_token_that_is_being_drawn() -> None:
+    scheduler = scheduler_of(num_blocks=20)
+    ending, going_on = sequence_of(4, max_tokens=3), sequence_of(4, max_tokens=4)
+    pulled(scheduler, ending)
+    pulled(scheduler, going_on)  # `ending` has drawn its second token meanwhile
+    plan = scheduler.plan(0.0).plan
+    ahead = scheduler.plan_ahead()
+    assert plan is not None
+    assert ahead is not None
+    assert [step.sequence_id for step in ahead.steps] == [going_on.sequence_id]
+    assert [e.reason for e in scheduler.finish(plan, result_of(plan), 0.0)] == ["length", None]
+    scheduler.finish(ahead, result_of(ahead), 0.0)
+    last = scheduler.plan(0.0).plan
+    assert last is not None
+    assert scheduler.plan_ahead() is None, "nobody goes on"
+    scheduler.finish(last, result_of(last), 0.0)
+    assert_all_free(scheduler.memory)
+
+
+def test_a_sequence_that_has_ended_all_the_same_gets_nothing_and_its_blocks_come_back_behind_the_step() -> None:
+    scheduler = scheduler_of(num_blocks=20)
+    sequence = sequence_of(4, max_tokens=10)
+    pulled(scheduler, sequence)
+    plan = scheduler.plan(0.0).plan
+    ahead = scheduler.plan_ahead()
+    assert plan is not None
+    assert ahead is not None
+    assert [e.reason for e in scheduler.finish(plan, result_of(plan, 2), 0.0)] == ["stop"]
+    assert scheduler.memory.pool.num_free < 20, "a step writes into them"
+    assert scheduler.finish(ahead, result_of(ahead), 0.0) == []
+    assert_all_free(scheduler.memory)
+
+
+@pytest.mark.parametrize("why", ["waiting", "computing", "alone", "grammar", "no block", "not in the step"])
+def test_nothing_is_planned_ahead_where_there_may_be_something_to_decide(why: str) -> None:
+    scheduler = scheduler_of(num_blocks=4 if why == "no block" else 20, watermark_blocks=0)
+    fields: dict[str, Any] = {"alone": why == "alone"}
+    if why == "grammar":
+        fields["sampling"] = Sampling(temperature=0.0, max_tokens=20, grammar=Grammar("regex", "a*"))
+    sequence = sequence_of(7 if why == "no block" else 4, **fields)
+    sequence.mask = mask_of(np.ones(64, np.bool_))
+    pulled(scheduler, sequence)
+    if why == "computing":
+        scheduler.add(sequence_of(70), pull=False)
+    assert scheduler.plan(0.0).plan is not None
+    if why == "waiting":
+        scheduler.add(sequence_of(4), pull=False)
+    elif why == "not in the step":
+        other = sequence_of(4)
+        scheduler.add(other, pull=True)
+        scheduler.due(other.key)
+        scheduler.under_way.take_back()
+        assert scheduler.plan(0.0).fetch == (other,)
+        scheduler.fetched(other.key, 5, 0.0)
+    elif why == "no block":
+        scheduler.memory.pool.allocate(scheduler.memory.pool.num_free)
+    pins = sequence.pins
+    assert scheduler.plan_ahead() is None
+    assert sequence.pins == pins
+    assert len(scheduler.under_way) == 1
+
+
+def test_a_step_that_is_taken_back_leaves_no_trace_but_a_block_that_the_next_one_needs() -> None:
+    scheduler = scheduler_of(num_blocks=20)
+    sequence = sequence_of(7, max_tokens=20)
+    pulled(scheduler, sequence)
+    plan = scheduler.plan(0.0).plan
+    assert plan is not None
+    assert scheduler.plan_ahead() is not None
+    scheduler.under_way.take_back()
+    assert sequence.pins == 1
+    scheduler.finish(plan, result_of(plan), 0.0)
+    assert sequence.pins == 0
+    again = scheduler.plan(0.0).plan
+    assert again is not None
+    assert again.steps[0].start == 8
+    scheduler.cancel(sequence.key)
+    scheduler.finish(again, result_of(again), 0.0)
+    assert_all_free(scheduler.memory)
 
 
 def test_a_drain_hands_back_all_that_does_not_run_yet() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -29,6 +30,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         super().__init__()
         self.now = 0.0
         self.plan: StepPlan | None = None
+        self.ahead: StepPlan | None = None
         self.pinned: list[Sequence] = []
         self.scheduler = self.make()
 
@@ -72,14 +74,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(token=st.sampled_from([2, 5, 6, 7]))
     def end_step(self, token: int) -> None:
         assert self.plan is not None
-        plan, self.plan = self.plan, None
+        plan, self.plan, self.ahead = self.plan, self.ahead, None
         for emission in self.scheduler.finish(plan, result_of(plan, token), self.now):
             assert (emission.reason is None) == (emission.sequence.key in self.scheduler.sequences)
 
     @precondition(lambda self: self.plan is not None)
     @rule()
     def step_fails(self) -> None:
-        self.plan = None
+        self.plan = self.ahead = None
         self.scheduler.abandon_step("failed")
 
     @rule()
@@ -100,7 +102,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """What runs and copies comes to its end."""
         while self.pinned:
             self.end_copy()
-        if self.plan is not None:
+        while self.plan is not None:
             self.end_step(7)
 
     def teardown(self) -> None:
@@ -185,6 +187,28 @@ class DecodeMachine(SchedulerMachine):
         if (sequence := self.pick(choice)) is not None:
             was = sequence.state
             assert (self.scheduler.fetched(sequence.key, 7, self.now) is not None) == (was == "fetching")
+
+    @precondition(lambda self: self.plan is not None and self.ahead is None)
+    @rule()
+    def plan_ahead(self) -> None:
+        self.ahead = self.scheduler.plan_ahead()
+
+    @precondition(lambda self: self.ahead is not None)
+    @rule()
+    def take_back(self) -> None:
+        self.ahead = None
+        self.scheduler.under_way.take_back()
+
+    @invariant()
+    def what_runs_goes_on_where_it_stands(self) -> None:
+        """A step of a live sequence begins with its first token that is not computed."""
+        for sequence in self.scheduler.sequences.values():
+            for number, plan in enumerate((self.plan, self.ahead)):
+                for step in plan.steps if plan is not None else ():
+                    if step.sequence_id == sequence.sequence_id:
+                        assert step.start == sequence.num_computed + number
+                        assert np.shares_memory(step.tokens, sequence.step_ahead().tokens) == (number == 1)
+                        assert len(step.block_table) * BLOCK >= step.start + len(step.tokens)
 
     def advance(self) -> None:
         for sequence in list(self.scheduler.sequences.values()):

@@ -22,12 +22,14 @@ def result_of(
     scored: Mapping[int, PromptLogprobs] | None = None,
 ) -> StepResult:
     """`drawn` holds one result for each of `draws`, `scored` those of some sequences by their index. What was drawn by
-    a grammar that failed is left out."""
+    a grammar that failed is left out; any other token is in its place from here on."""
     tokens: list[int | None] = [None] * len(plan.steps)
     logprobs: list[Logprobs | None] = [None] * len(plan.steps)
     for (index, draw), token, row in zip(draws.items(), drawn.tokens, drawn.logprobs, strict=True):
         if draw.mask is None or draw.mask.fault is None:
             tokens[index], logprobs[index] = token, row
+            if draw.place is not None:
+                draw.place[0] = token
     if all(row is None for row in logprobs):
         logprobs.clear()
     scores = tuple(scored.get(index) for index in range(len(plan.steps))) if scored else ()
