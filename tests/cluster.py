@@ -225,6 +225,7 @@ class Cluster:
         """The data planes of the ranks that are on other hosts, as far as this process can have such."""
         assert isinstance(runner, MemoryRunner)
         size, shards = settings.tensor_parallel_size, []
+        await self._planes_ended(settings.name)
         for rank in range(size - settings.remote_ranks, size):
             own, theirs = DirectChannel.pair()
             store = Caches([runner.caches[rank]], runner.limits)
@@ -244,6 +245,11 @@ class Cluster:
             await begun
             shards.append(shard)
         return tuple(shards)
+
+    async def _planes_ended(self, name: str) -> None:
+        """A rank's process takes part again once it has ended, which a frozen peer holds up."""
+        while not all(running.done() for running in self.planes.get(name, {}).values()):
+            await asyncio.sleep(0.001)
 
     def _slots(self) -> SlotPool:
         return SlotPool(8, 64 << 10)
