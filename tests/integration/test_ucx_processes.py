@@ -29,6 +29,7 @@ PEER = Path(__file__).parents[1] / "transport_peer.py"
 LARGE = 64 << 20  # takes tens of milliseconds
 NOTICE_S = 3.0  # in which a dead peer must be noticed; it takes milliseconds, and keepalive would take 5 s
 IDLE_S = 5.0
+TRIES = 5  # of a kill that must fall into a transfer, on a busy machine
 LISTEN = "0A"  # the state's code in /proc/net/tcp
 
 
@@ -80,9 +81,8 @@ async def fetch(connection: Connection, tag: int, size: int) -> bytes:
     return bytes(buffer)
 
 
-async def test_a_peer_killed_while_it_sends_is_noticed_and_its_buffers_are_ours(
-    kind: str, transport: Transport
-) -> None:
+async def cut_off(kind: str, transport: Transport) -> list[bytearray] | None:
+    """Buffers that a peer was killed over while it sent into them. None: it had sent all before it died."""
     async with running_peer(kind) as (process, address):
         connection = await transport.connect(address, PATIENCE)
         buffers = [bytearray(LARGE) for _ in range(3)]
@@ -94,10 +94,22 @@ async def test_a_peer_killed_while_it_sends_is_noticed_and_its_buffers_are_ours(
         killed = time.monotonic()
         await ended(connection)
         assert time.monotonic() - killed < NOTICE_S
-        assert received[0].done()  # the kernel may end a call of `sendmsg`, and this whole frame with it
-        assert all(isinstance(future.exception(), ConnectionClosed) for future in received[1:])
-        for buffer in buffers:
-            buffer[:] = b"\xee" * LARGE
+        ends = [future.exception() for future in received]
+        assert all(end is None or isinstance(end, ConnectionClosed) for end in ends), ends
+        assert ends[2] is not None
+        return None if ends[1] is None else buffers
+
+
+async def test_a_peer_killed_while_it_sends_is_noticed_and_its_buffers_are_ours(
+    kind: str, transport: Transport
+) -> None:
+    for _ in range(TRIES):
+        if (buffers := await cut_off(kind, transport)) is not None:
+            break
+    else:
+        pytest.fail("whatever a peer sends was sent before it could be killed")
+    for buffer in buffers:
+        buffer[:] = b"\xee" * LARGE
     async with running_peer(kind) as (_, address):  # another transfer gives a late write its time
         again = await transport.connect(address, PATIENCE)
         assert await fetch(again, 9, LARGE) == b"\xaa" * LARGE
