@@ -16,8 +16,9 @@ from typing import Any
 
 from answers import Check, ForcedCheck
 from cluster import settled
-from faults import MAX_DELAY_S, Fault, Saboteur, drawn_faults, dump
+from faults import MAX_DELAY_S, Fault, drawn_faults, dump
 from planes import NOISE
+from saboteur import Saboteur
 from virtual_loop import EventLog
 from workload import MODEL, ClientRequest, mixed_requests
 from world import World, check_answered, seen, simulate
@@ -176,8 +177,8 @@ class Play:
         world.network.faults.corruption = setting.corruption
         world.network.max_delay = setting.max_delay
         saboteur = Saboteur(world, lambda worker: self._start_worker(world, worker.role, worker.settings.name))
-        saboteur.max_prompt = setting.max_prompt
-        saboteur.forced = setting.fast
+        saboteur.load.max_prompt = setting.max_prompt
+        saboteur.load.forced = setting.fast
         await self._round(world, saboteur, self.requests, self.faults)
         for number in range(1, MAX_ROUNDS if self.goes_on else 0):
             if len(saboteur.hits) >= MIN_HITS and world.referee.num_steps >= MIN_STEPS:
