@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Final
 
 from api_cluster import BYTES, ApiCluster
-from cluster import ScriptedGateway, check_clean, expected, settled
+from cluster import check_clean, expected, settled
 from fuzz.campaign import Batch, run_virtually
 from fuzz.forger import Forger
 from fuzz.http_plane import Sent, exchange
+from scripted_gateway import ScriptedGateway
 
 from kvferry.wire.sampling import Sampling
 

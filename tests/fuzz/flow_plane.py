@@ -10,11 +10,12 @@ import asyncio
 import random
 from typing import Any, Final
 
-from cluster import DATA_KEY, MODEL, Cluster, ScriptedGateway, all_free, expected, settled
+from cluster import DATA_KEY, MODEL, Cluster, all_free, expected, settled
 from fuzz.campaign import Batch, run_virtually
 from fuzz.frames import SLOT_BYTES, Source, damaged, resealed
 from fuzz.messages import Ids, Messages
 from fuzz.spoiling import spoiled
+from scripted_gateway import ScriptedGateway
 
 from kvferry.engine.memory.runner import MemoryRunner
 from kvferry.errors import WireError

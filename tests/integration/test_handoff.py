@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import msgspec
 import pytest
-from cluster import GREEDY, MODEL, Cluster, address_of, all_free, expected, prompt_of, settled, virtual
+from cluster import GREEDY, MODEL, Cluster, all_free, expected, prompt_of, settled, virtual
 
 from kvferry.runtime import now
 from kvferry.schedule.step import StepPlan, StepResult
 from kvferry.wire.sampling import Sampling
 from kvferry.wire.work import Accepted, DecodeRequest, PrefillRequest
-from kvferry.worker.report import held, load
+from kvferry.worker.report import address, held, load
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 64, 200, 400])
@@ -201,7 +201,7 @@ def test_a_first_token_that_ends_the_sequence_frees_d_without_running(late: bool
             gateway.expect(work, prefill)
             assert isinstance(await gateway.ask(prefill, PrefillRequest(work)), Accepted)
             await gateway.ended(work)
-            await gateway.ask(decode, DecodeRequest(work, address_of(prefill)))
+            await gateway.ask(decode, DecodeRequest(work, address(prefill)))
         else:
             await gateway.accepted(work, decode, prefill)
         assert (await gateway.ended(work)).reason == "length"

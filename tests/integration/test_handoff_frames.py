@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from cluster import DATA_KEY, GREEDY, Cluster, address_of, all_free, expected, prompt_of, settled, virtual
+from cluster import DATA_KEY, GREEDY, Cluster, all_free, expected, prompt_of, settled, virtual
 
 from kvferry.transport.base import Connection, TransportSettings
 from kvferry.transport.memory import MemoryTransport
@@ -14,7 +14,7 @@ from kvferry.wire.flow import Aborted, Ack, Credit, Fetch, Flow, FlowCodec, Open
 from kvferry.wire.frame import frame_tag
 from kvferry.wire.sampling import Sampling
 from kvferry.wire.work import DecodeRequest, PrefillRequest
-from kvferry.worker.report import load
+from kvferry.worker.report import address, load
 from kvferry_prefill.worker import PrefillWorker
 
 
@@ -154,7 +154,7 @@ def test_an_open_that_comes_before_its_request_is_parked_and_then_served() -> No
         work = gateway.work(prompt_of(100))
         gateway.expect(work, decode)
         gateway.expect(work, prefill)
-        await gateway.ask(decode, DecodeRequest(work, address_of(prefill)))
+        await gateway.ask(decode, DecodeRequest(work, address(prefill)))
         await settled(lambda: cluster_opens(prefill) == 1, within=0.5)
         await gateway.ask(prefill, PrefillRequest(work))
         await gateway.ended(work)

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from cluster import GREEDY, MODEL, Cluster, address_of, all_free, expected, prompt_of, settled, virtual
+from cluster import GREEDY, MODEL, Cluster, all_free, expected, prompt_of, settled, virtual
 
 from kvferry.engine.memory.runner import MemorySettings
 from kvferry.runtime import now
@@ -23,6 +23,7 @@ from kvferry.worker.debug import debug_app
 from kvferry.worker.handoff.parts import parts_of
 from kvferry.worker.handoff.plane import ShardPlane
 from kvferry.worker.handoff.shards import COUNT_TIMEOUT_S
+from kvferry.worker.report import address
 from kvferry.worker.worker import Worker
 from kvferry_decode.worker import DecodeWorker
 from kvferry_prefill.worker import PrefillWorker
@@ -292,9 +293,9 @@ def test_an_address_whose_shards_do_not_have_our_heads_is_refused(heads: tuple[t
     async def scenario(cluster: Cluster) -> None:
         prefill, decode = await pair(cluster, (2, 1), OPEN)
         gateway = await cluster.gateway()
-        told = address_of(prefill)
-        address = WorkerAddress(told.incarnation, told.shards, heads)
-        answer = await gateway.ask(decode, DecodeRequest(gateway.work(prompt_of(20)), address))
+        told = address(prefill)
+        wrong = WorkerAddress(told.incarnation, told.shards, heads)
+        answer = await gateway.ask(decode, DecodeRequest(gateway.work(prompt_of(20)), wrong))
         assert isinstance(answer, Rejected)
         assert answer.reason == "malformed"
 

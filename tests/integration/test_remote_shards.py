@@ -20,8 +20,8 @@ import httpx
 import numpy as np
 import pytest
 from checkpoints import SHAPES, build
-from cluster import ScriptedGateway
 from namespaces import HOSTS, two_networks
+from scripted_gateway import ScriptedGateway
 
 from kvferry.bus.base import BusMessage, BusSettings
 from kvferry.bus.nats import NatsBus

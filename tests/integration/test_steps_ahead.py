@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import msgspec
 import pytest
-from cluster import Cluster, ScriptedGateway, all_free, expected, prompt_of, settled, virtual
+from cluster import Cluster, all_free, expected, prompt_of, settled, virtual
+from scripted_gateway import ScriptedGateway
 
 from kvferry.runtime import now
 from kvferry.schedule.step import StepPlan, StepResult
