@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from bench.prompts import Prompts
+from runners import Runner
+from scene import MAX_MODEL_LEN, Scene, set_scene
 from stack import Stack
+
+from kvferry.engine.native.library import LibraryUnavailable, open_library
+from kvferry.engine.native.runner import NativeRunner
+from kvferry.engine.reference import ReferencePass
+from kvferry.engine.settings import EngineSettings
+from kvferry.engine.torch.runner import TorchRunner
 
 ORIGIN_FLAGS = ("--cors-origins", "*")  # a browser's page comes from another port
 
@@ -34,3 +43,29 @@ def baseline(flags: tuple[str, ...], tmp_path: Path) -> Iterator[Stack]:
         yield stack.start()
     finally:
         stack.close()
+
+
+@pytest.fixture(scope="module")
+def judge(model_dir: Path) -> Iterator[ReferencePass]:
+    """On the workers' engine: another one's rounding is within ε on processors with bf16, and not on all others."""
+    settings = EngineSettings(
+        model_dir, num_blocks=MAX_MODEL_LEN // 16, block_size=16, max_model_len=MAX_MODEL_LEN, threads=1
+    )
+    runner: Runner
+    try:
+        runner = NativeRunner(settings, library=open_library())
+    except LibraryUnavailable:
+        runner = TorchRunner(settings)
+    yield ReferencePass(runner)
+    runner.close()
+
+
+@pytest.fixture(scope="module")
+def prompts(model_dir: Path) -> Prompts:
+    return Prompts(model_dir, seed=7)
+
+
+@pytest.fixture
+async def lone_pair(stack: Stack, model_dir: Path, prompts: Prompts, judge: ReferencePass) -> AsyncIterator[Scene]:
+    async for scene in set_scene(stack, 2, model_dir, prompts, judge):
+        yield scene
