@@ -11,9 +11,8 @@ back when their receives complete, whatever has become of the pull.
 from __future__ import annotations
 
 import functools
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Final
 
 from kvferry.errors import TransportError
@@ -21,26 +20,27 @@ from kvferry.lane import Lane
 from kvferry.log import get_logger
 from kvferry.runtime import TaskSet, now
 from kvferry.schedule.sequence import Key, Sequence
-from kvferry.schedule.step import ModelRunner
 from kvferry.transport.base import Connection
 from kvferry.transport.pool import ConnectionPool
-from kvferry.transport.slots import SlotPool
-from kvferry.wire.beats import MAX_RECENT_PULLS, PullTime
+from kvferry.wire.beats import PullTime
 from kvferry.wire.flow import Abort, Aborted, Ack, Fetch, Flow, FlowCodec, Open, Progress, Unknown
-from kvferry.wire.logprobs import TokenLogprobs
 from kvferry.wire.record import WorkerAddress
 from kvferry.wire.tokens import EndReason
 from kvferry.worker.digests import Digests
-from kvferry.worker.handoff.fetching import ABORT_TIMEOUT, CONNECT_TIMEOUT, PartFetcher
+from kvferry.worker.handoff.fetching import CONNECT_TIMEOUT, PartFetcher
 from kvferry.worker.handoff.hearing import Hearing
 from kvferry.worker.handoff.landing import Dock, Landing, Target
 from kvferry.worker.handoff.orders import Lost
 from kvferry.worker.handoff.pace import Pace
 from kvferry.worker.handoff.parts import Part, heads_of_shards, parts_of
-from kvferry.worker.handoff.shards import OwnShard, Shard
-from kvferry.worker.handoff.timing import TransferRate, is_due
+from kvferry.worker.handoff.shards import OwnShard
+from kvferry.worker.handoff.timing import is_due
 from kvferry.worker.metrics import WorkerMetrics
-from kvferry_decode.others import OtherParts, Others, Watcher
+from kvferry.worker.parts import Parts
+from kvferry_decode.others import OtherParts, Watcher
+from kvferry_decode.pull import Link, Pull
+from kvferry_decode.pull_times import PullTimes
+from kvferry_decode.verdict import Right, Wrong, judge
 
 log = get_logger(__name__)
 MAX_TRIES: Final = 2
@@ -58,40 +58,35 @@ _ABORTED: Final[dict[str, EndReason | None]] = {
 }
 
 
-@dataclass(slots=True, eq=False)
-class _Pull:
-    sequence: Sequence
-    address: WorkerAddress
-    parts: tuple[Part, ...]
-    tries: int = 0
-    pull_id: int = 0
-    link: _Link | None = None
-    holds_memory: bool = False  # P, as it says on this link
-    landing: Landing | None = None  # from Fetch on: of the part between the leaders
-    others: Others = field(default_factory=Others)  # the same, of the other parts
-    began: float = 0.0
-    computed_at: float | None = None  # when P said that nothing is left to compute
-    heard: float = 0.0  # last sign of life of this pull, its frames apart
-    aborting_since: float | None = None
-
-    @property
-    def key(self) -> Key:
-        return self.sequence.key
-
-
-@dataclass(slots=True, eq=False)
-class _Link:
-    """One connection and the pulls on it; an aborted pull stays until its Aborted has come."""
-
-    connection: Connection
-    pulls: dict[int, _Pull] = field(default_factory=dict)
-
-
 @dataclass(frozen=True, slots=True)
 class PullPolicy:
     pull_stall_s: float
     reserve_lead_s: float
     share: float  # of a decode step that landing may take
+
+
+class Receiver(ABC):
+    """Whose sequences the pulls are of."""
+
+    @abstractmethod
+    def pin(self, sequence: Sequence) -> None:
+        """A copy of its blocks begins."""
+
+    @abstractmethod
+    def unpin(self, sequence: Sequence) -> None:
+        """It has ended."""
+
+    @abstractmethod
+    def due(self, key: Key) -> None:
+        """P will soon have computed all: reserve blocks, then `Puller.fetch`."""
+
+    @abstractmethod
+    def fetched(self, sequence: Sequence, first: Right, cached_tokens: int) -> None:
+        """The sequence may run. `cached_tokens`: of its prompt, at P."""
+
+    @abstractmethod
+    def failed(self, key: Key, reason: EndReason | None, detail: str) -> None:
+        """Its pull is given up. Without a reason the gateway knows already."""
 
 
 class Puller:
@@ -100,23 +95,15 @@ class Puller:
     def __init__(
         self,
         connections: ConnectionPool,
-        runner: ModelRunner,
-        slots: SlotPool,
+        parts: Parts,
         copy_lane: Lane,
         tasks: TaskSet,
         metrics: WorkerMetrics,
         digests: Digests,
         policy: PullPolicy,
-        incarnation: int,
-        shards: tuple[Shard, ...],
-        *,
-        pin: Callable[[Sequence], None],
-        unpin: Callable[[Sequence], None],
-        due: Callable[[Key], None],
-        fetched: Callable[[Sequence, int, TokenLogprobs | None, int], None],
-        failed: Callable[[Key, EndReason | None, str], None],
+        receiver: Receiver,
     ) -> None:
-        """`shards`: ranks on other hosts."""
+        runner, here = parts.runner, parts.runner.here
         self._connections = connections
         self._runner = runner
         self._copy_lane = copy_lane
@@ -124,33 +111,26 @@ class Puller:
         self._metrics = metrics
         self._digests = digests
         self._policy = policy
-        self._pin = pin
-        self._unpin = unpin
-        self._due = due
-        self._fetched = fetched
-        self._failed = failed
+        self._receiver = receiver
         self._codec = FlowCodec()
         self._hearing = Hearing(metrics)
-        self.rate = TransferRate()
-        self._pace = Pace(policy.share, slots.slot_bytes, self.rate)
-        self._dock = Dock(runner.here, slots, copy_lane, metrics, self._codec, self._pace)
-        own = OwnShard(runner.here.heads)
+        self._times = PullTimes(metrics, runner.kv_format.token_bytes)
+        self._pace = Pace(policy.share, parts.slots.slot_bytes, self._times.rate)
+        self._dock = Dock(here, parts.slots, copy_lane, metrics, self._codec, self._pace)
+        own = OwnShard(here.heads)
         self._fetcher = own.fetcher = PartFetcher(connections, self._dock, tasks, own.said)
-        self._shard_heads = (own.heads, *(shard.heads for shard in shards))
-        self._other_parts = OtherParts((own, *shards), metrics, pin, unpin)
-        self._links: dict[Connection, _Link] = {}
-        self._pulls: dict[Key, _Pull] = {}
-        self._last_pull_id = incarnation & U32_MASK  # no two workers, nor two lives of one, use the same numbers
-        self._times: deque[PullTime] = deque(maxlen=MAX_RECENT_PULLS)
+        self._shard_heads = (own.heads, *(shard.heads for shard in parts.shards))
+        self._other_parts = OtherParts((own, *parts.shards), metrics, receiver.pin, receiver.unpin)
+        self._links: dict[Connection, Link] = {}
+        self._pulls: dict[Key, Pull] = {}
+        self._last_pull_id = parts.incarnation & U32_MASK  # no two workers, nor two lives of one, use the same numbers
 
     def __len__(self) -> int:
         return len(self._pulls)
 
     def take_times(self) -> tuple[PullTime, ...]:
         """Pulls since the last call whose time tells the rate of their link; the latest if there were very many."""
-        times = tuple(self._times)
-        self._times.clear()
-        return times
+        return self._times.take()
 
     def progress(self, key: Key) -> tuple[int, int]:
         """Bytes of KV that have come for a sequence, and of all that are fetched: of the part between the leaders, for
@@ -170,10 +150,10 @@ class Puller:
 
     def open(self, sequence: Sequence, address: WorkerAddress, parts: tuple[Part, ...]) -> None:
         """Begin the hand-off of an accepted request."""
-        pull = self._pulls[sequence.key] = _Pull(sequence, address, parts)
+        pull = self._pulls[sequence.key] = Pull(sequence, address, parts)
         self._tasks.spawn(self._open(pull), "open")
 
-    async def _open(self, pull: _Pull) -> None:
+    async def _open(self, pull: Pull) -> None:
         pull.tries += 1
         try:
             connection = await self._connections.get(pull.address.shards[0], pull.address.incarnation, CONNECT_TIMEOUT)
@@ -186,7 +166,7 @@ class Puller:
             return
         link = self._links.get(connection)
         if link is None:
-            link = self._links[connection] = _Link(connection)
+            link = self._links[connection] = Link(connection)
             self._attach(link)
         pull.pull_id = self._last_pull_id = (self._last_pull_id + 1) & U32_MASK
         pull.link = link
@@ -195,11 +175,11 @@ class Puller:
         ticket, attempt = pull.key
         self._send(link, Open(pull.pull_id, ticket, attempt))
 
-    def _attach(self, link: _Link) -> None:
+    def _attach(self, link: Link) -> None:
         link.connection.on_message(lambda payload: self._on_message(link, payload))
         link.connection.on_closed(lambda: self._on_closed(link))
 
-    def _on_message(self, link: _Link, payload: memoryview) -> None:
+    def _on_message(self, link: Link, payload: memoryview) -> None:
         message = self._hearing.understand(link.connection, payload)
         if message is None:
             return
@@ -229,23 +209,23 @@ class Puller:
                     self._metrics.pulls.labels(f"aborted_{reason}").inc()
                     self._give_up(pull, _ABORTED.get(reason, "transfer_failed"), reason)
 
-    def _on_progress(self, pull: _Pull, progress: Progress) -> None:
+    def _on_progress(self, pull: Pull, progress: Progress) -> None:
         if pull.landing is not None or not self._is_current(pull):
             return
         pull.holds_memory = progress.holds_memory
         if pull.sequence.state == "fetching":
             self.fetch(pull.sequence)  # a second try: the blocks are there already
         elif self._is_due(pull, progress):
-            self._due(pull.key)
+            self._receiver.due(pull.key)
 
-    def _is_current(self, pull: _Pull) -> bool:
+    def _is_current(self, pull: Pull) -> bool:
         return self._pulls.get(pull.key) is pull
 
-    def _is_due(self, pull: _Pull, progress: Progress) -> bool:
+    def _is_due(self, pull: Pull, progress: Progress) -> bool:
         num_bytes = self._runner.kv_format.token_bytes * pull.sequence.num_context
         return is_due(progress, self._pace.seconds(num_bytes), self._policy.reserve_lead_s)
 
-    def _on_closed(self, link: _Link) -> None:
+    def _on_closed(self, link: Link) -> None:
         self._links.pop(link.connection, None)
         for pull in list(link.pulls.values()):
             if self._is_current(pull) and pull.link is link:
@@ -274,8 +254,8 @@ class Puller:
             heads,
             sequence.block_table.copy(),
             sequence.work.request_id,
-            pin=functools.partial(self._pin, sequence),
-            unpin=functools.partial(self._unpin, sequence),
+            pin=functools.partial(self._receiver.pin, sequence),
+            unpin=functools.partial(self._receiver.unpin, sequence),
         )
         pull.landing = Landing(
             self._dock,
@@ -289,7 +269,7 @@ class Puller:
         )
         self._tasks.spawn(self._start(pull, pull.landing), "fetch")
 
-    async def _start(self, pull: _Pull, landing: Landing) -> None:
+    async def _start(self, pull: Pull, landing: Landing) -> None:
         """The leaders' part has its first slot before any other: these wait for its Fetch, and would hold all slots."""
         await landing.start()
         if not pull.parts[1:] or landing.incoming.over or not landing.incoming.num_posted:
@@ -309,71 +289,44 @@ class Puller:
                 pull.landing.ask_for_more()
         self._fetcher.ask_for_more()
 
-    def _alive(self, pull: _Pull) -> None:
+    def _alive(self, pull: Pull) -> None:
         pull.heard = now()
 
-    def _landed(self, pull: _Pull) -> None:
+    def _landed(self, pull: Pull) -> None:
         """A part has come. The verdict is on all of them."""
         if pull.landing is not None and pull.landing.incoming.whole and pull.others.whole:
             self._judge(pull, pull.landing)
 
-    def _part_lost(self, pull: _Pull, word: Lost) -> None:
+    def _part_lost(self, pull: Pull, word: Lost) -> None:
         self._metrics.transfer_failures.labels("part").inc()
         self._retry(pull, word.reason, word.detail)
 
-    def _judge(self, pull: _Pull, landing: Landing) -> None:
-        """All has come: let the sequence run only if the manifests fit what D knows."""
-        link, sequence = pull.link, pull.sequence
-        assert link is not None
-        incoming = landing.incoming
-        manifest = incoming.manifest
-        assert manifest is not None
-        known = (
-            self._runner.kv_format.format_id,
-            sequence.chain_hash(incoming.from_token),
-            sequence.chain_hash(sequence.num_context),
-        )
-        faults = (part.fault(*known) for part in (incoming, *pull.others.incoming))
-        fault = next((found for found in faults if found is not None), None)
-        work = sequence.work
-        first = incoming.first(work.choice, with_logprobs=work.sampling.num_logprobs is not None)
-        if fault is None and first is None:
-            fault = "first_token"
-        if fault is not None:
-            self._metrics.transfer_failures.labels(fault).inc()
-            self._spoiled(pull, fault)
+    def _judge(self, pull: Pull, landing: Landing) -> None:
+        """All has come."""
+        verdict = judge(pull.sequence, self._runner.kv_format.format_id, landing.incoming, pull.others.incoming)
+        if isinstance(verdict, Wrong):
+            self._metrics.transfer_failures.labels(verdict.fault).inc()
+            self._spoiled(pull, verdict.fault)
             return
-        assert first is not None
+        link, sequence, manifest = pull.link, pull.sequence, landing.incoming.manifest
+        assert link is not None
+        assert manifest is not None
         landing.finish()
         self._other_parts.settle(pull.others, right=True)
         self._send(link, Ack(pull.pull_id))
-        seconds = now() - pull.began
-        num_tokens = sequence.num_context - incoming.from_token
-        # Where the pace held a pull back, its slowness says nothing.
-        computed_at = None if landing.held_back else pull.computed_at
-        prefill_s = seconds if computed_at is None else max(0.0, computed_at - pull.began)
-        num_bytes = num_tokens * self._runner.kv_format.token_bytes
-        if self.rate.observe(num_bytes, seconds, prefill_s):
-            self._times.append((pull.address.incarnation, num_bytes, seconds))
-        self._metrics.pulls.labels("received").inc()
-        self._metrics.pull_seconds.observe(seconds)
-        if sequence.journal is not None:
-            sequence.journal.end(
-                "KV fetch", now(), bytes=num_bytes, num_frames=incoming.num_posted, num_bad_frames=incoming.num_bad,
-                held_back=landing.held_back,
-            )  # fmt: skip
+        self._times.received(pull, landing)
         link.pulls.pop(pull.pull_id, None)
         del self._pulls[pull.key]
         if self._digests.enabled:
-            self._keep_digests(sequence, incoming.from_token)
-        self._fetched(sequence, *first, manifest.cached_tokens)
+            self._keep_digests(sequence, landing.incoming.from_token)
+        self._receiver.fetched(sequence, verdict, manifest.cached_tokens)
 
-    def _spoiled(self, pull: _Pull, detail: str) -> None:
+    def _spoiled(self, pull: Pull, detail: str) -> None:
         self._retry(pull, "transfer_failed", detail)
 
     def _keep_digests(self, sequence: Sequence, from_token: int) -> None:
-        self._pin(sequence)
-        digesting = self._digests.take(self._runner, self._copy_lane, sequence, from_token, self._unpin)
+        self._receiver.pin(sequence)
+        digesting = self._digests.take(self._runner, self._copy_lane, sequence, from_token, self._receiver.unpin)
         self._tasks.spawn(digesting, "digest")
 
     # -- ends ------------------------------------------------------------------------------------------------
@@ -394,28 +347,20 @@ class Puller:
         """Close connections on which a pull has stalled or an Abort was not answered; others are fetched again."""
         for link in list(self._links.values()):
             for pull in list(link.pulls.values()):
-                if self._has_stalled(pull, moment):
+                if pull.has_stalled(moment, self._policy.pull_stall_s):
                     self._metrics.transfer_failures.labels("stall").inc()
                     link.connection.abort()
                     break
         self._fetcher.tick(moment)
 
-    def _has_stalled(self, pull: _Pull, moment: float) -> bool:
-        if pull.aborting_since is not None:
-            return moment - pull.aborting_since > ABORT_TIMEOUT
-        if pull.landing is None:
-            return moment - pull.heard > self._policy.pull_stall_s
-        heard = max(pull.heard, pull.landing.heard)
-        return not pull.landing.waits_for_slot and moment - heard > self._policy.pull_stall_s
-
-    def _abort(self, pull: _Pull) -> None:
+    def _abort(self, pull: Pull) -> None:
         """Tell P to stop; the pull stays on its link until P has answered."""
         self._finish(pull)
         if pull.link is not None and pull.pull_id in pull.link.pulls and pull.aborting_since is None:
             pull.aborting_since = now()
             self._send(pull.link, Abort(pull.pull_id))
 
-    def _retry(self, pull: _Pull, reason: EndReason, detail: str) -> None:
+    def _retry(self, pull: Pull, reason: EndReason, detail: str) -> None:
         """A pull has failed: open it anew once, then give up."""
         self._abort(pull)
         if (journal := pull.sequence.journal) is not None:
@@ -423,20 +368,20 @@ class Puller:
         if pull.tries >= MAX_TRIES:
             self._give_up(pull, reason, detail)
             return
-        again = _Pull(pull.sequence, pull.address, pull.parts, tries=pull.tries)
+        again = Pull(pull.sequence, pull.address, pull.parts, tries=pull.tries)
         self._pulls[pull.key] = again
         self._tasks.spawn(self._open(again), "open")
 
-    def _give_up(self, pull: _Pull, reason: EndReason | None, detail: str) -> None:
+    def _give_up(self, pull: Pull, reason: EndReason | None, detail: str) -> None:
         self._finish(pull)
         if self._pulls.get(pull.key) is pull:
             del self._pulls[pull.key]
-            self._failed(pull.key, reason, detail)
+            self._receiver.failed(pull.key, reason, detail)
 
-    def _send(self, link: _Link, message: Flow) -> None:
+    def _send(self, link: Link, message: Flow) -> None:
         link.connection.send_message(self._codec.encode(message))
 
-    def _finish(self, pull: _Pull) -> None:
+    def _finish(self, pull: Pull) -> None:
         if pull.landing is not None:
             pull.landing.finish()
         self._other_parts.settle(pull.others, right=False)

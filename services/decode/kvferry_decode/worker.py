@@ -19,17 +19,17 @@ from kvferry.transport.base import Connection
 from kvferry.transport.pool import ConnectionPool
 from kvferry.wire.beats import PullTime
 from kvferry.wire.fields import Role
-from kvferry.wire.logprobs import TokenLogprobs
 from kvferry.wire.tokens import EndReason
 from kvferry.wire.work import DecodeRequest, PrefillRequest, RejectReason
 from kvferry.worker.parts import Parts, kv_memory, model_limits
 from kvferry.worker.worker import Worker
-from kvferry_decode.puller import Puller
+from kvferry_decode.puller import Puller, Receiver
 from kvferry_decode.scheduler import DecodeDecision, DecodeScheduler
 from kvferry_decode.settings import DecodeSettings
+from kvferry_decode.verdict import Right
 
 
-class DecodeWorker(Worker[DecodeScheduler]):
+class DecodeWorker(Worker[DecodeScheduler], Receiver):
     role: ClassVar[Role] = "decode"
 
     def __init__(self, settings: DecodeSettings, parts: Parts) -> None:
@@ -37,21 +37,7 @@ class DecodeWorker(Worker[DecodeScheduler]):
         super().__init__(settings, parts, scheduler)
         self._connections = ConnectionPool(parts.transport)
         self._puller = Puller(
-            self._connections,
-            parts.runner,
-            parts.slots,
-            self.copy_lane,
-            self.tasks,
-            self.metrics,
-            self.digests,
-            settings.pull_policy,
-            parts.incarnation,
-            parts.shards,
-            pin=scheduler.memory.pin,
-            unpin=self.unpin,
-            due=self._due,
-            fetched=self._fetched,
-            failed=self._failed,
+            self._connections, parts, self.copy_lane, self.tasks, self.metrics, self.digests, settings.pull_policy, self
         )
 
     def attach(self, connection: Connection) -> None:
@@ -104,14 +90,19 @@ class DecodeWorker(Worker[DecodeScheduler]):
     def tick(self, moment: float) -> None:
         self._puller.tick(moment)
 
-    def _due(self, key: Key) -> None:
+    # -- what becomes of pulls -------------------------------------------------------------------------------
+
+    def pin(self, sequence: Sequence) -> None:
+        self.scheduler.memory.pin(sequence)
+
+    def due(self, key: Key) -> None:
         sequence = self.scheduler.due(key)
         if sequence is not None and sequence.journal is not None:
             sequence.journal.turn("prefill wait", "queue", now())
         self.wake()
 
-    def _fetched(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, cached_tokens: int) -> None:
-        emission = self.scheduler.fetched(sequence.key, token, now(), logprobs)
+    def fetched(self, sequence: Sequence, first: Right, cached_tokens: int) -> None:
+        emission = self.scheduler.fetched(sequence.key, first.token, now(), first.logprobs)
         if emission is not None:
             self.outbox.cached(sequence.work, max(cached_tokens, sequence.cached_tokens))
             if sequence.journal is not None:
@@ -120,8 +111,7 @@ class DecodeWorker(Worker[DecodeScheduler]):
             self.post.wake()
             self.wake()
 
-    def _failed(self, key: Key, reason: EndReason | None, detail: str) -> None:
-        """A pull is given up. Without a reason the gateway knows already."""
+    def failed(self, key: Key, reason: EndReason | None, detail: str) -> None:
         sequence = self.scheduler.cancel(key)
         if sequence is None:
             return

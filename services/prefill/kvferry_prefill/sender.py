@@ -16,9 +16,7 @@ from kvferry.lane import Lane
 from kvferry.log import get_logger
 from kvferry.runtime import TaskSet, now
 from kvferry.schedule.sequence import Key, Sequence
-from kvferry.schedule.step import ModelRunner
 from kvferry.transport.base import Connection
-from kvferry.transport.slots import SlotPool
 from kvferry.wire.flow import Abort, Aborted, Ack, Credit, Fetch, FetchPart, Flow, FlowCodec, Open, Progress, Unknown
 from kvferry.wire.frame import HEADER_BYTES
 from kvferry.worker.digests import Digests
@@ -27,8 +25,9 @@ from kvferry.worker.handoff.orders import AbortReason
 from kvferry.worker.handoff.outgoing import Outgoing
 from kvferry.worker.handoff.pump import Pump
 from kvferry.worker.handoff.serving import MAX_CREDITS_HELD, MAX_PULLS, PartServer
-from kvferry.worker.handoff.shards import OwnShard, Shard
+from kvferry.worker.handoff.shards import OwnShard
 from kvferry.worker.metrics import WorkerMetrics
+from kvferry.worker.parts import Parts
 from kvferry_prefill.feeds import Feeds
 from kvferry_prefill.pull import Link, Pull
 from kvferry_prefill.scheduler import PrefillScheduler
@@ -46,17 +45,15 @@ class Sender:
     def __init__(
         self,
         scheduler: PrefillScheduler,
-        runner: ModelRunner,
-        slots: SlotPool,
+        parts: Parts,
         copy_lane: Lane,
         tasks: TaskSet,
         metrics: WorkerMetrics,
         digests: Digests,
-        shards: tuple[Shard, ...],
         unpin: Callable[[Sequence], None],
         acknowledged: Callable[[Sequence], None],
     ) -> None:
-        """`shards`: ranks on other hosts."""
+        runner, slots = parts.runner, parts.slots
         self._scheduler = scheduler
         self._runner = runner
         self._slots = slots
@@ -65,7 +62,7 @@ class Sender:
         self._sources = Sources(scheduler, runner.kv_format.format_id, unpin)
         own = OwnShard(runner.here.heads)
         self._server = own.server = PartServer(runner.here, slots, copy_lane, tasks, metrics, own.said)
-        self._feeds = Feeds((own, *shards), self._sources, self._find, metrics)
+        self._feeds = Feeds((own, *parts.shards), self._sources, self._find, metrics)
         self._tasks = tasks
         self._metrics = metrics
         self._digests = digests

@@ -40,13 +40,11 @@ class PrefillWorker(Worker[PrefillScheduler]):
         self._stepping: tuple[Sequence, ...] = ()
         self._sender = Sender(
             scheduler,
-            parts.runner,
-            parts.slots,
+            parts,
             self.copy_lane,
             self.tasks,
             self.metrics,
             self.digests,
-            parts.shards,
             unpin=self.unpin,
             acknowledged=self._acknowledged,
         )
