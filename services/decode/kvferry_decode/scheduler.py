@@ -165,11 +165,10 @@ class DecodeScheduler:
 
         None where more may be to decide than that: if anything but decoding is to be done, or if there is no block.
         """
-        stepping = {sequence.key: sequence for sequence in self.under_way.newest}
-        running = self._running.values()
         if len(self.under_way) > 1 or self._waiting or self._computing:
             return None
-        if not all(stepping.get(sequence.key) is sequence and sequence.runs_freely for sequence in running):
+        stepping, running = set(self.under_way.newest), self._running.values()
+        if not all(sequence in stepping and sequence.runs_freely for sequence in running):
             return None
         going_on = [sequence for sequence in running if sequence.goes_on(self._limits)]
         if not going_on or not all(self.memory.grow(sequence, 1) for sequence in going_on):
