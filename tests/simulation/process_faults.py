@@ -28,10 +28,7 @@ class ProcessFaults:
         if victim is None:
             return False
         await self._world.kill(victim)
-        if fault.where < 0.5:
-            self._supervisor.tell_of(victim)
-        await asyncio.sleep(fault.lasts)
-        await self._supervisor.restart(victim)
+        await self._supervisor.ended(victim, fault)
         return True
 
     async def wedge(self, fault: Fault) -> bool:
@@ -48,9 +45,7 @@ class ProcessFaults:
             await self._world.kill(victim)
             self._supervisor.tell_of(victim)
         self._world.runtime.disks.pop(name, None)
-        await asyncio.sleep(fault.lasts)
-        if self._world.worker(name) is None:
-            await self._supervisor.restart(victim)
+        await self._supervisor.revive(victim, fault)
         return True
 
     async def drain_gateway(self, fault: Fault) -> bool:
@@ -81,9 +76,7 @@ class ProcessFaults:
         self._victims.draining[name] = None
         await run_as(name, ending())
         del self._victims.draining[name]
-        await asyncio.sleep(fault.lasts)
-        if world.worker(name) is None:
-            await self._supervisor.restart(victim)
+        await self._supervisor.revive(victim, fault)
         return True
 
     async def kill_gateway(self, fault: Fault) -> bool:

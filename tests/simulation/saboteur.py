@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 from bus_faults import BusFaults
 from data_faults import DataFaults
-from faults import PHASES, RANK_KINDS, STATES, Fault
+from faults import Fault
 from load_faults import LoadFaults
 from process_faults import ProcessFaults
 from rank_faults import RankFaults
@@ -59,18 +58,10 @@ class Saboteur:
         began = now()
         # Nothing is disturbed where no request lives any more.
         while any(call.outcome == "open" for call in self._world.calls) or now() - began < PATIENCE_S:
-            if await act(fault if now() - began < PATIENCE_S else self._any_phase(fault)):
+            if await act(fault if now() - began < PATIENCE_S else self._victims.any_phase(fault)):
                 self.hits.append(fault.kind)
                 return
             await asyncio.sleep(LOOK_S)
-
-    def _any_phase(self, fault: Fault) -> Fault:
-        workers = [w for w in self._world.workers if fault.kind not in RANK_KINDS or self._victims.ranks(w) is not None]
-        victim = next((s for w in workers for s in w.scheduler.sequences.values()), None)
-        if victim is None:
-            return fault
-        phase = next(phase for phase in PHASES if victim.state in STATES[phase])
-        return replace(fault, phase=phase)
 
     def _deed(self, kind: str) -> Callable[[Fault], Awaitable[bool]]:
         deed: Callable[[Fault], Awaitable[bool]] = next(

@@ -20,8 +20,8 @@ class Supervisor:
 
     def __init__(self, world: World, restart: Callable[[Worker[Any]], Awaitable[Any]]) -> None:
         """`restart` starts a worker like the one that it is given, with the same name."""
-        self.restart = restart
         self._world = world
+        self._restart = restart
         self._codecs = Codecs()
 
     def tell_of(self, victim: Worker[Any]) -> None:
@@ -35,6 +35,10 @@ class Supervisor:
         """Its process has ended: the supervisor may say so, and starts it again."""
         if fault.where < 0.5:
             self.tell_of(victim)
+        await self.revive(victim, fault)
+
+    async def revive(self, victim: Worker[Any], fault: Fault) -> None:
+        """Start it again after a while, unless another fault's end has."""
         await asyncio.sleep(fault.lasts)
         if self._world.worker(victim.settings.name) is None:
-            await self.restart(victim)
+            await self._restart(victim)

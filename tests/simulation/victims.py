@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from clients import Call
 from disturbances import live_attempts
-from faults import RANK_KINDS, STATES, Fault
+from faults import PHASES, RANK_KINDS, STATES, Fault
 from gateways import SimulatedGateway
 from ranks import SimulatedRanks
 from world import World
@@ -30,10 +31,22 @@ class Victims:
             for worker in self._world.workers
             if role in (None, worker.role)
             and not self._disturbed(worker.settings.name)
-            and (fault.kind not in RANK_KINDS or self.ranks(worker) is not None)
+            and self._suits(worker, fault)
             and any(s.state in states and s.work.ticket in live for s in worker.scheduler.sequences.values())
         ]
         return pick(found, fault.where)
+
+    def any_phase(self, fault: Fault) -> Fault:
+        """The same fault, in a phase that some worker has a sequence in."""
+        workers = [worker for worker in self._world.workers if self._suits(worker, fault)]
+        victim = next((s for worker in workers for s in worker.scheduler.sequences.values()), None)
+        if victim is None:
+            return fault
+        phase = next(phase for phase in PHASES if victim.state in STATES[phase])
+        return replace(fault, phase=phase)
+
+    def _suits(self, worker: Worker[Any], fault: Fault) -> bool:
+        return fault.kind not in RANK_KINDS or self.ranks(worker) is not None
 
     def ranks(self, worker: Worker[Any]) -> SimulatedRanks | None:
         return self._world.runtime.ranks.get(worker.settings.name)

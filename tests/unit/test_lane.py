@@ -19,6 +19,19 @@ LANES: dict[str, Callable[[], Lane]] = {
 }
 
 
+class Held:
+    """A call that goes on when it may, and says that it has run."""
+
+    def __init__(self, seen: list[str]) -> None:
+        self.begun, self.end = threading.Event(), threading.Event()
+        self._seen = seen
+
+    def __call__(self) -> None:
+        self.begun.set()
+        assert self.end.wait(10)
+        self._seen.append("running")
+
+
 @pytest.fixture(params=LANES)
 def lane(request: pytest.FixtureRequest) -> Lane:
     return LANES[request.param]()
@@ -97,19 +110,13 @@ async def test_closing_waits_for_what_runs_and_cancels_what_has_not_begun() -> N
 
 async def test_a_cancelled_call_does_not_begin_and_a_running_one_goes_on() -> None:
     lane = ThreadLane("test")
-    begun, end = threading.Event(), threading.Event()
     seen: list[str] = []
-
-    def block() -> None:
-        begun.set()
-        assert end.wait(10)
-        seen.append("running")
-
-    running, waiting = lane.run(block), lane.run(seen.append, "waiting")
-    assert begun.wait(10)
+    call = Held(seen)
+    running, waiting = lane.run(call), lane.run(seen.append, "waiting")
+    assert call.begun.wait(10)
     running.cancel()
     waiting.cancel()
-    end.set()
+    call.end.set()
     await lane.drain()
     assert seen == ["running"]
     lane.close()
@@ -117,20 +124,14 @@ async def test_a_cancelled_call_does_not_begin_and_a_running_one_goes_on() -> No
 
 async def test_a_call_is_taken_back_only_before_it_has_begun() -> None:
     lane = ThreadLane("test")
-    begun, end = threading.Event(), threading.Event()
     seen: list[str] = []
-
-    def block() -> None:
-        begun.set()
-        assert end.wait(10)
-        seen.append("running")
-
-    running, waiting, last = lane.run(block), lane.run(seen.append, "waiting"), lane.run(seen.append, "last")
-    assert begun.wait(10)
+    call = Held(seen)
+    running, waiting, last = lane.run(call), lane.run(seen.append, "waiting"), lane.run(seen.append, "last")
+    assert call.begun.wait(10)
     assert not lane.take_back(running)
     assert lane.take_back(waiting)
     assert not lane.take_back(waiting)
-    end.set()
+    call.end.set()
     await last
     assert not lane.take_back(last)
     assert seen == ["running", "last"]

@@ -11,6 +11,7 @@ from sequences import BLOCK, assert_all_free, result_of, sequence_of
 
 from kvferry.schedule.memory import KVMemory
 from kvferry.schedule.sequence import Dropped, Emission, ModelLimits, Sequence
+from kvferry.schedule.step import StepPlan
 from kvferry.wire.sampling import Grammar, Sampling
 from kvferry_decode.scheduler import DecodeDecision, DecodePolicy, DecodeScheduler
 
@@ -256,14 +257,19 @@ def test_a_sequence_that_must_run_alone_shares_no_step() -> None:
         scheduler.finish(plan, result_of(plan), 0.0)
 
 
+def two_steps(scheduler: DecodeScheduler) -> tuple[StepPlan, StepPlan]:
+    """The next step, and the one behind it."""
+    plan, ahead = scheduler.plan(0.0).plan, scheduler.plan_ahead()
+    assert plan is not None
+    assert ahead is not None
+    return plan, ahead
+
+
 def test_the_step_behind_one_that_only_decodes_is_planned_on_the_token_that_is_being_drawn() -> None:
     scheduler = scheduler_of(num_blocks=20)
     sequence = sequence_of(7, max_tokens=20)
     pulled(scheduler, sequence)
-    plan = scheduler.plan(0.0).plan
-    ahead = scheduler.plan_ahead()
-    assert plan is not None
-    assert ahead is not None
+    plan, ahead = two_steps(scheduler)
     assert scheduler.plan_ahead() is None, "one step ahead, and no more"
     [now_step], [then_step] = plan.steps, ahead.steps
     assert now_step.draw is not None
@@ -287,10 +293,7 @@ def test_no_row_is_planned_for_a_sequence_that_ends_with_the_token_that_is_being
     ending, going_on = sequence_of(4, max_tokens=3), sequence_of(4, max_tokens=4)
     pulled(scheduler, ending)
     pulled(scheduler, going_on)  # `ending` has drawn its second token meanwhile
-    plan = scheduler.plan(0.0).plan
-    ahead = scheduler.plan_ahead()
-    assert plan is not None
-    assert ahead is not None
+    plan, ahead = two_steps(scheduler)
     assert [step.sequence_id for step in ahead.steps] == [going_on.sequence_id]
     assert [e.reason for e in scheduler.finish(plan, result_of(plan), 0.0)] == ["length", None]
     scheduler.finish(ahead, result_of(ahead), 0.0)
@@ -305,10 +308,7 @@ def test_a_sequence_that_has_ended_all_the_same_gets_nothing_and_its_blocks_come
     scheduler = scheduler_of(num_blocks=20)
     sequence = sequence_of(4, max_tokens=10)
     pulled(scheduler, sequence)
-    plan = scheduler.plan(0.0).plan
-    ahead = scheduler.plan_ahead()
-    assert plan is not None
-    assert ahead is not None
+    plan, ahead = two_steps(scheduler)
     assert [e.reason for e in scheduler.finish(plan, result_of(plan, 2), 0.0)] == ["stop"]
     assert scheduler.memory.pool.num_free < 20, "a step writes into them"
     assert scheduler.finish(ahead, result_of(ahead), 0.0) == []
