@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from typing import Final
 
 from kvferry.bus.base import BusSettings
 from kvferry.bus.client import BusClient, BusSubscription
 from kvferry.bus.inlet import MAX_PENDING_MESSAGES
-from kvferry.bus.nats_link import NatsLink, Received, reason_of, redacted
+from kvferry.bus.nats_link import NatsLink, reason_of, redacted
 from kvferry.errors import BusError, BusUnavailable, SettingError
 from kvferry.runtime import Runtime, TaskSet
 
@@ -177,8 +178,8 @@ class NatsBus(BusClient):
             raise _not_permitted(refusal)
 
     async def _attach_to(self, link: NatsLink, subscription: BusSubscription) -> None:
-        def deliver(message: Received) -> None:
-            subscription.deliver(message.subject, message.data, message.reply)
+        def deliver(subject: str, payload: bytes, reply: str, headers: Mapping[str, str] | None) -> None:
+            subscription.deliver(subject, payload, reply)
 
         await link.subscribe(subscription.pattern, deliver, subscription.subscription_id)
 
@@ -191,9 +192,9 @@ class NatsBus(BusClient):
         assert link is not None, "the base class has checked that we are connected"
         await link.send(subject, payload, reply)
 
-    def _answer_arrived(self, message: Received) -> None:
-        no_responders = not message.data and (message.headers or {}).get("Status") == "503"
-        self._answers.arrived(message.subject, message.data, no_responders=no_responders)
+    def _answer_arrived(self, subject: str, payload: bytes, reply: str, headers: Mapping[str, str] | None) -> None:
+        no_responders = not payload and (headers or {}).get("Status") == "503"
+        self._answers.arrived(subject, payload, no_responders=no_responders)
 
     def _report(self, error: Exception) -> None:
         self._log.warning("NATS reports an error", error=reason_of(error))

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -21,6 +21,7 @@ from nats.errors import Error as NatsError
 from nats.errors import UnexpectedEOF
 
 from kvferry.bus.base import BusSettings
+from kvferry.bus.nats_intake import Deliver, Intake
 from kvferry.certificate import client_context, show_certificate
 from kvferry.errors import BusUnavailable
 
@@ -38,15 +39,6 @@ _SETTING_OF: Final = {
     "Authorization Violation": "KVFERRY_NATS_USER, its password, and KVFERRY_CLUSTER",
 }
 _REFUSED: Final = "permissions violation"  # as nats-py passes it on
-
-
-class Received(Protocol):
-    """A message that has come, as nats-py has it."""
-
-    subject: str
-    data: bytes
-    reply: str
-    headers: dict[str, str] | None
 
 
 class _ConnectFailed(Exception):
@@ -75,12 +67,12 @@ class _Tap(asyncio.Future[Msg]):
     stand in front of the inlet and outlive `close` by a turn of the loop.
     """
 
-    def __init__(self, deliver: Callable[[Received], None]) -> None:
+    def __init__(self, deliver: Deliver) -> None:
         super().__init__()
         self._deliver = deliver
 
     def set_result(self, result: Msg) -> None:
-        self._deliver(result)
+        self._deliver(result.subject, result.data, result.reply, result.headers)
 
 
 class NatsLink:
@@ -90,6 +82,7 @@ class NatsLink:
         self.client = _Client()
         self.refusals: list[str] = []  # what the server has said that our user may not do
         self.subscriptions: dict[int, Subscription] = {}
+        self._taps: dict[int, Deliver] = {}  # by the id that the server knows a subscription by
         self.lost = asyncio.Event()
         self._on_lost = on_lost
         self._report = report
@@ -124,21 +117,37 @@ class NatsLink:
             setting = next((name for part, name in _SETTING_OF.items() if part in reason), "KVFERRY_NATS_URL")
             raise BusUnavailable(f"no NATS server at {redacted(url)} ({reason}): check {setting}") from None
         self._connecting = False
+        self._stand_before()
 
-    async def subscribe(
-        self, pattern: str, deliver: Callable[[Received], None], subscription_id: int | None = None
-    ) -> None:
+    def _stand_before(self) -> None:
+        """From here on plain messages pass nats-py by."""
+        wire = self.client._transport
+        assert isinstance(wire, TcpTransport)
+        assert wire._io_writer is not None
+        assert wire._io_reader is not None
+        transport, reader, parser = wire._io_writer.transport, wire._io_reader, self.client._ps
+        behind = transport.get_protocol()
+        assert isinstance(behind, asyncio.Protocol)
+
+        def is_idle() -> bool:
+            return not reader._buffer and not parser.buf  # type: ignore[attr-defined]  # of the standard library, not told
+
+        transport.set_protocol(Intake(behind, is_idle, self._taps))
+
+    async def subscribe(self, pattern: str, deliver: Deliver, subscription_id: int | None = None) -> None:
         """With an id, `unsubscribe` can end it before the connection ends."""
         try:
             made = await self.client.subscribe(pattern, future=_Tap(deliver))
         except _BROKEN as error:
             raise BusUnavailable(f"the connection to NATS is closed ({reason_of(error)})") from None
+        self._taps[made._id] = deliver
         if subscription_id is not None:
             self.subscriptions[subscription_id] = made
 
     async def unsubscribe(self, subscription_id: int) -> None:
         made = self.subscriptions.pop(subscription_id, None)
         if made is not None:
+            self._taps.pop(made._id, None)
             with contextlib.suppress(*_BROKEN):  # the connection, and all with it, has gone
                 await made.unsubscribe()
 
@@ -155,6 +164,7 @@ class NatsLink:
         self._connecting = False
         self.lost.set()
         self._disposed.set()
+        self._taps.clear()
         # First the socket: nats-py's close would wait until a frozen server takes all that is buffered, which
         # is stale by then. nats-py offers no abort of its own.
         transport = self.client._transport
