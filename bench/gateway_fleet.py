@@ -4,9 +4,9 @@ python -m bench.gateway_fleet CLUSTER MODEL MODEL_DIR     reads commands on stdi
 
 P accepts, and says token 0 at once. D accepts, and waits for a command:
 
-    {"rate": 50}    one batch for all that wait, so many times a second, until all have their `max_tokens`;
-                    0: in bursts of many at once. Answered by when each was said, of `blocking_clock`:
-                    {"published": [seconds, …]}; the first batch has each stream's token 0
+    {"rate": 50, "streams": 32}    once so many wait, one batch for all of them, so many times a second, until all have
+                                   their `max_tokens`; 0: in bursts of many at once. Answered by when each was said, of
+                                   `blocking_clock`: {"published": [seconds, …]}; the first has each stream's token 0
 
 A request of one token is P's alone.
 """
@@ -26,9 +26,11 @@ import uvloop
 
 from bench.command_lines import commands, tell
 from kvferry.bus.base import BusMessage, BusSettings
+from kvferry.bus.liveness import BEAT_INTERVAL
 from kvferry.bus.nats import NatsBus
 from kvferry.bus.rights import BusRole, user_name
 from kvferry.log import setup_logging
+from kvferry.rhythm import Rhythm
 from kvferry.runtime import SystemRuntime, TaskSet, blocking_clock
 from kvferry.text.model_dir import ModelDir
 from kvferry.text.tokenizer import Tokenizer
@@ -44,13 +46,13 @@ from kvferry.wire.work import Accepted, DecodeRequest, PrefillRequest, Work
 
 URL_VARIABLE: Final = "KVFERRY_NATS_URL"
 PASSWORD_VARIABLE: Final = "KVFERRY_NATS_PASSWORD"
-BEAT_S: Final = 0.25
 NUM_BLOCKS: Final = 1 << 20
 LOAD: Final = Load(free_blocks=NUM_BLOCKS, prefill_tokens_per_s=1e7, decode_step_s=0.02)
 FIRST_TOKEN: Final = 1000  # tokens are drawn from those that make up most texts
 END_TOKEN: Final = 5000
 NUM_DRAWN: Final = 1 << 16
 BURST: Final = 250  # batches that are said at once where no rate is given
+COMING_S: Final = 10.0
 BURST_PAUSE_S: Final = 0.5  # for the gateway to catch up: heartbeats wait behind them
 
 
@@ -84,6 +86,7 @@ class Worker:
         self._batch_seq: dict[str, int] = {}  # by gateway
         self._tasks = TaskSet(lambda name, error: sys.exit(f"{name}: {error!r}"))
         self._num_beats = 0
+        self._rhythm = Rhythm(BEAT_INTERVAL)
 
     async def start(self) -> None:
         await self._bus.subscribe(self._subject, self._on_message)
@@ -109,6 +112,7 @@ class Worker:
         batch = TokenBatch(self._record.incarnation, seq, stream_ids, indices, tokens, ends)
         subject = mail_subject(gateway.rpartition(".")[0], self.role)
         await self._bus.publish(subject, self._codecs.to_gateway.encode(batch))
+        self._rhythm.ride()  # as the product's workers do
 
     def token(self, index: int) -> int:
         return self._tokens[index % NUM_DRAWN]
@@ -136,7 +140,7 @@ class Worker:
             self._num_beats += 1
             beat = Heartbeat(self._num_beats, "ready", self._record, LOAD, rows)
             await self._bus.publish(self._beats, self._codecs.beat.encode(beat))
-            await asyncio.sleep(BEAT_S)
+            await self._rhythm.turn()
 
 
 class Prefill(Worker):
@@ -161,10 +165,12 @@ class Decode(Worker):
     def __init__(self, bus: NatsBus, cluster: str, model: str, directory: ModelDir) -> None:
         super().__init__(bus, cluster, model, directory)
         self._rows: dict[int, Row] = {}  # by stream_id
+        self._come = asyncio.Event()  # another one
 
     def accepted(self, work: Work) -> None:
         if work.sampling.max_tokens > 1:
             self._rows[work.stream_id] = Row(work)
+            self._come.set()
 
     def held(self) -> Iterator[tuple[str, Held]]:
         for stream_id, row in self._rows.items():
@@ -178,10 +184,14 @@ class Decode(Worker):
         for stream_id in gone:
             self._rows.pop(stream_id, None)
 
-    async def run(self, rate: float) -> list[float]:
-        """Decode all that wait, at so many steps a second. Returns when each was said."""
+    async def run(self, rate: float, streams: int) -> list[float]:
+        """Decode all that wait, at so many steps a second. Returns when each was said. A client may have token 0, which
+        is P's, before the last request has come here."""
         loop = asyncio.get_running_loop()
-        begun = [row for row in self._rows.values() if row.state == "waiting"]
+        async with asyncio.timeout(COMING_S):
+            while len(begun := [row for row in self._rows.values() if row.state == "waiting"]) < streams:
+                self._come.clear()
+                await self._come.wait()
         for row in begun:
             row.state = "running"
         published: list[float] = []
@@ -239,7 +249,7 @@ async def serve(cluster: str, model: str, directory: ModelDir) -> None:
     await decode.start()
     tell(ready=True)
     async for command in commands():
-        tell(published=await decode.run(command["rate"]))
+        tell(published=await decode.run(command["rate"], command["streams"]))
 
 
 if __name__ == "__main__":

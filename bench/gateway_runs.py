@@ -76,7 +76,7 @@ async def paced(server: Server, streams: int, window: float, prompts: Sequence[s
     clients = await Clients.open(server.port, streams, MODEL_NAME, prompts)
     try:
         answers = await clients.begin(num_tokens)
-        running = asyncio.ensure_future(server.run(RATE, num_tokens, event_bytes))
+        running = asyncio.ensure_future(server.run(RATE, streams, num_tokens, event_bytes))
         await asyncio.sleep(SETTLE_S)
         meter, bus = Meter(server.gateway), None if server.beside is None else Meter(server.beside)
         start = blocking_clock()
@@ -117,7 +117,7 @@ async def flat_out(server: Server, prompts: Sequence[str]) -> Cost:
     try:
         answers = await clients.begin(FLAT_TOKENS)
         meter = Meter(server.gateway)
-        await server.run(0, FLAT_TOKENS, 0)
+        await server.run(0, FLAT_STREAMS, FLAT_TOKENS, 0)
         await clients.end()
         cost = meter.read()
     finally:

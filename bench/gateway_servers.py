@@ -91,15 +91,15 @@ class Server:
     def tells_usage(self) -> bool:
         return self.name != FLOOR
 
-    async def run(self, rate: float, num_tokens: int, event_bytes: int) -> Sequence[float]:
-        """Give every stream that has begun the rest of its tokens, so many a second. Returns when each index was said,
-        of `blocking_clock`; nothing where nobody knows."""
+    async def run(self, rate: float, streams: int, num_tokens: int, event_bytes: int) -> Sequence[float]:
+        """Give each of the streams, which have begun, the rest of its tokens, so many a second. Returns when each index
+        was said, of `blocking_clock`; nothing where nobody knows."""
         if self.helper is None:
             return ()
         if self.name == FLOOR:
             await self.helper.do(rate=rate, writes=num_tokens, bytes=event_bytes)
             return ()
-        published: list[float] = (await self.helper.do(rate=rate))["published"]
+        published: list[float] = (await self.helper.do(rate=rate, streams=streams))["published"]
         return published
 
 

@@ -79,9 +79,11 @@ def test_each_request_stays_on_the_numerics_that_it_began_on_when_workers_die(se
         offering = asyncio.create_task(world.offer(load(seed, 60)))
         await asyncio.sleep(chance.uniform(0.5, 3.0))
         # All may be killed but the last decode worker of each: prompts can be prefilled there, too.
-        victims = chance.sample([w for w in world.workers if not w.settings.name.endswith("1")], 2)
-        for victim in victims:
-            await settled(lambda victim=victim: bool(needing(world, victim)), within=5.0)
+        mortal = [worker for worker in world.workers if not worker.settings.name.endswith("1")]
+        for _ in range(2):
+            await settled(lambda: any(needing(world, worker) for worker in mortal), within=5.0)
+            victim = chance.choice([worker for worker in mortal if needing(world, worker)])
+            mortal.remove(victim)
             await world.kill(victim)
         await offering
         await world.all_over()

@@ -36,3 +36,4 @@ class Post:
                 await self._worker.bus.publish(subject, self._codecs.to_gateway.encode(batch))
             except BusError:
                 continue  # the gap in batch_seq makes the gateway ask again
+            self._worker.pulse.ride()

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from kvferry.bus.liveness import BEAT_INTERVAL
 from kvferry.errors import BusError
 from kvferry.log import get_logger
+from kvferry.rhythm import Rhythm
+from kvferry.runtime import now
 from kvferry.wire.beats import Heartbeat
 from kvferry.wire.messages import Codecs
 from kvferry.wire.subjects import beat_subject
@@ -27,6 +29,7 @@ class Pulse:
         self._codecs = Codecs()
         self._beaten = asyncio.Event()
         self._beat = 0
+        self._rhythm: Rhythm | None = None
 
     async def next_beat(self) -> None:
         """Returns when the next one is over."""
@@ -34,13 +37,16 @@ class Pulse:
         await self._beaten.wait()
 
     async def run(self) -> None:
-        loop = asyncio.get_running_loop()
-        due = loop.time()
+        self._rhythm = Rhythm(BEAT_INTERVAL)
         while True:
-            await self._once(loop.time())
+            await self._once(now())
             self._beaten.set()
-            due = max(due + BEAT_INTERVAL, loop.time())
-            await asyncio.sleep(due - loop.time())
+            await self._rhythm.turn()
+
+    def ride(self) -> None:
+        """Something is being sent: a heartbeat that is nearly due goes with it, and wakes no gateway of its own."""
+        if self._rhythm is not None:
+            self._rhythm.ride()
 
     async def _once(self, moment: float) -> None:
         worker = self._worker

@@ -92,7 +92,7 @@ class Worker(ABC, Generic[S]):
         self.engine_loop = EngineLoop(self)
         self.inbox = Inbox(self)
         self.post = Post(self)
-        self._pulse = Pulse(self)
+        self.pulse = Pulse(self)
         self._freeing: list[tuple[Sequence, float]] = []  # cancelled ones whose blocks are in use, and since when
         self._loops: list[asyncio.Task[None]] = []
 
@@ -105,7 +105,7 @@ class Worker(ABC, Generic[S]):
         self._loops += [
             self.tasks.spawn(self.engine_loop.run(), "engine"),
             self.tasks.spawn(self.post.run(), "publish"),
-            self.tasks.spawn(self._pulse.run(), "beat"),
+            self.tasks.spawn(self.pulse.run(), "beat"),
             *(self.tasks.spawn(self._hear(shard), "shard") for shard in self.shards),
         ]
 
@@ -130,7 +130,7 @@ class Worker(ABC, Generic[S]):
     async def _let_end(self, deadline: float) -> None:
         """Wait until every sequence has ended and every end is confirmed, while somebody is there to confirm."""
         while now() < deadline and (self.scheduler.sequences or (len(self.outbox) and self.bus.connected)):
-            await self._pulse.next_beat()  # and look again
+            await self.pulse.next_beat()  # and look again
 
     async def stop(self) -> None:
         """End everything; afterwards no task, thread, subscription or endpoint of this worker is left."""

@@ -63,8 +63,11 @@ class Client(ClientConnection):
         self.writes: list[bytes] = []
         self.aborted = False
 
-    def write(self, body: bytes) -> None:
-        self.writes.append(body)
+    def pack(self, body: bytes) -> bytes:
+        return body
+
+    def put(self, packed: bytes) -> None:
+        self.writes.append(packed)
 
     def abort(self) -> None:
         self.aborted = True

@@ -15,6 +15,7 @@ from kvferry.bus.base import Bus
 from kvferry.bus.liveness import BEAT_INTERVAL, Seen
 from kvferry.errors import BusError, NoResponders
 from kvferry.log import get_logger
+from kvferry.rhythm import Rhythm
 from kvferry.runtime import Runtime, TaskSet, now
 from kvferry.trace.span import SpanExporter
 from kvferry.trace.tracer import Tracer
@@ -83,6 +84,7 @@ class Fleet(Reader):
         self._pid = pid
         self._attempts = 0
         self._beat = 0
+        self._rhythm: Rhythm | None = None  # of the heartbeats, once they have begun
         self._fences: dict[int, int] = {}  # incarnation that is gone -> highest attempt it may have
 
     # -- life cycle ------------------------------------------------------------------------------------------
@@ -131,6 +133,11 @@ class Fleet(Reader):
     def take_batch(self, batch: TokenBatch) -> None:
         self.registry.liveness.heard(batch.incarnation, now())
         self._dispatcher.take(batch)
+        self._ride()
+
+    def _ride(self) -> None:
+        if self._rhythm is not None:
+            self._rhythm.ride()
 
     def take_cache_news(self, news: CacheNews) -> None:
         if (placer := self._placer_of(news.incarnation)) is not None:
@@ -144,6 +151,7 @@ class Fleet(Reader):
         incarnation = beat.record.incarnation
         before = self.registry.state_of(incarnation)
         seen = self.registry.observe(beat, now())
+        self._ride()
         if seen is None:
             return
         placer = self._placer_of(incarnation)
@@ -190,7 +198,7 @@ class Fleet(Reader):
 
     async def _beat_loop(self) -> None:
         loop = asyncio.get_running_loop()
-        due = loop.time()
+        self._rhythm = Rhythm(BEAT_INTERVAL)
         while True:
             moment = loop.time()
             self.registry.liveness.tick(moment)
@@ -199,8 +207,7 @@ class Fleet(Reader):
             for stream in self.attached:
                 stream.keep_alive(moment, self.settings.sse_comment_interval)
             await self._publish_beat()
-            due = max(due + BEAT_INTERVAL, loop.time())
-            await asyncio.sleep(due - loop.time())
+            await self._rhythm.turn()
 
     async def _publish_beat(self) -> None:
         self._beat = (self._beat + 1) & 0xFFFFFFFF

@@ -29,6 +29,8 @@ class ClientConnection(ABC):
     moment of it, by whichever choice, as those that write note it.
     """
 
+    __slots__ = ("_on_lost", "_on_resume", "last_write", "lost", "paused")
+
     def __init__(self) -> None:
         self.paused = False
         self.lost = False
@@ -56,9 +58,19 @@ class ClientConnection(ABC):
         self.paused = False
         self._on_resume()
 
-    @abstractmethod
     def write(self, body: bytes) -> None:
         """Send a piece of the body, after the head has been sent. Never waits."""
+        if body and not self.lost:
+            self.put(self.pack(body))
+
+    @abstractmethod
+    def pack(self, body: bytes) -> bytes:
+        """A piece of the body, which is not empty, as it goes over the wire."""
+
+    @abstractmethod
+    def put(self, packed: bytes) -> None:
+        """The second half of `write`, for whoever writes to many connections: their kernel calls, one behind the
+        other, find each other's code and data in the processor's caches. Not of one that is lost."""
 
     @abstractmethod
     def abort(self) -> None:
@@ -72,13 +84,17 @@ class ClientConnection(ABC):
 class TransportConnection(ClientConnection):
     """Chunks of chunked encoding (HTTP/1.1), written to the transport at once."""
 
+    __slots__ = ("_transport",)
+
     def __init__(self, transport: asyncio.Transport) -> None:
         super().__init__()
         self._transport = transport
 
-    def write(self, body: bytes) -> None:
-        if body and not self.lost:  # an empty chunk would end the response
-            self._transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+    def pack(self, body: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(body), body)
+
+    def put(self, packed: bytes) -> None:
+        self._transport.write(packed)
 
     def abort(self) -> None:
         self._transport.abort()
@@ -102,10 +118,11 @@ class AsgiConnection(ClientConnection):
         self._sender = loop.create_task(self._send_all(), name="asgi-send")
         self._listener = loop.create_task(self._listen(), name="asgi-disconnect")
 
-    def write(self, body: bytes) -> None:
-        if self.lost:
-            return
-        self._pending += body
+    def pack(self, body: bytes) -> bytes:
+        return body
+
+    def put(self, packed: bytes) -> None:
+        self._pending += packed
         self._some.set()
         if len(self._pending) > self._max_pending and not self.paused:
             self.note_paused()

@@ -104,6 +104,7 @@ class Attempt:
         """An End came. True: it may be acknowledged now."""
         if end.reason == "stop" or end.reason == "length":
             self.end, self.end_from = end, incarnation
+            self.stream.is_ending = True
             return False  # once its tokens are here
         from_prefill = self.prefill is not None and incarnation == self.prefill.incarnation
         if not (from_prefill and self.running):
@@ -123,6 +124,7 @@ class Attempt:
 
 
 _NONE: Final[Mapping[int, Attempt]] = {}
+_NO_STREAMS: Final[Mapping[int, TokenStream]] = {}
 
 
 class AttemptTable:
@@ -131,6 +133,7 @@ class AttemptTable:
     def __init__(self) -> None:
         self._live: set[int] = set()  # stream ids
         self._by_worker: dict[int, dict[int, Attempt]] = {}
+        self._streams: dict[int, dict[int, TokenStream]] = {}  # the same ones'
         self._remembered: OrderedDict[int, tuple[bytes, int]] = OrderedDict()
         self._last_stream_id = 0
 
@@ -146,9 +149,10 @@ class AttemptTable:
 
     def add(self, attempt: Attempt) -> None:
         self._live.add(attempt.stream_id)
-        attempt.stream.attempt = attempt
+        attempt.stream.join(attempt)
         for worker in attempt.workers:
             self._by_worker.setdefault(worker.incarnation, {})[attempt.stream_id] = attempt
+            self._streams.setdefault(worker.incarnation, {})[attempt.stream_id] = attempt.stream
 
     def remove(self, attempt: Attempt) -> None:
         """From here on its tokens are nobody's. Without effect if that is so already."""
@@ -158,17 +162,21 @@ class AttemptTable:
         attempt.stream.attempt = None
         attempt.stream.held.clear()
         for worker in attempt.workers:
-            attempts = self._by_worker[worker.incarnation]
-            del attempts[attempt.stream_id]
+            attempts, streams = self._by_worker[worker.incarnation], self._streams[worker.incarnation]
+            del attempts[attempt.stream_id], streams[attempt.stream_id]
             if not attempts:
-                del self._by_worker[worker.incarnation]
+                del self._by_worker[worker.incarnation], self._streams[worker.incarnation]
         self._remembered[attempt.stream_id] = (attempt.ticket, attempt.number)
         if len(self._remembered) > MAX_REMEMBERED:
             self._remembered.popitem(last=False)
 
     def of(self, incarnation: int) -> Mapping[int, Attempt]:
-        """The attempts of one worker by stream id, as they are: the token path's own look-up."""
+        """The attempts of one worker by stream id, as they are."""
         return self._by_worker.get(incarnation, _NONE)
+
+    def streams_of(self, incarnation: int) -> Mapping[int, TokenStream]:
+        """Their streams, by the same ids: the token path's own look-up."""
+        return self._streams.get(incarnation, _NO_STREAMS)
 
     def of_worker(self, incarnation: int) -> list[Attempt]:
         return list(self.of(incarnation).values())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from struct import unpack
 from typing import Final
 
@@ -17,6 +16,7 @@ import numpy as np
 from kvferry.errors import MalformedMessage
 from kvferry.wire.logprobs import PromptLogprobs, unpack_logprobs, unpack_prompt_logprobs
 from kvferry.wire.tokens import TokenBatch
+from kvferry_gateway.http.connection import ClientConnection
 from kvferry_gateway.metrics import GatewayMetrics
 from kvferry_gateway.streams.attempt import Attempt, AttemptTable, Lost
 from kvferry_gateway.streams.stream import TokenStream
@@ -71,7 +71,7 @@ class Dispatcher:
                 if (attempt := attempts.get(int(stream_ids[row]))) is not None:
                     attempt.stream.note_logprobs(int(indices[row]), found)
         if size:
-            self._take_rows(batch, attempts)
+            self._take_rows(batch)
         for stream_id, scores in prompts:
             if (attempt := attempts.get(stream_id)) is not None:
                 self._take_scores(attempt, scores, batch.incarnation)
@@ -94,19 +94,18 @@ class Dispatcher:
         self._acks.setdefault(incarnation, {})[stream_id] = None
         self._schedule()
 
-    def _take_rows(self, batch: TokenBatch, attempts: Mapping[int, Attempt]) -> None:
-        get = attempts.get
+    def _take_rows(self, batch: TokenBatch) -> None:
+        get = self._table.streams_of(batch.incarnation).get
         touched = self._touched
         late = 0
         column = f"<{len(batch.stream_ids) // 4}I"
         for stream_id, index, token in zip(
             unpack(column, batch.stream_ids), unpack(column, batch.indices), unpack(column, batch.tokens), strict=True
         ):
-            attempt = get(stream_id)
-            if attempt is None:
+            stream = get(stream_id)
+            if stream is None:
                 late += 1
                 continue
-            stream = attempt.stream
             tokens = stream.tokens
             if index == len(tokens) and index < stream.limit and not stream.held:
                 if (text := stream.ready_texts[token]) is None:
@@ -116,7 +115,7 @@ class Dispatcher:
                     if text:
                         stream.texts.append(text)
             else:
-                self._settle(attempt, index, token, batch.incarnation)
+                self._settle(stream, index, token, batch.incarnation)
             if not stream.touched:
                 stream.touched = True
                 touched.append(stream)
@@ -125,9 +124,9 @@ class Dispatcher:
         if touched:
             self._schedule()
 
-    def _settle(self, attempt: Attempt, index: int, token: int, incarnation: int) -> None:
-        stream = attempt.stream
-        if stream.stopped:
+    def _settle(self, stream: TokenStream, index: int, token: int, incarnation: int) -> None:
+        attempt = stream.attempt
+        if stream.stopped or attempt is None:
             return
         if incarnation == attempt.decode.incarnation:
             attempt.running_seen = True
@@ -161,35 +160,44 @@ class Dispatcher:
         now = asyncio.get_running_loop().time()
         itl, gap, model, alike = self._metrics.itl, 0.0, "", 0  # streams of one batch are mostly alike
         touched, self._touched = self._touched, []
+        due: list[tuple[ClientConnection, bytes]] = []
         for stream in touched:
             stream.touched = False
-            attempt = stream.attempt
             num_tokens = len(stream.tokens)
             if num_tokens > stream.num_timed:
                 stream.num_timed = num_tokens
-                if stream.first_token_at is None:
-                    stream.first_token_at = now
-                    if stream.on_first_token is not None:
-                        stream.on_first_token()
-                elif attempt is not None:
-                    if now - stream.last_token_at != gap or attempt.decode.model != model:
+                if stream.is_fresh:
+                    self._begins(stream, now)
+                if stream.first_token_at != now:
+                    if now - stream.last_token_at != gap or stream.model != model:
                         if alike:
                             itl.observe(model, gap, alike)
-                        gap, model, alike = now - stream.last_token_at, attempt.decode.model, 0
+                        gap, model, alike = now - stream.last_token_at, stream.model, 0
                     alike += 1
                 stream.last_token_at = now
-                if attempt is not None and attempt.forecast.first_token_at is None:
-                    attempt.forecast.began(now)
-            stream.flush(now)
-            if attempt is not None and (stream.stopped or attempt.end is not None):
-                attempt.review()
+            if (packed := stream.due(now)) and stream.connection is not None:
+                due.append((stream.connection, packed))
+            if (stream.stopped or stream.is_ending) and stream.attempt is not None:
+                stream.attempt.review()
         if alike:
             itl.observe(model, gap, alike)
+        for connection, packed in due:
+            connection.put(packed)
         acks, self._acks = self._acks, {}
         scored, self._scored = self._scored, {}
         for incarnation in acks | scored:
             ended, told = acks.get(incarnation, ()), scored.get(incarnation, ())
             self._mail.acknowledge(incarnation, tuple(ended), tuple(told))
+
+    def _begins(self, stream: TokenStream, now: float) -> None:
+        """The first token of its attempt, or of all."""
+        stream.is_fresh = False
+        if stream.first_token_at is None:
+            stream.first_token_at = now
+            if stream.on_first_token is not None:
+                stream.on_first_token()
+        if stream.attempt is not None and stream.attempt.forecast.first_token_at is None:
+            stream.attempt.forecast.began(now)
 
     def _check_sequence(self, batch: TokenBatch) -> None:
         """Ask for what a gap in the batch numbers has swallowed."""

@@ -51,7 +51,6 @@ class TokenStream:
     __slots__ = (
         "_backlog",
         "_backlog_bytes",
-        "_connection",
         "_detokenizer",
         "_frame",
         "_glue",
@@ -64,11 +63,15 @@ class TokenStream:
         "_tail",
         "attempt",
         "cached_tokens",
+        "connection",
         "first_token_at",
         "held",
+        "is_ending",
+        "is_fresh",
         "last_token_at",
         "lead",
         "limit",
+        "model",
         "num_timed",
         "on_first_token",
         "pieces",
@@ -98,6 +101,9 @@ class TokenStream:
         self.stopped = False  # a stop string was found: what follows is not taken
         self.touched = False  # the dispatcher will look at it in this turn of the loop
         self.attempt: Attempt | None = None
+        self.model = ""
+        self.is_fresh = False  # its attempt has given no token yet
+        self.is_ending = False  # an end of its attempt has come, its tokens perhaps not
         self.cached_tokens = 0
         self.first_token_at: float | None = None
         self.last_token_at = 0.0
@@ -113,7 +119,7 @@ class TokenStream:
         # First bytes of the stop strings, escaped: a text without any of them begins none.
         self._own_texts = texts.ready(frozenset(_escape(stop[0])[0] for stop in stops))
         self.ready_texts = self._own_texts if self._may_be_plain else NOT_READY
-        self._connection: ClientConnection | None = None
+        self.connection: ClientConnection | None = None
         self._max_backlog = 0
         self._backlog: list[bytes] = []
         self._backlog_bytes = 0
@@ -124,6 +130,12 @@ class TokenStream:
         if self._frame is not None:
             self._head, self._tail = self._frame(numerics_id)
             self._glue = self._tail + self._head
+
+    def join(self, attempt: Attempt) -> None:
+        """Tokens are taken from this one from now on. What each step asks of it stands here: an attempt is a good part
+        of what the processor would have to fetch for a token."""
+        self.attempt, self.model = attempt, attempt.decode.model
+        self.is_fresh, self.is_ending = True, False
 
     # -- tokens ----------------------------------------------------------------------------------------------
 
@@ -215,33 +227,39 @@ class TokenStream:
     def attach(self, connection: ClientConnection, now: float, max_backlog: int, on_slow: Callable[[], None]) -> None:
         """The head of the response is out: from now on pieces are written. `on_slow`: the backlog is full, and the
         client takes nothing of it."""
-        self._connection = connection
+        self.connection = connection
         self._max_backlog = max_backlog
         self._on_slow = on_slow
         connection.last_write = now
         self.flush(now)
 
     def flush(self, now: float) -> None:
-        """Write what there is, in one write, if the client keeps up; else keep it, up to the bound. What comes at once,
-        as after an outage of the bus, may be more than that: it takes `SLOW_S` to be slow."""
-        connection = self._connection
+        """Write what is due."""
+        if (packed := self.due(now)) and self.connection is not None:
+            self.connection.put(packed)
+
+    def due(self, now: float) -> bytes:
+        """All that there is, packed, to be put on the connection at once, if the client keeps up; else it is kept, up
+        to the bound. What comes at once, as after an outage of the bus, may be more than that: it takes `SLOW_S` to
+        be slow."""
+        connection = self.connection
         if connection is None or not (self.texts or self.pieces):
-            return
+            return b""
         body = self.take()
         if not connection.paused:
-            connection.write(body)
             connection.last_write = now
-            return
+            return b"" if connection.lost else connection.pack(body)
         self._backlog.append(body)
         self._backlog_bytes += len(body)
         is_slow = self._backlog_bytes > self._max_backlog and now - connection.last_write >= SLOW_S
         if is_slow and self._on_slow is not None:
             on_slow, self._on_slow = self._on_slow, None
             on_slow()
+        return b""
 
     def resume(self, now: float) -> None:
         """The client reads again."""
-        connection = self._connection
+        connection = self.connection
         if connection is not None and self._backlog:
             body = b"".join(self._backlog)
             self._backlog.clear()
@@ -251,20 +269,20 @@ class TokenStream:
 
     def close(self, last: bytes, now: float) -> None:
         """Write everything that is left and then `last`. The backlog is bounded, so a pause doesn't matter."""
-        if self._connection is not None:
-            self._connection.write(b"".join((*self._backlog, self.take(), last)))
-            self._connection.last_write = now
+        if self.connection is not None:
+            self.connection.write(b"".join((*self._backlog, self.take(), last)))
+            self.connection.last_write = now
         self.detach()
 
     def detach(self) -> None:
-        self._connection = None
+        self.connection = None
         self._backlog.clear()
         self.texts.clear()
         self.pieces.clear()
 
     def keep_alive(self, now: float, interval: float) -> None:
         """Break a silence of `interval` seconds with an SSE comment."""
-        connection = self._connection
+        connection = self.connection
         if connection is not None and not connection.paused and now - connection.last_write >= interval:
             connection.write(COMMENT)
             connection.last_write = now

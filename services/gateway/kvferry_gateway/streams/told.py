@@ -62,9 +62,8 @@ class ToldStream(TokenStream):
         self.pieces.insert(0, first)
         self.flush(now)
 
-    def flush(self, now: float) -> None:
-        if not self._held_back:
-            super().flush(now)
+    def due(self, now: float) -> bytes:
+        return b"" if self._held_back else super().due(now)
 
     def close(self, last: bytes, now: float) -> None:
         if self._held_back:
