@@ -29,7 +29,7 @@ class Pulse:
         self._codecs = Codecs()
         self._beaten = asyncio.Event()
         self._beat = 0
-        self._rhythm: Rhythm | None = None
+        self._rhythm = Rhythm(BEAT_INTERVAL)
 
     async def next_beat(self) -> None:
         """Returns when the next one is over."""
@@ -37,7 +37,6 @@ class Pulse:
         await self._beaten.wait()
 
     async def run(self) -> None:
-        self._rhythm = Rhythm(BEAT_INTERVAL)
         while True:
             await self._once(now())
             self._beaten.set()
@@ -45,8 +44,7 @@ class Pulse:
 
     def ride(self) -> None:
         """Something is being sent: a heartbeat that is nearly due goes with it, and wakes no gateway of its own."""
-        if self._rhythm is not None:
-            self._rhythm.ride()
+        self._rhythm.ride()
 
     async def _once(self, moment: float) -> None:
         worker = self._worker

@@ -84,7 +84,7 @@ class Fleet(Reader):
         self._pid = pid
         self._attempts = 0
         self._beat = 0
-        self._rhythm: Rhythm | None = None  # of the heartbeats, once they have begun
+        self._rhythm = Rhythm(BEAT_INTERVAL)
         self._fences: dict[int, int] = {}  # incarnation that is gone -> highest attempt it may have
 
     # -- life cycle ------------------------------------------------------------------------------------------
@@ -133,11 +133,7 @@ class Fleet(Reader):
     def take_batch(self, batch: TokenBatch) -> None:
         self.registry.liveness.heard(batch.incarnation, now())
         self._dispatcher.take(batch)
-        self._ride()
-
-    def _ride(self) -> None:
-        if self._rhythm is not None:
-            self._rhythm.ride()
+        self._rhythm.ride()
 
     def take_cache_news(self, news: CacheNews) -> None:
         if (placer := self._placer_of(news.incarnation)) is not None:
@@ -151,7 +147,7 @@ class Fleet(Reader):
         incarnation = beat.record.incarnation
         before = self.registry.state_of(incarnation)
         seen = self.registry.observe(beat, now())
-        self._ride()
+        self._rhythm.ride()
         if seen is None:
             return
         placer = self._placer_of(incarnation)
@@ -198,7 +194,6 @@ class Fleet(Reader):
 
     async def _beat_loop(self) -> None:
         loop = asyncio.get_running_loop()
-        self._rhythm = Rhythm(BEAT_INTERVAL)
         while True:
             moment = loop.time()
             self.registry.liveness.tick(moment)
