@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from bench.steal import Steal
+
 RESULTS: Final = Path(__file__).parent / "results"
 
 
@@ -33,15 +35,21 @@ class Figure:
 
 @dataclass(slots=True)
 class Report:
-    """Figures of one benchmark, with the conditions that they were measured under and the raw samples."""
+    """Figures of one benchmark, with the conditions that they were measured under and the raw samples. Made before the
+    measurement begins: it tells what the hypervisor has taken since."""
 
     benchmark: str
     conditions: dict[str, str] = field(default_factory=dict)
     figures: list[Figure] = field(default_factory=list)
     raw: dict[str, Any] = field(default_factory=dict)
+    steal: Steal = field(default_factory=Steal)
 
     def add(self, name: str, value: float, unit: str = "", limit: float | None = None, at_least: bool = False) -> None:
         self.figures.append(Figure(name, value, unit, limit, at_least))
+
+    @property
+    def _conditions(self) -> dict[str, str]:
+        return {**self.conditions, "taken by the hypervisor": str(self.steal)}
 
     @property
     def holds(self) -> bool:
@@ -49,7 +57,7 @@ class Report:
 
     def render(self) -> str:
         lines = [f"\n== {self.benchmark} =="]
-        lines += [f"   {name}: {value}" for name, value in self.conditions.items()]
+        lines += [f"   {name}: {value}" for name, value in self._conditions.items()]
         width = max((len(figure.name) for figure in self.figures), default=0)
         for figure in self.figures:
             line = f"   {figure.name:<{width}}  {_number(figure.value):>10} {figure.unit:<6}"
@@ -66,7 +74,7 @@ class Report:
         document = {
             "benchmark": self.benchmark,
             "machine": machine(),
-            "conditions": self.conditions,
+            "conditions": self._conditions,
             "figures": figures,
             "raw": self.raw,
         }

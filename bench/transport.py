@@ -50,9 +50,6 @@ async def measure_rounds(rounds: int) -> Report:
         "bare sockets": _sockets,
     }
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            samples[name].append(await run())
     report = Report(
         "transport",
         {
@@ -61,8 +58,11 @@ async def measure_rounds(rounds: int) -> Report:
             "ucx_perftest": " ".join(_perftest_command("tag_bw|ucp_am_bw", "PORT")),
             "its options": " ".join(f"{name}={value}" for name, value in _ucx_environment().items()),
         },
-        raw={name: list(values) for name, values in samples.items()},
+        raw=dict(samples),
     )
+    for _ in range(rounds):
+        for name, run in runs.items():
+            samples[name].append(await run())
     for name, values in samples.items():
         report.add(name, statistics.median(values) / 1e9, "GB/s")
     for ours, theirs, limit in (

@@ -22,6 +22,10 @@ _END: Final = 2  # bytes of the line end behind a payload
 Deliver = Callable[[str, bytes, str, Mapping[str, str] | None], None]  # subject, payload, reply or "", headers
 
 
+def _text(subject: bytes) -> str:
+    return subject.decode("utf-8", "replace")
+
+
 class Intake(asyncio.Protocol):
     """Stands between a connection and the protocol that nats-py gave it."""
 
@@ -50,7 +54,8 @@ class Intake(asyncio.Protocol):
             if tap is None or end + _END > len(data):
                 break
             taken = end + _END
-            tap(subject.decode(), data[begin:end], reply.decode() if reply else "", None)
+            # A subject that is no text is nobody's; to fail here would cost the connection.
+            tap(_text(subject), data[begin:end], _text(reply) if reply else "", None)
         return taken
 
     def eof_received(self) -> bool | None:

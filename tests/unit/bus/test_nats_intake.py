@@ -110,3 +110,10 @@ def test_whole_messages_do_not_reach_nats_py() -> None:
     intake.data_received(_message(TAPPED, "a", "", b"1") + _message(TAPPED, "b", "r", b"2") + b"PING\r\n")
     assert passed == [("a", b"1", "", None), ("b", b"2", "r", None)]
     assert behind.received == [b"PING\r\n"]
+
+
+def test_a_subject_that_is_no_text_costs_nothing_else() -> None:
+    passed: list[tuple[object, ...]] = []
+    intake = Intake(Behind(), lambda: True, {TAPPED: lambda *message: passed.append(message)})
+    intake.data_received(b"MSG a.\xff 7 1\r\n1\r\n" + _message(TAPPED, "b", "", b"2"))
+    assert passed == [("a.\ufffd", b"1", "", None), ("b", b"2", "", None)]
