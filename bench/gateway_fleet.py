@@ -52,7 +52,7 @@ FIRST_TOKEN: Final = 1000  # tokens are drawn from those that make up most texts
 END_TOKEN: Final = 5000
 NUM_DRAWN: Final = 1 << 16
 BURST: Final = 250  # batches that are said at once where no rate is given
-COMING_S: Final = 10.0
+COMING_S: Final = 10.0  # the longest way of a request to D, after its token 0
 BURST_PAUSE_S: Final = 0.5  # for the gateway to catch up: heartbeats wait behind them
 
 

@@ -215,8 +215,8 @@ GATEWAY: Final = Section(
     "writes as many bytes as often: user and system time of that one process, with stop strings, usage and metrics on "
     "and tracing off. What NATS takes stands beside it. Of a step for 32 streams a third is the system call of each "
     "write, which the write loop makes, too; a third is what each stream asks for (taking its token, packing its "
-    "event), three times as dear as it is with warm caches, which others have swept since the last step; a third is "
-    "waking up, reading and decoding. At 256 streams two thirds are the writes; at one stream nearly all is waking up.",
+    "event), several times as dear as it is with warm caches, which others have swept since the last step; a third "
+    "is waking up, reading and decoding. At 256 streams most are the writes; at one stream nearly all is waking up.",
     ("gateway",),
     (
         *(

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from kvferry.runtime import blocking_clock, usable_cores
+from kvferry.runtime import blocking_clock
 
 STAT: Final = Path("/proc/stat")
 SHORTEST_S: Final = 1.0  # a tick is 10 ms
@@ -36,7 +36,7 @@ class Steal:
         after, seconds = stolen_s(self._stat), blocking_clock() - self._began
         if self._before is None or after is None or seconds < SHORTEST_S:
             return None
-        return (after - self._before) / (seconds * usable_cores())
+        return (after - self._before) / (seconds * (os.cpu_count() or 1))  # the count is of all, whatever we may use
 
     def __str__(self) -> str:
         share = self.share()

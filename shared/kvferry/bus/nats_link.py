@@ -130,7 +130,7 @@ class NatsLink:
         assert isinstance(behind, asyncio.Protocol)
 
         def is_idle() -> bool:
-            return not reader._buffer and not parser.buf  # type: ignore[attr-defined]  # of the standard library, not told
+            return not reader._buffer and not parser.buf  # type: ignore[attr-defined]  # typeshed leaves it out
 
         transport.set_protocol(Intake(behind, is_idle, self._taps))
 

@@ -18,7 +18,7 @@ def test_the_share_is_of_all_cores_and_of_the_time_since(tmp_path: Path, monkeyp
     tick = os.sysconf("SC_CLK_TCK")
     clock = iter([100.0, 110.0])
     monkeypatch.setattr("bench.steal.blocking_clock", lambda: next(clock))
-    monkeypatch.setattr("bench.steal.usable_cores", lambda: 2)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
     steal = Steal(_stat(tmp_path / "stat", 3 * tick))
     _stat(tmp_path / "stat", 4 * tick)
     assert steal.share() == pytest.approx(1 / 20)
