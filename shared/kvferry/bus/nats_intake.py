@@ -1,9 +1,9 @@
 """The way of a plain message from the socket to its subscription, past nats-py's.
 
 There a message passes a stream reader, a task that waits for it, a parser that tries each operation on a growing buffer
-and three coroutines: on a gateway that streams, a quarter of what it does between a batch of tokens and its clients. Here
-one call of the event loop takes all messages that have come whole. What is not one, or has come in part, goes nats-py's
-way, and so does everything behind it until nats-py has nothing left: order is kept.
+and three coroutines: on a gateway that streams, a quarter of what it does between a batch of tokens and its clients.
+Here one call of the event loop takes all messages that have come whole. What is not one, or has come in part, goes
+nats-py's way, and so does everything behind it until nats-py has nothing left: order is kept.
 
 The protocol: docs.nats.io/reference/reference-protocols/nats-protocol, `MSG`.
 """
